@@ -1,0 +1,286 @@
+"""Checkpoint folders: what counts as one, and what a kill at any file operation leaves behind."""
+
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import checkpoints
+from utils.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
+from utils.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+# Does one thing to the output folder, and is killed just before its N-th operation on a file.
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from utils import checkpoints
+
+def count(event, arguments):
+    if event in WATCHED:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+
+def save():
+    with checkpoints.atomic_folder(out / "checkpoint-500") as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("new")
+        (folder / "trainer_state.json").write_text('{"content": "new"}')
+
+def prune():
+    checkpoints.prune(out, 1, 500)
+
+WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+out, left = Path(sys.argv[1]), [None] * int(sys.argv[3])
+sys.addaudithook(count)
+{"save": save, "prune": prune}[sys.argv[2]]()
+"""
+
+
+def make_checkpoint(folder: Path, content: str = "old") -> Path:
+    """Write a complete checkpoint of two files."""
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_text(content)
+    (folder / "trainer_state.json").write_text(json.dumps({"content": content}))
+    return folder
+
+
+def content_of(folder: Path) -> str:
+    """Return the content that both files of a checkpoint agree on."""
+    weights = (folder / "unet" / "weights").read_text()
+    assert json.loads((folder / "trainer_state.json").read_text()) == {"content": weights}
+    return weights
+
+
+def run_victim(out: Path, action: str, operations: int) -> bool:
+    """Run the victim for that many file operations; return whether it was killed."""
+    done = subprocess.run([sys.executable, "-c", VICTIM, out, action, str(operations)], cwd=ROOT, capture_output=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+    return done.returncode != 0
+
+
+def names(paths) -> list[str]:
+    """Return the names of paths."""
+    return [path.name for path in paths]
+
+
+def mixed_folder(out: Path) -> Path:
+    """Make an output folder with three complete checkpoints and everything that only looks like one."""
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-0"):
+        make_checkpoint(out / name)
+    for name in (
+        "checkpoint-best",
+        "checkpoint-1-backup",
+        "checkpoint-007",
+        "checkpoint-+5",
+        "checkpoint-٥",
+        "checkpoint-",
+    ):
+        make_checkpoint(out / name)
+    make_checkpoint(out / ".saving-3-00000000")
+    (out / "checkpoint-30").mkdir()
+    (out / "checkpoint-31").mkdir()
+    (out / "checkpoint-31" / "trainer_state.json").write_text('{"step": 3')
+    (out / "checkpoint-32").write_text("a file")
+    (out / "checkpoint-33").symlink_to(out / "checkpoint-2", target_is_directory=True)
+    return out
+
+
+def test_only_complete_folders_of_the_exact_name_are_listed(tmp_path):
+    assert names(list_checkpoints(mixed_folder(tmp_path))) == ["checkpoint-0", "checkpoint-2", "checkpoint-10"]
+    assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_latest_is_the_newest_complete_one_and_says_what_it_passed_over(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    assert find_checkpoint(mixed_folder(tmp_path), "latest").name == "checkpoint-10"
+    for line in (
+        "checkpoint-30: it is incomplete: it has no readable trainer_state.json",
+        "checkpoint-31: it is incomplete: its trainer_state.json is no valid JSON",
+        "checkpoint-32: it is no folder",
+        "checkpoint-33: it is a link",
+        "checkpoint-best: it is not named checkpoint-N",
+    ):
+        assert line in caplog.text
+    assert "checkpoint-2:" not in caplog.text
+    assert find_checkpoint(tmp_path / "missing", "latest") is None
+
+
+def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "out" / "checkpoint-5")
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("checkpoint-5", str(folder), "out/checkpoint-5"):
+        assert find_checkpoint(Path("out"), wanted).resolve() == folder
+
+
+@pytest.mark.parametrize(
+    "wanted, problem",
+    [
+        ("checkpoint-7", "does not exist"),
+        ("checkpoint-6", "is incomplete"),
+        ("", "is incomplete"),
+        ("file", "is no folder"),
+    ],
+)
+def test_a_wrong_checkpoint_is_an_error_that_names_the_right_ones(tmp_path, wanted, problem):
+    make_checkpoint(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"{problem}.*Complete checkpoints in .*: checkpoint-5\."):
+        find_checkpoint(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_kill_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, old):
+    seen = set()
+    for operations in range(100):
+        out = tmp_path / str(operations)
+        final = out / "checkpoint-500"
+        make_checkpoint(out / "checkpoint-400", "other")
+        if old:
+            make_checkpoint(final)
+        killed = run_victim(out, "save", operations)
+        before = content_of(final) if final.exists() else "absent"
+        remove_leftovers(out)
+        after = content_of(final) if final.exists() else "absent"
+        seen.add((before, after))
+        assert set(names(out.iterdir())) == {"checkpoint-400"} | ({"checkpoint-500"} if after != "absent" else set())
+        assert content_of(out / "checkpoint-400") == "other"
+        if not killed:
+            break
+    assert not killed and operations > 10
+    expected = {("old", "old"), ("absent", "old"), ("new", "new")} if old else {("absent", "absent"), ("new", "new")}
+    assert seen == expected
+
+
+def test_a_kill_at_any_operation_of_pruning_leaves_complete_checkpoints(tmp_path):
+    seen = set()
+    for operations in range(100):
+        out = tmp_path / str(operations)
+        for step in (300, 400, 500):
+            make_checkpoint(out / f"checkpoint-{step}", str(step))
+        killed = run_victim(out, "prune", operations)
+        visible = sorted(out.glob("checkpoint-*"))
+        assert [content_of(path) for path in visible] == [path.name[-3:] for path in visible]
+        remove_leftovers(out)
+        assert sorted(out.iterdir()) == visible and visible[-1].name == "checkpoint-500"
+        seen.add(len(visible))
+        if not killed:
+            break
+    assert not killed and names(visible) == ["checkpoint-500"]
+    assert seen == {1, 2, 3}
+
+
+def test_an_exception_leaves_what_was_there(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint-5")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "checkpoint-5") as folder:
+        assert folder.parent == tmp_path and folder.name.startswith(".saving-5-")
+        make_checkpoint(folder / "part", "new")
+        raise KeyboardInterrupt
+    assert names(tmp_path.iterdir()) == ["checkpoint-5"] and content_of(tmp_path / "checkpoint-5") == "old"
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "checkpoint-5")
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if ".saving" not in str(a) else os.stat("/missing"))
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "checkpoint-5") as folder:
+        make_checkpoint(folder / "part", "new")
+    assert names(tmp_path.iterdir()) == ["checkpoint-5"] and content_of(tmp_path / "checkpoint-5") == "old"
+
+
+def test_everything_is_synced_before_the_rename_and_the_parent_after_it(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    final = tmp_path / "checkpoint-5"
+    with atomic_folder(final) as folder:
+        (folder / "unet").mkdir()
+        for name in ("trainer_state.json", "unet/weights"):
+            (folder / name).write_text("{}")
+    inside = {path.stat().st_ino for path in [final, *final.rglob("*")]}
+    assert len(inside) == 4
+    assert set(events[: events.index("rename")]) == inside
+    assert events[events.index("rename") :] == ["rename", tmp_path.stat().st_ino]
+
+
+def test_a_saved_folder_has_the_permissions_of_any_new_folder(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with atomic_folder(tmp_path / "checkpoint-5"):
+        pass
+    assert stat.S_IMODE((tmp_path / "checkpoint-5").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
+
+
+def test_other_names_come_back_too_and_names_that_would_not_are_refused(tmp_path):
+    make_checkpoint(tmp_path / ".replaced-text-encoder-01234567")
+    make_checkpoint(tmp_path / ".replaced-5-01234567")
+    remove_leftovers(tmp_path)
+    assert sorted(names(tmp_path.iterdir())) == ["checkpoint-5", "text-encoder"]
+    for name in ("500", "checkpoint-best"):
+        with pytest.raises(ValueError, match=name), atomic_folder(tmp_path / name):
+            pass
+
+
+def test_leftovers_of_a_live_process_and_foreign_hidden_files_stay(tmp_path):
+    foreign = [tmp_path / ".saving-notes", tmp_path / ".saving-5-abc"]
+    for path in foreign:
+        path.mkdir()
+    code = "import sys; from pathlib import Path; from utils.checkpoints import atomic_folder\n"
+    code += "with atomic_folder(Path(sys.argv[1], 'checkpoint-5')): print('in', flush=True); sys.stdin.read()"
+    live = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with live:
+        assert live.stdout.readline() == "in\n"
+        before = set(tmp_path.iterdir())
+        remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == before and len(before) == 3
+        live.kill()
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == set(foreign)
+
+
+def test_pruning_keeps_the_newest_and_touches_nothing_else(tmp_path):
+    mixed_folder(tmp_path)
+    make_checkpoint(tmp_path / "checkpoint-99")
+    before = set(names(tmp_path.iterdir()))
+    assert prune(tmp_path, None, 10) == [] == prune(tmp_path, 3, 10)
+    assert names(prune(tmp_path, 1, 10)) == ["checkpoint-0", "checkpoint-2"]
+    assert before - set(names(tmp_path.iterdir())) == {"checkpoint-0", "checkpoint-2"}
+    with pytest.raises(ValueError, match="limit is 0"):
+        prune(tmp_path, 0, 10)
+
+
+def test_metrics_are_cut_after_the_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = '{"step": 1, "loss": 0.5}\n{"step": 2, "eval_loss": NaN}\n'
+    path.write_text('{"step": 1, "loss": 0.5}\n{"st\n{"step": 3}\n[2]\n{"loss": 1}\n\n{"step": 2, "eval_loss": NaN}')
+    checkpoints.truncate_metrics(path, 2)
+    assert path.read_text() == kept
+    unchanged = path.stat().st_ino
+    checkpoints.truncate_metrics(path, 2)
+    assert path.stat().st_ino == unchanged
+    checkpoints.truncate_metrics(path, 0)
+    assert path.read_text() == ""
+    checkpoints.truncate_metrics(tmp_path / "missing.jsonl", 2)
+    assert names(tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "args.json"
+    checkpoints.atomic_write_text(path, "größe\n")
+    assert path.read_bytes() == "größe\n".encode()
+    monkeypatch.setattr(os, "replace", lambda a, b: os.stat("/missing"))
+    with pytest.raises(FileNotFoundError):
+        checkpoints.atomic_write_text(path, "new")
+    assert path.read_text() == "größe\n" and names(tmp_path.iterdir()) == ["args.json"]

@@ -1,0 +1,1737 @@
+#!/usr/bin/env python
+"""Teach a Stable Diffusion model one subject from a few photos by training low-rank adapters (LoRA DreamBooth).
+
+    accelerate launch train_dreambooth_lora.py --pretrained_model_name_or_path MODEL --instance_data_dir photos/ \
+        --instance_prompt "a photo of sks dog" --max_train_steps 800 --learning_rate 1e-4
+
+A run from top to bottom is `main`. To change an experiment, edit one function:
+
+    which weights train ............ prepare_training         the data and its captions ...... list_examples
+    what the U-Net is fed .......... unet_inputs              crops, flips, pixel values ..... DreamBoothDataset
+    what it is to predict .......... target                   which example comes when ....... StepSampler
+    the weight of each example ..... example_losses           the optimizer .................. make_optimizer
+    instance against class ......... combine                  the schedule ................... learning_rate
+    previews and their sampler ..... make_preview_pipeline    what is kept ................... save_result
+
+Letters in shapes: B batch, C channels, H W height and width in pixels, h w in latents, L tokens, D text width,
+T train timesteps, N distinct prompts.
+
+Papers: DreamBooth arXiv 2208.12242, LoRA 2106.09685, latent diffusion 2112.10752, velocity prediction 2202.00512,
+Min-SNR 2303.09556.
+"""
+
+import argparse
+import dataclasses
+import enum
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import diffusers
+import numpy as np
+import peft
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from utils import checkpoints, config_file, devices, hub, images, model_card, model_files, previews
+from utils.errors import InputError, show_input_errors_without_traceback
+from utils.metric_log import MetricLog, simple_settings, track_images
+from utils.seeds import derive_seed, generator
+from utils.stop_request import StopRequest, ignore_signals
+
+logger = get_logger(__name__)
+
+METHOD = "LoRA DreamBooth"
+DEFAULT_OUTPUT_DIR = "lora-dreambooth-model"
+DEFAULT_LEARNING_RATE = 5e-4
+UNET_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
+TEXT_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+
+
+# Same in train_dreambooth.py
+class ModelKind(enum.Enum):
+    """The families of checkpoints that this script can train, by the words used in messages."""
+
+    STABLE_DIFFUSION = "Stable Diffusion 1.x/2.x"
+
+
+# Same in train_dreambooth.py
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """What the checkpoint's own config files say; no weights.
+
+    Attributes:
+        kind: The family.
+        index: `model_index.json`: the library and class of each component.
+        unet, scheduler, vae: These components' configs.
+        latent_factor: Pixels per latent, along height and along width.
+        native_size: Height and width in pixels that the checkpoint was trained at.
+        resolution: Height and width in pixels to train at: the flag's, or the kind's.
+    """
+
+    kind: ModelKind
+    index: dict
+    unet: dict
+    scheduler: dict
+    vae: dict
+    latent_factor: int
+    native_size: int
+    resolution: int
+
+
+# Same in train_dreambooth.py
+class Example(NamedTuple):
+    """One picture of the run: known before any pixel is read."""
+
+    path: Path
+    prompt: str
+    is_prior: bool
+
+
+# Same in train_dreambooth.py
+class Draw(NamedTuple):
+    """One visit to an example: its index, how often it was visited before, and the seed of its noise."""
+
+    example: int
+    visit: int
+    seed: int
+
+
+# Same in train_dreambooth.py
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Numbers that follow from the flags, the data and the number of processes; fixed before anything is loaded."""
+
+    base: BaseModel
+    seed: int
+    processes: int
+    global_batch: int  # photos per micro-step over all processes; as many class images come on top
+    examples_per_step: int  # of both kinds, over all processes and micro-steps
+    epoch_length: int  # micro-steps until every example has been seen
+    first_step: int  # optimizer steps done by the run that this one continues
+    steps: int  # optimizer steps at the end of the run
+    steps_per_epoch: int
+    learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
+    frozen_dtype: torch.dtype
+    output_dir: Path
+    resume_from: Path | None
+    fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
+
+
+# Same in train_dreambooth.py
+@dataclasses.dataclass
+class PromptTable:
+    """Every distinct prompt of the run, tokenised, and encoded unless the text encoder is needed later.
+
+    Attributes:
+        texts: The N prompts; a row of the tensors each.
+        ids: (N, L) int64 token ids, on the training device.
+        mask: (N, L) int64 attention mask, or None when the text encoder sees padding too.
+        embeds: (N, L, D) text embeddings, or None when they are computed in the loop.
+    """
+
+    texts: list[str]
+    ids: Tensor
+    mask: Tensor | None
+    embeds: Tensor | None = None
+
+
+# Same in train_dreambooth.py
+@dataclasses.dataclass
+class Models:
+    """The networks of the run; `trained` lists those that are optimized, as `accelerate` wraps them."""
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module | None
+    noise_scheduler: diffusers.DDPMScheduler
+    trained: list[nn.Module] = dataclasses.field(default_factory=list)
+
+
+# Same in train_dreambooth.py
+class Loss(NamedTuple):
+    """The loss that is minimised and its two parts, scalars each; `prior` is None without class images."""
+
+    total: Tensor
+    instance: Tensor
+    prior: Tensor | None
+
+
+# Same in train_dreambooth.py
+def main(argv: list[str] | None = None) -> int:
+    """Run the training and return the exit status: 0, or 128 + the signal that stopped it."""
+    # 1. Check everything that can be checked before anything is loaded or written.
+    args = parse_args(argv)
+    accelerator = start(args)
+    base = recognise_model(args)
+    examples = list_examples(args, base)
+    plan = make_plan(args, accelerator, base, examples)
+    repository = find_repository(args, accelerator, plan)
+    open_output_folder(args, accelerator, plan)
+
+    with StopRequest() as stop:
+        # 2. Draw missing class images; the pipeline that draws them is freed before training models are loaded.
+        draw_class_images(args, accelerator, plan, examples, stop)
+
+        # 3. Words to tensors; with --pre_compute_text_embeddings the text encoder is freed here.
+        prompts = encode_prompts(args, accelerator, plan, examples)
+
+        # 4. Networks, and which of their weights train.
+        models = load_models(args, accelerator, plan, prompts)
+        prepare_training(args, plan, models)
+        optimizer = make_optimizer(args, plan, models)
+        optimizer = wrap_for_devices(accelerator, models, optimizer)
+        resume(accelerator, plan, models, optimizer)
+
+        # 5. The loop.
+        loader = make_loader(args, accelerator, plan, prompts, examples)
+        print_summary(args, accelerator, plan, models, examples)
+        stopped_at = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
+        if stopped_at is not None:
+            return say_how_to_go_on(accelerator, stop, stopped_at)
+
+        # 6. The result.
+        del optimizer, loader
+        save_result(args, accelerator, plan, models)
+        share(args, accelerator, plan, repository)
+    accelerator.end_training()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+# `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
+# Same in train_dreambooth.py
+SWITCH = argparse.BooleanOptionalAction
+
+
+# Same in train_dreambooth.py
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
+    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(argv)
+    if args.config:
+        switches = {action.dest: isinstance(action, SWITCH) for action in parser._actions}
+        try:
+            args = parser.parse_args([*config_file.read_flags(args.config, switches), *argv])
+        except InputError as error:
+            parser.error(str(error))
+    if args.hub_token:
+        # Trackers copy the command line into their run files.
+        sys.argv[:] = [word.replace(args.hub_token, "<token>") for word in sys.argv]
+    if problems := find_problems(args) + find_method_problems(args):
+        parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
+    return args
+
+
+# Same in train_dreambooth.py
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags, in groups."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="ARGS_JSON", help="Repeat the run of this args.json; other flags win.")
+    add_model_args(parser.add_argument_group("model"))
+    add_data_args(parser.add_argument_group("data"))
+    add_prior_args(parser.add_argument_group("prior preservation"))
+    add_text_args(parser.add_argument_group("text"))
+    add_training_args(parser.add_argument_group("training"))
+    add_optimizer_args(parser.add_argument_group("loss and optimizer"))
+    add_method_args(parser.add_argument_group(METHOD))
+    add_device_args(parser.add_argument_group("precision and devices"))
+    add_checkpoint_args(parser.add_argument_group("checkpoints"))
+    add_validation_args(parser.add_argument_group("validation"))
+    add_result_args(parser.add_argument_group("result and sharing"))
+    return parser
+
+
+# Same in train_dreambooth.py
+def add_model_args(group) -> None:
+    """Add the flags that say which model is trained."""
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", metavar="MODEL", help="Hub id or folder of the base model (required).")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="Variant of the weight files, for example fp16.")
+    add("--tokenizer_name", help="Hub id or folder of another tokenizer than the model's own.")
+
+
+# Same in train_dreambooth.py
+def add_data_args(group) -> None:
+    """Add the flags that say which pictures are learned, and how they are cut."""
+    modes = [mode.name.lower() for mode in Image.Resampling]
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
+    add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog' (required).")
+    add("--resolution", type=int, help="Height and width in pixels to train at; unset: 512, for v-prediction 768.")
+    switch("--center_crop", help="Cut out the centre instead of a random part.")
+    switch("--random_flip", help="Mirror a picture left to right in half of its visits.")
+    add("--image_interpolation_mode", default="lanczos", choices=modes, help="How pictures are resized.")
+    switch("--skip_bad_images", help="Go on without unreadable photos; off: an error that lists them.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that load pictures; 0: the trainer itself.")
+
+
+# Same in train_dreambooth.py
+def add_prior_args(group) -> None:
+    """Add the flags of prior preservation."""
+    precisions = ["no", "fp32", "fp16", "bf16"]
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    switch("--with_prior_preservation", help="Train on class images beside the photos.")
+    add("--class_data_dir", metavar="DIR", help="Folder of class images; unset: class_images in --output_dir.")
+    add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss; 0: none.")
+    add("--num_class_images", type=int, default=100, help="Class images used; missing ones are drawn by the model.")
+    add("--sample_batch_size", type=int, default=4, help="Class images drawn at a time, per process.")
+    add("--prior_generation_precision", choices=precisions, help="For drawing; unset: fp16 on a GPU, else fp32.")
+
+
+# Same in train_dreambooth.py
+def add_text_args(group) -> None:
+    """Add the flags that say how prompts become embeddings."""
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    switch("--train_text_encoder", help="Train the text encoder as well.")
+    switch("--pre_compute_text_embeddings", help="Encode all prompts first and free the text encoder.")
+    add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt; unset: the tokenizer's own limit.")
+    switch("--text_encoder_use_attention_mask", help="Hide the padding from the text encoder; samplers must, too.")
+    add("--class_labels_conditioning", choices=["timesteps"], help="For super-resolution U-Nets only.")
+
+
+# Same in train_dreambooth.py
+def add_training_args(group) -> None:
+    """Add the flags that set the length and the randomness of the run."""
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    add("--output_dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR", help="Where everything is written.")
+    add("--seed", type=int, help="Every random number follows from it; unset: drawn, printed and kept in args.json.")
+    add("--train_batch_size", type=int, default=4, metavar="B", help="Photos per micro-step and process.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimizer step.")
+    add("--num_train_epochs", type=int, default=1, help="Length of the run when --max_train_steps is unset.")
+    add("--max_train_steps", type=int, help="Length of the run in optimizer steps; wins over --num_train_epochs.")
+    switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
+    switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
+
+
+# Same in train_dreambooth.py
+def add_optimizer_args(group) -> None:
+    """Add the flags of the loss, the optimizer and the learning rate."""
+    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    add("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="After the warm-up.")
+    add("--text_encoder_lr", type=float, help="Learning rate of the text encoder; unset: --learning_rate.")
+    switch("--scale_lr", help="Multiply the rates by accumulation steps x batch size x processes.")
+    add("--lr_scheduler", default="constant", choices=schedules, help="How the learning rate changes.")
+    add("--lr_warmup_steps", type=int, default=500, help="Steps of linear warm-up; 'constant' has none.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    switch("--use_8bit_adam", help="Keep AdamW's state in 8 bits (bitsandbytes).")
+    add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's first moment, in [0, 1).")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of AdamW's second moment, in [0, 1).")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay; 0: none.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Added to AdamW's denominator.")
+    add("--max_grad_norm", type=float, default=1.0, help="Longest gradient; a longer one is scaled down. 0: no limit.")
+    add("--snr_gamma", type=float, metavar="GAMMA", help="Min-SNR weighting, usually 5; unset: all timesteps alike.")
+    switch("--offset_noise", help="The same as --noise_offset 0.1.")
+    add("--noise_offset", type=float, help="Strength of noise that is constant over each channel; unset: none.")
+
+
+def add_method_args(group) -> None:
+    """Add the flags that only LoRA has."""
+    add = group.add_argument
+    add("--rank", type=int, default=4, help="Rank of each adapter.")
+    add("--lora_alpha", type=int, help="Adapters count alpha / rank times; unset: the rank, so once.")
+    add("--lora_dropout", type=float, default=0.0, help="Share of an adapter's inputs that are dropped, in [0, 1).")
+    add("--lora_layers", help=f"Ends of the names of U-Net layers that get one; unset: {','.join(UNET_LAYERS)}.")
+
+
+# Same in train_dreambooth.py
+def add_device_args(group) -> None:
+    """Add the flags of precision and devices."""
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    precisions = ["no", "fp16", "bf16"]
+    add("--mixed_precision", choices=precisions, help="Of arithmetic and frozen weights; unset: accelerate's setting.")
+    switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
+    switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
+    switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
+    add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
+
+
+# Same in train_dreambooth.py
+def add_checkpoint_args(group) -> None:
+    """Add the flags of checkpoints."""
+    add = group.add_argument
+    add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
+    add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
+
+
+# Same in train_dreambooth.py
+def add_validation_args(group) -> None:
+    """Add the flags of the pictures that are drawn during training."""
+    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
+    add = group.add_argument
+    add("--validation_prompt", help="Draw this before the first step, while training, and at the end; unset: nothing.")
+    add("--validation_negative_prompt", default="", help="What the pictures are steered away from.")
+    add("--num_validation_images", type=int, default=4, help="Pictures per round, with the same seeds in each.")
+    add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds.")
+    add("--validation_epochs", type=int, help="Epochs between rounds; wins over --validation_steps.")
+    add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
+    add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per picture.")
+    add("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance; 1: none.")
+    add("--validation_images", nargs="+", metavar="FILE", help="For super-resolution models only.")
+
+
+# Same in train_dreambooth.py
+def add_result_args(group) -> None:
+    """Add the flags of logs and of sharing."""
+    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+    add("--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, comet_ml, …, 'a,b', all or none.")
+    add("--logging_dir", default="logs", help="Where trackers write, below --output_dir.")
+    switch("--push_to_hub", help="Upload the result, its card and the previews.")
+    add("--hub_model_id", help="Repository, 'name' or 'owner/name'; unset: the name of --output_dir.")
+    switch("--hub_private_repo", help="Create the repository as a private one.")
+    add("--hub_token", help="Access token. Others can read it in the process list: prefer `hf auth login`.")
+
+
+# Same in train_dreambooth.py
+def find_problems(args: Namespace) -> list[str]:
+    """Return every mistake in the flags that both scripts share, a sentence each."""
+    return [
+        *find_missing_flags(args),
+        *find_bad_numbers(args),
+        *find_contradictions(args),
+        *find_bad_folders(args),
+        *find_missing_packages(args),
+    ]
+
+
+# Same in train_dreambooth.py
+def find_missing_flags(args: Namespace) -> list[str]:
+    """Return a sentence for each flag that is needed and not given."""
+    needed = ["pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"]
+    problems = [f"--{name} is required." for name in needed if not getattr(args, name)]
+    if args.with_prior_preservation and not args.class_prompt:
+        problems.append("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'.")
+    return problems
+
+
+# Same in train_dreambooth.py
+def find_bad_numbers(args: Namespace) -> list[str]:
+    """Return a sentence for each number that is out of its range; NaN is in none."""
+    at_least = {
+        1: "resolution num_class_images sample_batch_size train_batch_size gradient_accumulation_steps "
+        "num_train_epochs max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit "
+        "num_validation_images validation_steps validation_epochs validation_num_inference_steps",
+        0: "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_power "
+        "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale",
+        3: "tokenizer_max_length",
+    }
+    problems = []
+    for least, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value < math.inf:
+                problems.append(f"--{name} {value} is out of range: it must be {least} or more.")
+    problems += [
+        f"--{name} {getattr(args, name)} is out of range: it must be in [0, 1)."
+        for name in ("adam_beta1", "adam_beta2")
+        if not 0 <= getattr(args, name) < 1
+    ]
+    problems += [
+        f"--{name} {getattr(args, name)} is out of range: it must be above 0."
+        for name in ("adam_epsilon", "snr_gamma")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf
+    ]
+    return problems
+
+
+# Same in train_dreambooth.py
+def find_contradictions(args: Namespace) -> list[str]:
+    """Return a sentence for each pair of flags that exclude each other."""
+    problems = []
+    if args.train_text_encoder and args.pre_compute_text_embeddings:
+        problems.append(
+            "--train_text_encoder and --pre_compute_text_embeddings exclude each other: embeddings that are computed "
+            "once cannot follow a text encoder that changes. Leave one of them out."
+        )
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        problems.append("--text_encoder_lr needs --train_text_encoder.")
+    if wanted_precision(args) == "fp16" and not devices.has_accelerator():
+        problems.append(
+            "fp16 is asked for, but there is no GPU: a CPU has no fp16 arithmetic for all layers. Use bf16 or no."
+        )
+    if args.prior_generation_precision == "fp16" and not devices.has_accelerator():
+        problems.append("--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16.")
+    return problems
+
+
+# Same in train_dreambooth.py
+def find_bad_folders(args: Namespace) -> list[str]:
+    """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
+    if not args.instance_data_dir:
+        return []
+    photos = Path(args.instance_data_dir)
+    if not photos.is_dir():
+        reason = "is not a folder" if photos.exists() else "does not exist"
+        return [f"--instance_data_dir {photos} {reason}."]
+    problems = []
+    inside = [("--output_dir", Path(args.output_dir))]
+    if args.with_prior_preservation:
+        inside.append(("--class_data_dir", class_folder(args)))
+    for flag, folder in inside:
+        if folder.resolve().is_relative_to(photos.resolve()):
+            problems.append(
+                f"{flag} {folder} lies in --instance_data_dir {photos}, which is read recursively: its pictures would "
+                "be learned as the subject. Use another folder."
+            )
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        problems.append(f"--output_dir {args.output_dir} is a file. Use another name.")
+    left = checkpoints.list_checkpoints(Path(args.output_dir))
+    if left and not args.resume_from_checkpoint:
+        problems.append(
+            f"--output_dir {args.output_dir} holds {left[-1].name} of an earlier run, which this one would mix with. "
+            "Go on with it by --resume_from_checkpoint latest, or use another folder."
+        )
+    return problems
+
+
+# Same in train_dreambooth.py
+def find_missing_packages(args: Namespace) -> list[str]:
+    """Return a sentence for each package that a flag needs and that is not installed."""
+    problems = []
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    known = {str(name) for name in accelerate.tracking.LOGGER_TYPE_TO_CLASS}
+    there = {str(name) for name in accelerate.tracking.get_available_trackers()}
+    for name in set(tracker_names(args)) - {"all"} - there:
+        if name in known:
+            problems.append(f"--report_to {name} needs its package: pip install {name}.")
+        else:
+            problems.append(f"--report_to {name} is unknown. Known are all, none, {', '.join(sorted(known))}.")
+    return problems
+
+
+def find_method_problems(args: Namespace) -> list[str]:
+    """Return every mistake in the flags that only LoRA has."""
+    problems = []
+    if args.rank < 1:
+        problems.append(f"--rank {args.rank} is out of range: it must be 1 or more.")
+    if args.lora_alpha is not None and args.lora_alpha < 1:
+        problems.append(f"--lora_alpha {args.lora_alpha} is out of range: it must be 1 or more.")
+    if not 0 <= args.lora_dropout < 1:
+        problems.append(f"--lora_dropout {args.lora_dropout} is out of range: it must be in [0, 1).")
+    if args.lora_layers is not None and not all(args.lora_layers.split(",")):
+        problems.append(f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LAYERS)}.")
+    return problems
+
+
+# Same in train_dreambooth.py
+def class_folder(args: Namespace) -> Path:
+    """Return the folder of the class images."""
+    return Path(args.class_data_dir) if args.class_data_dir else Path(args.output_dir) / "class_images"
+
+
+# Same in train_dreambooth.py
+def tracker_names(args: Namespace) -> list[str]:
+    """Return the trackers of --report_to."""
+    return [name for name in args.report_to.split(",") if name not in ("", "none")]
+
+
+# Same in train_dreambooth.py
+def wanted_precision(args: Namespace) -> str:
+    """Return no, fp16 or bf16: the flag's, or what `accelerate launch` was told."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+# ---------------------------------------------------------------------------------------------------------- start-up
+
+
+# Same in train_dreambooth.py
+def start(args: Namespace) -> Accelerator:
+    """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if args.deterministic:
+        # cuBLAS reads this once, when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=tracker_names(args) or None,
+        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, str(logging_dir)),
+    )
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise InputError(
+            f"{accelerator.distributed_type} is not supported yet: weights are saved from one process, which holds "
+            "all of them only under plain data parallelism. Run `accelerate launch --multi_gpu`."
+        )
+    quiet = transformers.utils.logging.set_verbosity_error, diffusers.utils.logging.set_verbosity_error
+    for set_quiet in quiet:
+        set_quiet()
+    for note in idle_flags(args):
+        logger.warning(note)
+    return accelerator
+
+
+# Same in train_dreambooth.py
+def idle_flags(args: Namespace) -> list[str]:
+    """Return a sentence for each flag that is given and changes nothing in this run."""
+    notes = []
+    if args.set_grads_to_none:
+        notes.append("--set_grads_to_none has no work left to do: gradients are always set to None.")
+    if args.local_rank != -1:
+        notes.append("--local_rank has no work left to do: the launcher's environment says it.")
+    if args.hub_token:
+        notes.append("--hub_token is visible in the process list; `hf auth login` or HF_TOKEN keeps it out of there.")
+    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        notes.append("xformers is not installed: torch's own attention serves instead.")
+    if args.class_prompt and not args.with_prior_preservation:
+        notes.append("--class_prompt has no effect without --with_prior_preservation.")
+    if args.class_data_dir and not args.with_prior_preservation:
+        notes.append("--class_data_dir has no effect without --with_prior_preservation.")
+    return notes
+
+
+# Same in train_dreambooth.py
+def recognise_model(args: Namespace) -> BaseModel:
+    """Tell from the checkpoint's config files what it is, and refuse what is not supported and what does not fit.
+
+    Raises:
+        InputError: The checkpoint is none that this script trains, or flags contradict it.
+    """
+    name = args.pretrained_model_name_or_path
+    index = read_config(args, "model_index.json")
+    unet = read_config(args, "unet/config.json") if "unet" in index else {}
+    if reason := why_unsupported(index, unet):
+        raise InputError(
+            f"--pretrained_model_name_or_path {name} is {reason}, which is not supported. Supported: "
+            + ", ".join(kind.value for kind in ModelKind)
+            + "."
+        )
+    scheduler = read_config(args, "scheduler/scheduler_config.json")
+    vae = read_config(args, "vae/config.json")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{name} predicts {prediction!r}; supported are 'epsilon' and 'v_prediction'.")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = args.resolution or (768 if prediction == "v_prediction" else 512)
+    base = BaseModel(
+        ModelKind.STABLE_DIFFUSION, index, unet, scheduler, vae, factor, unet["sample_size"] * factor, resolution
+    )
+    if problems := find_misfits(args, base):
+        raise InputError("\n".join([f"the flags do not fit {name} ({base.kind.value}):", *problems]))
+    return base
+
+
+# Same in train_dreambooth.py
+def read_config(args: Namespace, filename: str) -> dict:
+    """Read a JSON file of the base model."""
+    return model_files.read_config(args.pretrained_model_name_or_path, filename, args.revision, args.hub_token)
+
+
+# Same in train_dreambooth.py
+def why_unsupported(index: dict, unet: dict) -> str | None:
+    """Return what a checkpoint is if it is none of the supported kinds, else None."""
+    channels = unet.get("in_channels")
+    if "unet" not in index:
+        return f"a {index.get('_class_name', 'pipeline')} without a U-Net"
+    if "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time":
+        return "a Stable Diffusion XL checkpoint"
+    if "vae" not in index:
+        stage = {3: "I", 6: "II"}.get(channels, "?")
+        return f"a pixel model without a VAE ({channels} input channels: DeepFloyd IF stage {stage})"
+    if channels == 9:
+        return "an inpainting checkpoint (9 input channels)"
+    if channels != 4:
+        return f"a {index.get('_class_name', 'pipeline')} with {channels} input channels"
+    if not index.get("text_encoder", [None])[0] or not index.get("tokenizer", [None])[0]:
+        return f"a {index.get('_class_name', 'pipeline')} without a text encoder and a tokenizer"
+    return None
+
+
+# Same in train_dreambooth.py
+def find_misfits(args: Namespace, base: BaseModel) -> list[str]:
+    """Return a sentence for each flag that contradicts the checkpoint."""
+    problems = []
+    if base.resolution % base.latent_factor:
+        problems.append(f"--resolution {base.resolution} is no multiple of the VAE's factor {base.latent_factor}.")
+    if args.class_labels_conditioning:
+        problems.append("--class_labels_conditioning is for U-Nets with class labels, and this one has none.")
+    if args.validation_images:
+        problems.append(
+            "--validation_images is for super-resolution; this model draws from --validation_prompt alone."
+        )
+    return problems
+
+
+# Same in train_dreambooth.py
+def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
+    """List the photos and the class images with their captions; class images still to be drawn are among them.
+
+    Raises:
+        InputError: No photos, or unreadable ones without --skip_bad_images.
+    """
+    photos = list_photos(args, base)
+    examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos]
+    if args.with_prior_preservation:
+        examples += [Example(path, args.class_prompt, is_prior=True) for path in list_class_images(args)]
+    return examples
+
+
+# Same in train_dreambooth.py
+def list_photos(args: Namespace, base: BaseModel) -> list[Path]:
+    """Return the readable photos of the subject in a fixed order, and say what was left out."""
+    folder = Path(args.instance_data_dir)
+    listing = images.list_images(folder)
+    if listing.skipped:
+        names = ", ".join(str(path.relative_to(folder)) for path in listing.skipped[:10])
+        logger.info(f"Not read as photos: {names}{' …' if len(listing.skipped) > 10 else ''}")
+    if not listing.images:
+        raise InputError(
+            f"--instance_data_dir {folder} holds no images (looked for {' '.join(images.IMAGE_SUFFIXES)})."
+            + (
+                f" Found: {', '.join(path.name for path in listing.skipped[:10])}."
+                if listing.skipped
+                else " It is empty."
+            )
+        )
+    inspection = images.inspect_images(listing.images)
+    if inspection.unreadable:
+        lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
+        message = "\n".join([f"{len(lines)} of {len(listing.images)} photos cannot be read:", *lines])
+        if not args.skip_bad_images or not inspection.sizes:
+            raise InputError(f"{message}\nMend or remove them, or go on without them by --skip_bad_images.")
+        logger.warning(message)
+    if inspection.transparent:
+        logger.info(f"{len(inspection.transparent)} photos are transparent in parts: put on white.")
+    small = sum(min(size) < base.resolution for size in inspection.sizes.values())
+    if small:
+        logger.warning(f"{small} of {len(inspection.sizes)} photos are smaller than {base.resolution} px: enlarged.")
+    return [path for path in listing.images if path in inspection.sizes]
+
+
+# Same in train_dreambooth.py
+def list_class_images(args: Namespace) -> list[Path]:
+    """Return --num_class_images paths: pictures that are there and can be decoded, then names of those to draw."""
+    folder, wanted = class_folder(args), args.num_class_images
+    present = []
+    if folder.is_dir():
+        inspection = images.inspect_images(images.list_images(folder).images)
+        present = sorted(inspection.sizes)
+        for path, reason in inspection.unreadable.items():
+            logger.warning(f"Class image {path} does not count: {reason}")
+    if len(present) > wanted:
+        logger.warning(f"{folder} holds {len(present)} class images; --num_class_images takes the first {wanted}.")
+    names = (folder / f"{index:05d}.png" for index in range(wanted))
+    missing = [path for path in names if path not in set(present)]
+    return sorted(present[:wanted] + missing[: max(0, wanted - len(present))])
+
+
+# Same in train_dreambooth.py
+def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, examples: list[Example]) -> Plan:
+    """Work out the numbers of the run.
+
+    Raises:
+        InputError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
+    """
+    output_dir = Path(args.output_dir)
+    resume_from = None
+    if args.resume_from_checkpoint:
+        resume_from = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
+    state = read_trainer_state(resume_from)
+    seed = args.seed if args.seed is not None else state.get("fits", {}).get("seed")
+    if seed is None:
+        drawn = [random.SystemRandom().randrange(2**32)]
+        seed = accelerate.utils.broadcast_object_list(drawn)[0]
+
+    priors = sum(example.is_prior for example in examples)
+    global_batch = args.train_batch_size * accelerator.num_processes
+    epoch_length = math.ceil(max(priors, len(examples) - priors) / global_batch)
+    steps_per_epoch = math.ceil(epoch_length / args.gradient_accumulation_steps)
+    scale = global_batch * args.gradient_accumulation_steps if args.scale_lr else 1
+    rates = [args.learning_rate]
+    if args.train_text_encoder:
+        rates.append(args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr)
+    precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    plan = Plan(
+        base=base,
+        seed=seed,
+        processes=accelerator.num_processes,
+        global_batch=global_batch,
+        examples_per_step=global_batch * args.gradient_accumulation_steps * (2 if priors else 1),
+        epoch_length=epoch_length,
+        first_step=state.get("step", 0),
+        steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        learning_rates=tuple(rate * scale for rate in rates),
+        frozen_dtype=precisions[accelerator.mixed_precision],
+        output_dir=output_dir,
+        resume_from=resume_from,
+        fits={
+            "script": METHOD,
+            "base model": args.pretrained_model_name_or_path,
+            "train_text_encoder": args.train_text_encoder,
+            "use_8bit_adam": args.use_8bit_adam,
+            "seed": seed,
+            "resolution": base.resolution,
+            "processes": accelerator.num_processes,
+            "train_batch_size": args.train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "photos": len(examples) - priors,
+            "class images": priors,
+            **method_fits(args),
+        },
+    )
+    if resume_from is not None:
+        check_fits(plan, state)
+    return plan
+
+
+# Same in train_dreambooth.py
+def read_trainer_state(checkpoint: Path | None) -> dict:
+    """Return what a checkpoint says of its run; nothing without a checkpoint."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
+
+
+def method_fits(args: Namespace) -> dict:
+    """Return what only a LoRA run and its checkpoint must have in common."""
+    layers = args.lora_layers or ",".join(UNET_LAYERS)
+    return {"rank": args.rank, "alpha": args.lora_alpha or args.rank, "layers": layers}
+
+
+# Same in train_dreambooth.py
+def check_fits(plan: Plan, state: dict) -> None:
+    """Raise InputError if a checkpoint's run differs in what would change its weights or its batches."""
+    theirs = state["fits"]
+    lines = [
+        f"  {key}: {theirs.get(key)} there, {ours} here" for key, ours in plan.fits.items() if theirs.get(key) != ours
+    ]
+    if lines:
+        head = f"{plan.resume_from} cannot be resumed by this command; they differ in"
+        raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
+    newer = [
+        path.name
+        for path in checkpoints.list_checkpoints(plan.output_dir)
+        if checkpoints.step_of(path) > plan.first_step
+    ]
+    if newer:
+        logger.warning(f"{', '.join(newer)} lie ahead of this run: each stays until this run reaches its step.")
+
+
+# Same in train_dreambooth.py
+def find_repository(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
+    """Create the Hub repository and check that it can be written, so that no training ends in a refusal."""
+    if not args.push_to_hub:
+        return None
+    # Every process learns of a refusal, so that none waits for the others for ever.
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = hub.prepare_repository(
+                args.hub_model_id, plan.output_dir, args.hub_token, private=args.hub_private_repo
+            )
+        except InputError as error:
+            answer[1] = str(error)
+    repository, refusal = accelerate.utils.broadcast_object_list(answer)
+    if refusal:
+        raise InputError(refusal)
+    return repository
+
+
+# Same in train_dreambooth.py
+def open_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> None:
+    """Create the output folder, write args.json, and start the trackers."""
+    # --config with these would not repeat the run but continue it; the token is a secret.
+    left_out = ("config", "resume_from_checkpoint", "hub_token")
+    used = {key: value for key, value in vars(args).items() if key not in left_out}
+    used |= {"seed": plan.seed, "resolution": plan.base.resolution}
+    if accelerator.is_main_process:
+        plan.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(plan.output_dir)
+        checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.log_with:
+        accelerator.init_trackers(
+            "dreambooth", config=simple_settings(used), init_kwargs={"wandb": {"dir": args.output_dir}}
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ class images
+
+
+# Same in train_dreambooth.py
+def draw_class_images(
+    args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example], stop: StopRequest
+) -> None:
+    """Draw the class images that are missing with the base model, all processes sharing the work.
+
+    Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i.
+    """
+    paths = [example.path for example in examples if example.is_prior]
+    missing = {path for path in paths if path not in images.inspect_images([p for p in paths if p.exists()]).sizes}
+    # All must have looked before one begins to draw.
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    size = args.sample_batch_size
+    batches = sorted({int(path.stem) // size for path in missing})
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r} at {plan.base.native_size} px.")
+    pipeline = load_class_pipeline(args, accelerator)
+    folder = class_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in tqdm(mine, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
+        indices = range(number * size, min((number + 1) * size, args.num_class_images))
+        seeds = [generator("class image", index) for index in indices]
+        drawn = pipeline([args.class_prompt] * len(indices), generator=seeds).images
+        for index, image in zip(indices, drawn):
+            if folder / f"{index:05d}.png" in missing:
+                images.save_png(image, folder / f"{index:05d}.png")
+        if (number_of_signal := stop.check()) is not None:
+            raise SystemExit(128 + number_of_signal)
+    del pipeline
+    devices.free_memory()
+    accelerator.wait_for_everyone()
+
+
+# Same in train_dreambooth.py
+def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.DiffusionPipeline:
+    """Load the whole base model for drawing, in the precision asked for, without a safety checker."""
+    default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
+    dtypes = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        torch_dtype=dtypes[args.prior_generation_precision or default],
+        safety_checker=None,
+        requires_safety_checker=False,
+        token=args.hub_token,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(accelerator.device)
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+# Same in train_dreambooth.py
+def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example]) -> PromptTable:
+    """Tokenise every prompt of the run and, with --pre_compute_text_embeddings, encode them and free the encoder."""
+    texts = [example.prompt for example in examples]
+    if args.validation_prompt:
+        texts += [args.validation_prompt, args.validation_negative_prompt]
+    texts = list(dict.fromkeys(texts))
+    tokenizer = load_tokenizer(args, plan.base)
+    length = args.tokenizer_max_length or tokenizer.model_max_length
+    rows = tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    for text, whole in zip(texts, tokenizer(texts)["input_ids"]):
+        if len(whole) > length:
+            cut = tokenizer.decode(whole[length - 1 : -1])
+            logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
+    ids = rows["input_ids"].to(accelerator.device)
+    mask = rows["attention_mask"].to(accelerator.device) if args.text_encoder_use_attention_mask else None
+    prompts = PromptTable(texts, ids, mask)
+    if args.pre_compute_text_embeddings:
+        text_encoder = (
+            load_text_encoder(args, plan.base, plan.frozen_dtype).to(accelerator.device).requires_grad_(False)
+        )
+        prompts.embeds = embed_prompts(prompts, text_encoder, torch.arange(len(texts)), together=False)
+        del text_encoder
+        devices.free_memory()
+    return prompts
+
+
+# Same in train_dreambooth.py
+def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Tensor, together: bool) -> Tensor:
+    """Return the embeddings of the prompts in the given rows, each distinct row encoded once.
+
+    Args:
+        rows: (B,) int64 rows of the table, on the CPU.
+        together: Encode all in one call, as data parallelism needs for a network that trains. Otherwise one prompt a
+            call: then an embedding does not depend on its neighbours, and equals the precomputed one to the bit.
+
+    Returns:
+        (B, L, D) embeddings in the text encoder's precision.
+    """
+    if prompts.embeds is not None:
+        return prompts.embeds[rows.to(prompts.embeds.device)]
+    distinct, inverse = rows.unique(return_inverse=True)
+    chunks = [distinct] if together else distinct.split(1)
+    encoded = []
+    for chunk in chunks:
+        chosen = chunk.to(prompts.ids.device)
+        mask = None if prompts.mask is None else prompts.mask[chosen]
+        encoded.append(text_encoder(prompts.ids[chosen], attention_mask=mask)[0])
+    return torch.cat(encoded)[inverse.to(prompts.ids.device)]
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+# Same in train_dreambooth.py
+def load_component(args: Namespace, kind: type, component: str, **options) -> Any:
+    """Load one part of the base model, from a folder or from the Hub."""
+    return kind.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=component,
+        revision=args.revision,
+        token=args.hub_token,
+        **options,
+    )
+
+
+# Same in train_dreambooth.py
+def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
+    """Load the base model's tokenizer, or the one of --tokenizer_name."""
+    if args.tokenizer_name:
+        return transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
+    return load_component(args, model_files.component_class(base.index, "tokenizer"), "tokenizer")
+
+
+# Same in train_dreambooth.py
+def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
+    """Load the base model's text encoder in the given precision."""
+    kind = model_files.component_class(base.index, "text_encoder")
+    text_encoder = load_component(args, kind, "text_encoder", variant=args.variant, torch_dtype=dtype).eval()
+    longest = getattr(text_encoder.config, "max_position_embeddings", math.inf)
+    if args.tokenizer_max_length and args.tokenizer_max_length > longest:
+        raise InputError(
+            f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder reads {longest} at most."
+        )
+    return text_encoder
+
+
+# Same in train_dreambooth.py
+def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
+    """Load the networks on the device: what trains in float32, what is frozen in the training precision."""
+    unet = load_component(
+        args, diffusers.UNet2DConditionModel, "unet", variant=args.variant, torch_dtype=base_dtype(plan)
+    )
+    vae = load_component(
+        args, diffusers.AutoencoderKL, "vae", variant=args.variant, torch_dtype=plan.frozen_dtype
+    ).eval()
+    text_encoder = None
+    if prompts.embeds is None:
+        dtype = base_dtype(plan) if args.train_text_encoder else plan.frozen_dtype
+        text_encoder = load_text_encoder(args, plan.base, dtype).requires_grad_(False).to(accelerator.device)
+    noise_scheduler = load_component(args, diffusers.DDPMScheduler, "scheduler")
+    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers"):
+        unet.enable_xformers_memory_efficient_attention()
+    unet.requires_grad_(False).to(accelerator.device)
+    vae.requires_grad_(False).to(accelerator.device)
+    trained = [unet, text_encoder] if args.train_text_encoder else [unet]
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.gradient_checkpointing and args.train_text_encoder:
+        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Models(unet, vae, text_encoder, noise_scheduler, trained)
+
+
+def base_dtype(plan: Plan) -> torch.dtype:
+    """Return the precision in which networks that get adapters are loaded: that of frozen weights."""
+    return plan.frozen_dtype
+
+
+def prepare_training(args: Namespace, plan: Plan, models: Models) -> None:
+    """Add float32 adapters to the U-Net, and to the text encoder if it is trained; at first they change nothing.
+
+    Raises:
+        InputError: A layer to adapt occurs in none of the names of the network's layers.
+    """
+    layers = args.lora_layers.split(",") if args.lora_layers else UNET_LAYERS
+    torch.manual_seed(derive_seed(plan.seed, "adapter"))
+    for model, names in zip(models.trained, (layers, TEXT_ENCODER_LAYERS)):
+        there = [f".{name}" for name, _ in model.named_modules()]
+        if missing := [name for name in names if not any(path.endswith(f".{name}") for path in there)]:
+            raise InputError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See --lora_layers.")
+        config = peft.LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=list(names),
+        )
+        model.add_adapter(config)
+        for parameter in trainable_parameters(model):
+            parameter.data = parameter.data.float()
+        model.train()
+
+
+# Same in train_dreambooth.py
+def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimizer) -> Optimizer:
+    """Wrap what trains for mixed precision and data parallelism."""
+    *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
+    models.unet = models.trained[0]
+    if len(models.trained) == 2:
+        models.text_encoder = models.trained[1]
+    return optimizer
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+# Same in train_dreambooth.py
+class DreamBoothDataset(Dataset):
+    """The pictures of the run, read, cut and scaled anew at each visit."""
+
+    def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, examples: list[Example]):
+        """Remember what is needed to cut pictures; read none."""
+        self.examples = examples
+        self.prompt_rows = [prompts.texts.index(example.prompt) for example in examples]
+        self.seed = plan.seed
+        self.resolution = plan.base.resolution
+        self.center_crop = args.center_crop
+        self.random_flip = args.random_flip
+        self.resample = Image.Resampling[args.image_interpolation_mode.upper()]
+
+    def __getitem__(self, draw: Draw) -> dict:
+        """Return one example; its crop and flip depend on the seed, the example and the visit alone."""
+        example = self.examples[draw.example]
+        chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, draw.visit))
+        image = self.cut(images.open_rgb(example.path), chance)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return {
+            "pixel_values": pixels,
+            "prompt_rows": self.prompt_rows[draw.example],
+            "is_prior": example.is_prior,
+            "seeds": draw.seed,
+        }
+
+    def cut(self, image: Image.Image, chance: random.Random) -> Image.Image:
+        """Shrink the shorter edge to the resolution in one antialiased step, crop to a square, and perhaps mirror."""
+        size = self.resolution
+        scale = size / min(image.size)
+        width, height = (max(size, round(edge * scale)) for edge in image.size)
+        image = image.resize((width, height), self.resample)
+        left, top = (width - size) // 2, (height - size) // 2
+        if not self.center_crop:
+            left, top = chance.randint(0, width - size), chance.randint(0, height - size)
+        image = image.crop((left, top, left + size, top + size))
+        mirrored = self.random_flip and chance.random() < 0.5
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+# Same in train_dreambooth.py
+class StepSampler:
+    """Say which examples each micro-step of this process visits, as a function of the micro-step alone.
+
+    Instance examples come in an endless sequence of shuffled passes, and so do class examples; micro-step m takes the
+    next `global_batch` of either. So every photo is seen once before any is seen again, batches are always full, and
+    a resumed run needs no replay.
+    """
+
+    def __init__(self, plan: Plan, examples: list[Example], first: int, last: int, rank: int):
+        """Cover the micro-steps `first` up to, not including, `last` for process `rank`."""
+        self.seed, self.global_batch, self.rank = plan.seed, plan.global_batch, rank
+        self.batch = plan.global_batch // plan.processes
+        self.first, self.last = first, last
+        instances = [index for index, example in enumerate(examples) if not example.is_prior]
+        priors = [index for index, example in enumerate(examples) if example.is_prior]
+        self.kinds = {"instance": instances, "class": priors} if priors else {"instance": instances}
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield this process's draws for each micro-step, instance examples before class examples."""
+        for micro_step in range(self.first, self.last):
+            yield [
+                self.draw(kind, micro_step, self.rank * self.batch + place)
+                for kind in self.kinds
+                for place in range(self.batch)
+            ]
+
+    def draw(self, kind: str, micro_step: int, place: int) -> Draw:
+        """Return the draw at one place of the global batch."""
+        indices = self.kinds[kind]
+        visit, position = divmod(micro_step * self.global_batch + place, len(indices))
+        example = indices[shuffled(len(indices), derive_seed(self.seed, "order", kind, visit))[position]]
+        return Draw(example, visit, derive_seed(self.seed, "example", kind, micro_step, place))
+
+
+# Same in train_dreambooth.py
+@functools.lru_cache(maxsize=16)
+def shuffled(count: int, seed: int) -> list[int]:
+    """Return the numbers below `count` in an order that depends on the seed alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# Same in train_dreambooth.py
+def collate(items: list[dict]) -> dict[str, Tensor]:
+    """Stack examples into a batch.
+
+    Returns:
+        `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `prompt_rows` (B,) int64, rows of the prompt table;
+        `is_prior` (B,) bool; `seeds` (B,) int64, from which each example's noise is drawn.
+    """
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    return {
+        "pixel_values": torch.stack(batch.pop("pixel_values")),
+        **{key: torch.tensor(values) for key, values in batch.items()},
+    }
+
+
+# Same in train_dreambooth.py
+def make_loader(
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
+) -> DataLoader:
+    """Return the batches of the steps that are left, for this process."""
+    first, last = (steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps))
+    return DataLoader(
+        DreamBoothDataset(args, plan, prompts, examples),
+        batch_sampler=StepSampler(plan, examples, first, last, accelerator.process_index),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- optimizer
+
+
+# Same in train_dreambooth.py
+def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
+    """Return AdamW over what trains, one group of parameters for the U-Net and one for the text encoder."""
+    groups = [
+        {"params": trainable_parameters(model), "lr": rate} for model, rate in zip(models.trained, plan.learning_rates)
+    ]
+    options = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes  # takes seconds to import
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+# Same in train_dreambooth.py
+def trainable_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# Same in train_dreambooth.py
+def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step, counted from 0, as diffusers' schedules of the same names have it."""
+    if args.lr_scheduler == "constant":
+        return peak
+    warmup = args.lr_warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    if args.lr_scheduler == "constant_with_warmup":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if args.lr_scheduler == "linear":
+        return peak * (1 - done)
+    if args.lr_scheduler == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if args.lr_scheduler == "cosine_with_restarts":
+        return 0.0 if done == 1 else peak * 0.5 * (1 + math.cos(math.pi * (args.lr_num_cycles * done % 1)))
+    end = min(1e-7, peak)
+    return end + (peak - end) * (1 - done) ** args.lr_power
+
+
+# Same in train_dreambooth.py
+def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer) -> None:
+    """Restore weights and optimizer from the checkpoint that the plan names; draws need nothing restored."""
+    if plan.resume_from is None:
+        return
+    load_weights(accelerator, plan.resume_from, models)
+    state = torch.load(plan.resume_from / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.")
+    if plan.first_step >= plan.steps:
+        logger.info("Nothing is left to train: raise --max_train_steps to go on.")
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+
+# Same in train_dreambooth.py
+def compute_loss(
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    models: Models,
+    prompts: PromptTable,
+    batch: dict[str, Tensor],
+) -> Loss:
+    """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
+    device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
+    clean = to_model_space(models.vae, batch["pixel_values"].to(device, non_blocking=True), seeds)
+    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, noise_offset(args))
+    noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+
+    trained = len(models.trained) == 2
+    with torch.set_grad_enabled(trained):
+        embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trained)
+    prediction = models.unet(**unet_inputs(plan.base.kind, noisy, timesteps, embeds)).sample.float()
+
+    prediction_type = scheduler.config.prediction_type
+    wanted = target(scheduler, prediction_type, clean, noise, timesteps)
+    alphas = scheduler.alphas_cumprod.to(device)[timesteps]
+    losses = example_losses(prediction, wanted, alphas, prediction_type, args.snr_gamma)
+    return combine(losses, batch["is_prior"], args.prior_loss_weight)
+
+
+# Same in train_dreambooth.py
+def to_model_space(vae: nn.Module, pixel_values: Tensor, seeds: list[int]) -> Tensor:
+    """Encode pictures to the scaled latents that the U-Net works on (arXiv 2112.10752, section 3.1).
+
+    Args:
+        pixel_values: (B, 3, H, W) float32 in [-1, 1].
+        seeds: One per picture, for the draw from the VAE's posterior.
+
+    Returns:
+        (B, C, h, w) float32.
+    """
+    latents = []
+    # One picture at a time: then its latents do not depend on its neighbours, not even in the last bit.
+    for pixels, seed in zip(pixel_values.to(vae.dtype).split(1), seeds):
+        with torch.no_grad():
+            posterior = vae.encode(pixels).latent_dist
+        chance = torch.randn(posterior.mean.shape, generator=generator(seed, "posterior"))
+        latents.append(posterior.mean.float() + posterior.std.float() * chance.to(pixels.device, non_blocking=True))
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+# Same in train_dreambooth.py
+def draw_noise(shape: torch.Size, seeds: list[int], num_train_timesteps: int, offset: float) -> tuple[Tensor, Tensor]:
+    """Draw each example's noise and timestep from its own seed, on the CPU, so that the device does not matter.
+
+    Args:
+        shape: (B, C, h, w).
+        offset: Strength of a second noise that is constant over each channel; 0: none.
+
+    Returns:
+        (B, C, h, w) float32 noise and (B,) int64 timesteps in [0, T).
+    """
+    noise = torch.stack([torch.randn(shape[1:], generator=generator(seed, "noise")) for seed in seeds])
+    if offset:
+        constant = [torch.randn(shape[1], 1, 1, generator=generator(seed, "noise offset")) for seed in seeds]
+        noise = noise + offset * torch.stack(constant)
+    steps = [torch.randint(num_train_timesteps, (), generator=generator(seed, "timestep")) for seed in seeds]
+    return noise, torch.stack(steps)
+
+
+# Same in train_dreambooth.py
+def noise_offset(args: Namespace) -> float:
+    """Return the strength of the offset noise; --offset_noise alone means 0.1."""
+    if args.noise_offset is not None:
+        return args.noise_offset
+    return 0.1 if args.offset_noise else 0.0
+
+
+# Same in train_dreambooth.py
+def unet_inputs(kind: ModelKind, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> dict:
+    """Return the U-Net's arguments for a kind of model: what it will be given when it draws."""
+    return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
+
+
+# Same in train_dreambooth.py
+def target(
+    scheduler: diffusers.DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Return what the U-Net is to predict: the noise, or the velocity (arXiv 2202.00512, appendix D)."""
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    return noise
+
+
+# Same in train_dreambooth.py
+def example_losses(
+    prediction: Tensor, wanted: Tensor, alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None
+) -> Tensor:
+    """Return each example's mean squared error, weighted by min-SNR if asked (arXiv 2303.09556, section 3.4).
+
+    Args:
+        prediction, wanted: (B, C, h, w) float32.
+        alphas_cumprod: (B,) share of signal variance at each example's timestep, in [0, 1].
+        snr_gamma: Signal-to-noise ratio from which on the weight falls; None: weight 1.
+
+    Returns:
+        (B,) float32.
+    """
+    losses = F.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return losses
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if prediction_type == "v_prediction":
+        return losses * snr.clamp(max=snr_gamma) / (snr + 1)
+    # min(SNR, γ) / SNR in a form that is 1 at SNR = 0, where a zero-terminal-SNR schedule ends.
+    return losses * (snr_gamma / snr).clamp(max=1)
+
+
+# Same in train_dreambooth.py
+def combine(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Loss:
+    """Return mean(instance) + weight × mean(class) (arXiv 2208.12242, equation 2).
+
+    Args:
+        losses: (B,) one per example.
+        is_prior: (B,) bool, on the CPU so that its content is known without waiting for the device.
+    """
+    if not is_prior.any():
+        return Loss(losses.mean(), losses.mean().detach(), None)
+    weights = is_prior.to(losses.device, losses.dtype, non_blocking=True)
+    prior = (losses * weights).sum() / int(is_prior.sum())
+    instance = (losses * (1 - weights)).sum() / int((~is_prior).sum())
+    return Loss(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+# Same in train_dreambooth.py
+def train(
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    models: Models,
+    prompts: PromptTable,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    stop: StopRequest,
+) -> int | None:
+    """Train from the plan's first step to its last; return the step of the checkpoint if a signal stopped it."""
+    batches, parameters = iter(loader), [p for model in models.trained for p in trainable_parameters(model)]
+    if plan.first_step == 0:
+        validate(args, accelerator, plan, models, prompts, 0)
+    metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps)
+    for step in range(plan.first_step, plan.steps):
+        began, losses = time.perf_counter(), []
+        rates = [learning_rate(args, step, plan.steps, peak) for peak in plan.learning_rates]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+        for micro_step in range(
+            step * args.gradient_accumulation_steps, (step + 1) * args.gradient_accumulation_steps
+        ):
+            torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
+            with accelerator.accumulate(*models.trained):
+                loss = compute_loss(args, accelerator, plan, models, prompts, next(batches))
+                accelerator.backward(loss.total)
+            losses.append(loss)
+        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        values = measures(args, accelerator, plan, done, losses) | name_rates(rates) | {"grad_norm": norm}
+        metrics.add(done, began, plan.examples_per_step, values)
+        signal = stop.agree()
+        if signal is None and is_validation_due(args, plan, done):
+            metrics.flush()
+            validate(args, accelerator, plan, models, prompts, done)
+        if signal is not None or done % args.checkpointing_steps == 0:
+            metrics.flush()
+            save_checkpoint(args, accelerator, plan, models, optimizer, done)
+        if signal is not None:
+            return done
+    metrics.close()
+    return None
+
+
+# Same in train_dreambooth.py
+def measures(args: Namespace, accelerator: Accelerator, plan: Plan, done: int, losses: list[Loss]) -> dict:
+    """Return a step's losses, means over its micro-steps and all processes, still on the device, and its epoch."""
+    parts = zip(("loss", "loss_instance", "loss_prior"), zip(*losses))
+    means = {name: torch.stack(values).detach().mean() for name, values in parts if values[0] is not None}
+    means = accelerator.reduce(means, reduction="mean")
+    if "loss_prior" not in means:
+        del means["loss_instance"]
+    return {"epoch": done * args.gradient_accumulation_steps / plan.epoch_length, **means}
+
+
+# Same in train_dreambooth.py
+def name_rates(rates: list[float]) -> dict[str, float]:
+    """Name the learning rates as the log does."""
+    return dict(zip(("lr", "lr_text_encoder"), rates))
+
+
+# Same in train_dreambooth.py
+def save_checkpoint(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
+) -> None:
+    """Write checkpoint-N whole or not at all, then remove older ones beyond the limit."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+            save_weights(accelerator, folder, models)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
+            state = {"step": step, "fits": plan.fits}
+            (folder / "trainer_state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+    accelerator.wait_for_everyone()
+
+
+def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
+    """Write the adapters as one file that `load_lora_weights` reads, with rank and alpha in its metadata."""
+    parts = {}
+    for name, wrapped in zip(("unet", "text_encoder"), models.trained):
+        model = accelerator.unwrap_model(wrapped)
+        config = model.peft_config["default"].to_dict()
+        # A set's order differs from run to run, and the same weights shall give the same file.
+        config["target_modules"] = sorted(config["target_modules"])
+        weights = peft.get_peft_model_state_dict(model)
+        if name == "text_encoder" and not hasattr(model, "text_model"):
+            # transformers 5 dropped this level of CLIP's names; with it, older versions find the layers as well.
+            weights = {f"text_model.{key}": value for key, value in weights.items()}
+        parts |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, **parts)
+
+
+def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
+    """Read what `save_weights` wrote into the adapters.
+
+    Raises:
+        InputError: The file's tensors are not those of the adapters.
+    """
+    state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    for name, wrapped in zip(("unet", "text_encoder"), models.trained):
+        model = accelerator.unwrap_model(wrapped)
+        weights = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if not hasattr(model, "text_model"):
+            weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
+        if weights.keys() != peft.get_peft_model_state_dict(model).keys():
+            raise InputError(f"{folder / WEIGHTS_FILE} holds other layers of the {name} than this run adapts.")
+        peft.set_peft_model_state_dict(model, weights)
+
+
+# Same in train_dreambooth.py
+def say_how_to_go_on(accelerator: Accelerator, stop: StopRequest, step: int) -> int:
+    """Tell how to continue a run that a signal stopped, and return its exit status."""
+    logger.info(f"Stopped at step {step}. Go on by the same command with --resume_from_checkpoint checkpoint-{step}.")
+    accelerator.end_training()
+    return stop.exit_code
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+# Same in train_dreambooth.py
+def is_validation_due(args: Namespace, plan: Plan, step: int) -> bool:
+    """Say whether pictures are drawn after this step: every so often, and after the last."""
+    every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
+    return step % every == 0 or step == plan.steps
+
+
+# Same in train_dreambooth.py
+def validate(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
+) -> None:
+    """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
+
+    Nothing of the run's randomness is touched: the sampler has generators of its own, and training seeds each
+    micro-step. The processes share the pictures. Running out of memory is a warning.
+    """
+    if not args.validation_prompt:
+        return
+    folder = plan.output_dir / "samples" / f"step-{step:06d}"
+    try:
+        draw_previews(args, accelerator, plan, models, prompts, folder)
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        logger.warning(f"Validation at step {step} ran out of memory; training goes on. {error}")
+    finally:
+        for model in models.trained:
+            model.train()
+        devices.free_memory()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and folder.is_dir():
+        drawn = [images.open_rgb(path) for path in sorted(folder.glob("[0-9]*.png"))]
+        grid = previews.make_grid(drawn, columns=4, title=f"{args.validation_prompt} (step {step})")
+        images.save_png(grid, folder / "grid.png")
+        track_images(accelerator, "validation", drawn, step)
+
+
+# Same in train_dreambooth.py
+def draw_previews(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, folder: Path
+) -> None:
+    """Draw this process's share of the pictures; picture i comes from seed + i, as `utils.sample` draws it."""
+    rows = torch.tensor([prompts.texts.index(t) for t in (args.validation_prompt, args.validation_negative_prompt)])
+    for model in models.trained:
+        model.eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), accelerator.autocast():
+        text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
+        prompt, negative = embed_prompts(prompts, text_encoder, rows, together=False).split(1)
+        pipeline = make_preview_pipeline(args, accelerator, plan, models)
+        for index in range(accelerator.process_index, args.num_validation_images, accelerator.num_processes):
+            image = pipeline(
+                prompt_embeds=prompt,
+                negative_prompt_embeds=negative,
+                generator=torch.Generator().manual_seed((plan.seed + index) % 2**32),
+                height=plan.base.resolution,
+                width=plan.base.resolution,
+                guidance_scale=args.validation_guidance_scale,
+                num_inference_steps=args.validation_num_inference_steps,
+            ).images[0]
+            images.save_png(image, folder / f"{index:02d}.png")
+
+
+# Same in train_dreambooth.py
+def make_preview_pipeline(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
+) -> diffusers.DiffusionPipeline:
+    """Build the pipeline that draws previews from the networks in memory."""
+    scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=accelerator.unwrap_model(models.unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------------ result
+
+
+# Same in train_dreambooth.py
+def print_summary(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, examples: list[Example]
+) -> None:
+    """Print the run on one screen: what is trained, on what, for how long, where to."""
+    base, priors = plan.base, sum(example.is_prior for example in examples)
+    networks = [models.unet, models.vae, models.text_encoder]
+    counts = [(p.numel(), p.requires_grad) for model in networks if model is not None for p in model.parameters()]
+    trained, frozen = (sum(count for count, trains in counts if trains == which) / 1e6 for which in (True, False))
+    accumulation = args.gradient_accumulation_steps
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in name_rates(plan.learning_rates).items())
+    default = "" if args.resolution else " (the kind's default)"
+    lines = [
+        f"{METHOD} of {args.pretrained_model_name_or_path}",
+        f"model ......... {base.kind.value}, {base.scheduler.get('prediction_type', 'epsilon')}",
+        f"resolution .... {base.resolution} px{default}",
+        f"weights ....... {trained:.2f} M train in float32, {frozen:.2f} M frozen in {plan.frozen_dtype}",
+        f"data .......... {len(examples) - priors} photos of {args.instance_prompt!r}"
+        + (f", {priors} class images of {args.class_prompt!r}" if priors else ""),
+        f"batch ......... {args.train_batch_size} x {plan.processes} processes x {accumulation} accumulated = "
+        f"{plan.global_batch * accumulation} photos a step" + (" and as many class images" if priors else ""),
+        f"steps ......... {plan.first_step} done, {plan.steps} in all, {plan.steps_per_epoch} an epoch",
+        f"rates ......... {rates}, {args.lr_scheduler}",
+        f"arithmetic .... {accelerator.mixed_precision} mixed precision on {accelerator.device}, seed {plan.seed}",
+        f"output ........ {plan.output_dir}",
+    ]
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.steps:
+        lines.append(
+            f"NOTE: the warm-up of {args.lr_warmup_steps} steps is as long as the run: see --lr_warmup_steps."
+        )
+    accelerator.print("\n".join(lines), flush=True)
+
+
+def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
+    """Write the adapter file and, beside it, the scheduler that the base model draws with."""
+    if accelerator.is_main_process:
+        scheduler = model_files.component_class(plan.base.index, "scheduler").from_config(plan.base.scheduler)
+        with checkpoints.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
+            save_weights(accelerator, folder, models)
+            scheduler.save_pretrained(folder / "scheduler")
+        logger.info(f"The adapter is {plan.output_dir / WEIGHTS_FILE}.")
+    accelerator.wait_for_everyone()
+
+
+# Same in train_dreambooth.py
+def write_card(args: Namespace, plan: Plan, repository: str | None) -> None:
+    """Write README.md, the model card, beside the result."""
+    name = args.pretrained_model_name_or_path
+    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion"]
+    grids = sorted((plan.output_dir / "samples").glob("step-*/grid.png"))
+    card = model_card.Card(
+        title=repository or plan.output_dir.resolve().name,
+        base_model=name,
+        tags=tags + method_tags(),
+        instance_prompt=args.instance_prompt,
+        validation_prompt=args.validation_prompt,
+        grid=grids[-1].relative_to(plan.output_dir).as_posix() if grids else None,
+        settings=card_settings(args, plan),
+        snippet=usage_snippet(args, repository or str(plan.output_dir)),
+    )
+    text = model_card.render(card, license=model_card.find_license(name, args.revision, args.hub_token))
+    checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
+
+
+# Same in train_dreambooth.py
+def card_settings(args: Namespace, plan: Plan) -> dict[str, Any]:
+    """Return the settings that a reader of the card wants to know, by name."""
+    settings = {
+        "method": METHOD,
+        "steps": plan.steps,
+        "photos per step": plan.global_batch * args.gradient_accumulation_steps,
+        "resolution": plan.base.resolution,
+        "learning rate": plan.learning_rates[0],
+        "schedule": args.lr_scheduler,
+        "mixed precision": str(plan.frozen_dtype).removeprefix("torch."),
+        "text encoder": "trained" if args.train_text_encoder else "not trained",
+        "prior preservation": "no",
+        "seed": plan.seed,
+    }
+    if args.with_prior_preservation:
+        settings["prior preservation"] = f"{args.num_class_images} images of {args.class_prompt!r}"
+        settings["prior loss weight"] = args.prior_loss_weight
+    return settings | method_fits(args)
+
+
+def method_tags() -> list[str]:
+    """Return the card's tags that only LoRA has."""
+    return ["lora", "diffusers:lora"]
+
+
+def usage_snippet(args: Namespace, name: str) -> str:
+    """Return Python code that draws a picture with the result, and runs as it stands."""
+    prompt = args.validation_prompt or args.instance_prompt
+    return model_card.lora_snippet(name, prompt, args.pretrained_model_name_or_path, args.revision)
+
+
+# Same in train_dreambooth.py
+def share(args: Namespace, accelerator: Accelerator, plan: Plan, repository: str | None) -> None:
+    """Write the card and, if asked, upload the result; a failed upload leaves the result and says how to try again."""
+    if accelerator.is_main_process:
+        write_card(args, plan, repository)
+        if repository:
+            url = hub.upload_result(plan.output_dir, repository, args.hub_token)
+            logger.info(f"Uploaded to {url}")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    show_input_errors_without_traceback()
+    sys.exit(main())

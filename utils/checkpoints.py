@@ -1,0 +1,345 @@
+"""Checkpoint folders that are either complete or not there, however a run ends.
+
+A folder is written under a hidden name, synced, and renamed. Hidden names are `.saving-500-1a2b3c4d` (being written),
+`.replaced-500-…` (the old checkpoint-500, until the new one is in place) and `.removing-500-…` (on its way out): none
+has the word that people and tools search for. A run that dies in between leaves them for `remove_leftovers`. A file
+lock, which ends with its process, tells the leftovers of dead runs from the work of a live one.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, every leftover counts as dead
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+HIDDEN_NAME = re.compile(r"\.(saving|replaced|removing)-(.+)-[0-9a-f]{8}")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the complete checkpoint folders, lowest step first."""
+    return sorted((path for path in _children(output_dir) if not why_unusable(path)), key=step_of)
+
+
+def step_of(path: Path) -> int | None:
+    """Return N of a path named exactly `checkpoint-N`, None for other names."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def why_unusable(path: Path) -> str:
+    """Say why a path is no complete checkpoint of the run, "" if it is one."""
+    if step_of(path) is None:
+        return "is not named checkpoint-N"
+    if path.is_symlink():
+        return "is a link"
+    return why_incomplete(path)
+
+
+def why_incomplete(folder: Path) -> str:
+    """Say why a folder of any name is no complete checkpoint, "" if it is one."""
+    if not folder.is_dir():
+        return "is no folder"
+    try:
+        state = json.loads((folder / STATE_FILE).read_bytes())
+    except OSError:
+        return f"is incomplete: it has no readable {STATE_FILE}"
+    except ValueError:
+        return f"is incomplete: its {STATE_FILE} is no valid JSON"
+    return "" if isinstance(state, dict) else f"is incomplete: its {STATE_FILE} is no JSON object"
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """Return the checkpoint folder that a person asked for.
+
+    Args:
+        output_dir: the run's output folder; need not exist.
+        wanted: "latest", the name of a folder in `output_dir`, or a path.
+
+    Returns:
+        The folder; None for "latest" when there is no complete checkpoint.
+
+    Raises:
+        InputError: The named folder does not exist or is incomplete.
+    """
+    if wanted == "latest":
+        return _find_latest(output_dir)
+    inside = Path(output_dir, wanted)
+    folder = inside if inside.exists() else Path(wanted)
+    problem = why_incomplete(folder) if folder.exists() else "does not exist"
+    if problem:
+        names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        raise InputError(f"The checkpoint {wanted} {problem}. Complete checkpoints in {output_dir}: {names}.")
+    return folder
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return what a complete checkpoint says of its run: `step`, and `fits`, what a run that resumes it must share."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
+    """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
+    lines = [
+        f"  {name}: {theirs.get(name)} there, {own} here" for name, own in ours.items() if theirs.get(name) != own
+    ]
+    if lines:
+        head = f"{checkpoint} cannot be resumed by this command; they differ in"
+        raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
+
+
+def warn_of_newer(output_dir: Path, step: int) -> None:
+    """Warn of checkpoints beyond the one that is resumed: they stay, and `latest` would still find them."""
+    newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step]
+    if newer:
+        logger.warning("%s lie ahead of this run: each stays until this run reaches its step.", ", ".join(newer))
+
+
+def _find_latest(output_dir: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step; warn of what looks like a newer one and is not usable."""
+    complete = list_checkpoints(output_dir)
+    latest = complete[-1] if complete else None
+    for path in sorted(_children(output_dir)):
+        older = latest and step_of(path) is not None and step_of(path) <= step_of(latest)
+        if path.name.startswith("checkpoint") and not older:
+            logger.warning("Passed over %s: it %s.", path, why_unusable(path))
+    return latest
+
+
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder that replaces `final` at a clean exit and disappears after an exception.
+
+    At every moment, also after a kill or a power cut, `final` is the old folder or the new one, complete; only between
+    two renames it is absent, and `remove_leftovers` then puts the old one back.
+
+    Args:
+        final: the folder to write, `checkpoint-N` or a name without that word; missing parents are made.
+    """
+    final = Path(final)
+    temporary, replaced = _hidden_path(final, "saving"), _hidden_path(final, "replaced")
+    temporary.mkdir(parents=True)
+    with _lock(temporary):
+        try:
+            yield temporary
+            sync_tree(temporary)
+            with _lock(final):
+                _swap_in(temporary, final, replaced)
+        except BaseException:
+            _delete(temporary)
+            raise
+    _delete(replaced)
+
+
+@contextlib.contextmanager
+def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
+    """Yield a hidden folder whose entries replace those of the same names in `output_dir` at a clean exit.
+
+    Args:
+        output_dir: the run's output folder; what else lies in it stays.
+        last: the entry that makes the others loadable, such as model_index.json. The old one goes first and the new
+            one comes last: a result that is half replaced is never taken for a whole one.
+    """
+    output_dir = Path(output_dir)
+    temporary = output_dir / f".saving-result-{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
+    with _lock(temporary):
+        try:
+            yield temporary
+            sync_tree(temporary)
+            (output_dir / last).unlink(missing_ok=True)
+            for entry in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                _delete(output_dir / entry.name)
+                entry.rename(output_dir / entry.name)
+            sync_folder(output_dir)
+        finally:
+            _delete(temporary)
+
+
+def _swap_in(temporary: Path, final: Path, replaced: Path) -> None:
+    """Rename `temporary` to `final`, after renaming an old `final` to `replaced`; put it back if that fails."""
+    try:
+        if os.path.lexists(final):
+            final.rename(replaced)
+        temporary.rename(final)
+    except BaseException:
+        if os.path.lexists(replaced) and not os.path.lexists(final):
+            replaced.rename(final)
+        raise
+    sync_folder(final.parent)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Undo what dead runs left half done: put a moved-aside folder back if its place is empty, delete the rest."""
+    for path in _children(output_dir):
+        match = HIDDEN_NAME.fullmatch(path.name)
+        if not match or _is_locked(path):
+            continue
+        final = path.parent / (f"checkpoint-{match[2]}" if match[2].isdecimal() else match[2])
+        if match[1] == "replaced" and not os.path.lexists(final):
+            path.rename(final)
+        else:
+            _delete(path)
+
+
+def prune(output_dir: Path, limit: int | None, newest: int) -> list[Path]:
+    """Remove the oldest complete checkpoints after a save; leave incomplete ones and other names alone.
+
+    Args:
+        output_dir: the run's output folder.
+        limit: how many to keep, at least 1; None keeps all.
+        newest: the step just saved; checkpoints of later steps, from another run, are neither counted nor removed.
+
+    Returns:
+        The paths that are gone, lowest step first.
+    """
+    if limit is None:
+        return []
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; at least the checkpoint just saved must stay, so it is 1 or more.")
+    own = [path for path in list_checkpoints(output_dir) if step_of(path) <= newest]
+    gone = own[:-limit]
+    # Under their own name, half-deleted checkpoints might still look complete.
+    hidden = [path.rename(_hidden_path(path, "removing")) for path in gone]
+    if hidden:
+        sync_folder(output_dir)
+    for path in hidden:
+        _delete(path)
+    return gone
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines file whose "step" is at most `step`; drop later, torn and other lines."""
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    kept = [line for line in before.splitlines() if _line_step(line) <= step]
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        atomic_write_text(path, after.decode())
+
+
+def _line_step(line: bytes) -> float:
+    """Return the "step" of a line of JSON, infinity if there is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file so that, whatever happens, it holds its old content or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".saving-text-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file, _lock(temporary):
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Give all files below a folder the usual permissions and wait until they, and the folders, are on the disk."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # safetensors makes its files readable for their owner alone.
+            Path(parent, name).chmod(0o666 & ~mask)
+            _sync(Path(parent, name))
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries (not its files' content) are on the disk."""
+    if os.name != "nt":  # Windows opens no folders
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Call fsync on a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock that tells `remove_leftovers` of other processes to keep away, where the file system has locks."""
+    if fcntl is None or not path.exists():
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether a live process holds the lock of a file or folder."""
+    if fcntl is None or not path.exists():
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def _hidden_path(final: Path, purpose: str) -> Path:
+    """Return a new hidden path beside `final`, without the word "checkpoint", that tells what belongs to what.
+
+    Raises:
+        ValueError: The name would not come back: all digits, or the word in another form than `checkpoint-N`.
+    """
+    step = step_of(final)
+    if step is None and (final.name.isdecimal() or "checkpoint" in final.name):
+        raise ValueError(
+            f"{final.name}: only checkpoint-N, or a name without that word and not a number, can be written."
+        )
+    return final.parent / f".{purpose}-{final.name if step is None else step}-{secrets.token_hex(4)}"
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder, file or link, if it is there; warn when that fails, since no run should end for it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if os.path.lexists(path):
+        logger.warning("Could not remove %s; it is of no use any more.", path)
+
+
+def _children(folder: Path) -> list[Path]:
+    """Return what lies in a folder; nothing when there is no such folder."""
+    return list(Path(folder).iterdir()) if Path(folder).is_dir() else []

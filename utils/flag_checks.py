@@ -1,0 +1,35 @@
+"""Checks of flags' values that need no knowledge of what the flags do."""
+
+import importlib.util
+import math
+from typing import Any
+
+RANGES = {
+    "above 0": lambda value: 0 < value < math.inf,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "1 or more": lambda value: 1 <= value < math.inf,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[str]:
+    """Return a sentence for each number that is out of its range; NaN is in none, None is unset.
+
+    Args:
+        ranges: Names of values, and for each a key of `RANGES`.
+    """
+    return [
+        f"--{name} {values[name]} is out of range: it must be {words}."
+        for name, words in ranges.items()
+        if values[name] is not None and not RANGES[words](values[name])
+    ]
+
+
+def problems_that_hold(*checks: tuple[Any, str]) -> list[str]:
+    """Return the sentences of those (condition, sentence) pairs whose condition is true."""
+    return [sentence for condition, sentence in checks if condition]
+
+
+def is_installed(package: str) -> bool:
+    """Say whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,181 @@
+"""Sharing on the Hub: check before training that a repository can be written, list what is shared, and upload it."""
+
+import json
+import shlex
+import textwrap
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OIDCError
+from huggingface_hub.utils import validate_repo_id
+
+from utils.errors import InputError
+
+PIPELINE = "model_index.json"
+ADAPTER = "pytorch_lora_weights.safetensors"
+# What the client raises when it cannot reach the Hub, is refused, or cannot read the answer.
+FAILURES = (HTTPError, OSError, ValueError, OIDCError)
+NEW_TOKEN = "Make a token with write role at https://huggingface.co/settings/tokens and log in: `hf auth login`"
+
+
+def prepare_repository(name: str | None, output_dir: Path, token: str | None, private: bool) -> str:
+    """Create the model repository unless it exists, and check that the login may write to it.
+
+    Args:
+        name: `owner/name`, or the `name` of one of the user's own; None takes the name of `output_dir`.
+        output_dir: Where the run writes; need not exist yet.
+        token: None takes the login of the environment or of `hf auth login`.
+        private: Create it as a private one; a public one that exists is then refused.
+
+    Returns:
+        The full id, `owner/name`.
+
+    Raises:
+        InputError: There is no login, the Hub refuses it, the id or the rights, or does not answer.
+    """
+    token = _find_token(token)
+    api = HfApi(token=token)
+    user = _check_login(api)
+    repository = name or output_dir.resolve().name
+    if "/" not in repository:
+        repository = f"{user}/{repository}"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} cannot be a repository: {error} Set another --hub_model_id.") from error
+    try:
+        # None, not False: an organisation may have made private its default.
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        api.auth_check(repository, write=True)
+        is_exposed = private and not api.model_info(repository).private
+    except FAILURES as error:
+        reason = _reason(error, token)
+        if _status(error) in (401, 402, 403, 404):
+            advice = f"{NEW_TOKEN}, or set another --hub_model_id"
+            raise InputError(f"{user} may not write to the repository {repository}: {reason}. {advice}.") from error
+        raise InputError(f"the repository {repository} was not prepared: {reason}. {_detour(api)}") from error
+    if is_exposed:
+        raise InputError(
+            f"--hub_private_repo is set, but the repository {repository} exists and is public. Make it private at "
+            f"{api.endpoint}/{repository}/settings, set another --hub_model_id, or use --no-hub_private_repo."
+        )
+    return repository
+
+
+def files_to_upload(folder: Path) -> list[str]:
+    """List what may be shared of an output folder: card, previews and result, as sorted posix paths relative to it.
+
+    Hidden files are left out, and so is everything behind a symlink: it may never have been meant to be shared.
+    """
+    candidates = [folder / "README.md", *folder.glob("samples/**/*.png"), *result_files(folder)]
+    return sorted({path.relative_to(folder).as_posix() for path in candidates if _may_be_shared(path, folder)})
+
+
+def result_files(folder: Path) -> list[Path]:
+    """List the files of the pipeline and of the adapter in an output folder; empty before training has ended.
+
+    Raises:
+        InputError: model_index.json cannot be read.
+    """
+    files, parts = [], set()
+    if (folder / PIPELINE).is_file():
+        files.append(folder / PIPELINE)
+        # Components are named after parameters of the pipeline's class; "../elsewhere" or "checkpoint-500" are none.
+        parts |= {name for name in _read_index(folder / PIPELINE) if name.isidentifier() and not name.startswith("_")}
+    if (folder / ADAPTER).is_file():
+        files.append(folder / ADAPTER)
+        parts.add("scheduler")
+    return files + [path for part in sorted(parts) for path in (folder / part).rglob("*") if path.is_file()]
+
+
+def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
+    """Upload in one commit what `files_to_upload` lists, and return the repository's URL.
+
+    Raises:
+        InputError: It failed for whatever reason; the message has the command that tries again.
+    """
+    try:
+        api = HfApi(token=_find_token(token))
+        additions = [CommitOperationAdd(name, folder.resolve() / name) for name in files_to_upload(folder)]
+        # Not `upload_folder`: where xet is installed, that one makes several commits.
+        api.create_commit(repo_id, additions, commit_message="Upload the result of DreamBooth training")
+    except Exception as error:  # hf_xet's errors and those of upload threads have no base class in common
+        command = f"python -m utils.upload {shlex.quote(str(folder))} --hub_model_id {repo_id}"
+        raise InputError(
+            f"the upload to {repo_id} failed: {_reason(error, token)}. The result is safe in {folder}. "
+            f"Try again with: {command}"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+def _find_token(token: str | None) -> str:
+    """Return the given token, or else the one of the environment or of `hf auth login`."""
+    try:
+        token = (token or "").strip() or get_token()
+    except FAILURES + (RuntimeError,) as error:
+        raise InputError(f"the environment's login failed: {_reason(error, token)}. Run `hf auth login`.") from error
+    if token is None:
+        raise InputError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        # Must come before the first request, because the HTTP client's error would quote the token.
+        raise InputError("the token has spaces or signs in it that no token has. Copy it again, the whole of it.")
+    return token
+
+
+def _check_login(api: HfApi) -> str:
+    """Return the user's name, or raise an `InputError` if the Hub refuses the token or lets it only read."""
+    try:
+        account = api.whoami()
+        user, access = account["name"], account.get("auth", {}).get("accessToken", {})
+    except (*FAILURES, KeyError) as error:
+        reason = _reason(error, api.token)
+        if _status(error) in (401, 403):
+            raise InputError(f"the Hub refuses the token: {reason}. {NEW_TOKEN}.") from error
+        raise InputError(f"the login cannot be checked: {reason}. {_detour(api)}") from error
+    if access.get("role") == "read":
+        raise InputError(f"the token of {user} can only read. {NEW_TOKEN}.")
+    return user
+
+
+def _detour(api: HfApi) -> str:
+    """Say what to do when the Hub cannot be reached."""
+    return (
+        f"Check the connection to {api.endpoint} and that HF_HUB_OFFLINE is not set, or train without --push_to_hub "
+        "and upload later with `python -m utils.upload OUTPUT_DIR`."
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """Return the status of the answer that an error is about, if there was one."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _reason(error: BaseException, token: str | None) -> str:
+    """Return in one line what an error says, without the token and without a full stop."""
+    if isinstance(error, HfHubHTTPError):
+        words = f"{_status(error)} {error.server_message or str(error).strip().partition(chr(10))[0]}"
+    else:
+        words = str(error) or type(error).__name__
+        if error.__cause__ and str(error.__cause__) not in words:
+            words = f"{words.rstrip('.')}: {_reason(error.__cause__, token)}"
+    if token:
+        words = words.replace(token, "<token>")
+    return textwrap.shorten(words, 400, placeholder=" …").rstrip(".")
+
+
+def _read_index(path: Path) -> dict:
+    """Read the names of a pipeline's components."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Save the pipeline again.") from error
+    if not isinstance(index, dict):
+        raise InputError(f"{path} holds no JSON object of components. Save the pipeline again.")
+    return index
+
+
+def _may_be_shared(path: Path, folder: Path) -> bool:
+    """Tell whether a path is a file of the folder itself, not hidden and not reached through a symlink."""
+    relative = path.relative_to(folder)
+    is_hidden = any(part.startswith(".") for part in relative.parts)
+    return path.is_file() and not is_hidden and path.resolve() == folder.resolve() / relative

@@ -1,0 +1,328 @@
+"""List, open, check and write image files, so that one picture gives the same pixels whatever its format.
+
+An opened image is always mode "RGB": 8 bits, upright, sRGB, on white where it was transparent.
+"""
+
+import functools
+import io
+import os
+import secrets
+import unicodedata
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from utils.errors import InputError
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".heic", ".heif", ".avif"),
+)
+
+# What Pillow may take a file for. A closed list, because the suffix says nothing about the content: Pillow would also
+# run Ghostscript on PostScript that is named photo.jpg.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS archives and Synology disks add
+
+_EXIF_ORIENTATION = 0x0112
+_TIFF_PHOTOMETRIC = 262  # its value 0 means that white is stored as zero
+_TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+_MODES_8BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
+_GREY_MODES = ("1", "L", "LA", "La")
+_PROFILE_MODES = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # an ICC header's colour space -> Pillow's mode
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds, each part sorted by path."""
+
+    images: tuple[Path, ...]
+    skipped: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a look into every file found."""
+
+    sizes: dict[Path, tuple[int, int]]  # readable images only: upright (width, height) in pixels
+    unreadable: dict[Path, str]  # path -> reason
+    transparent: tuple[Path, ...]  # images with at least one pixel that is not opaque
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
+
+
+def list_images(folder: Path) -> Listing:
+    """List a folder's images recursively, in an order that is the same on every machine.
+
+    The suffix alone decides what is an image, in any case; `open_rgb` then goes by the content. Links are followed. A
+    folder that is hidden, already listed or above `folder` is skipped as one entry, so link loops end.
+
+    Args:
+        folder: where to look; hidden names count only below it.
+
+    Returns:
+        Paths that begin with `folder`: the images and everything that was skipped.
+
+    Raises:
+        InputError: `folder` or a folder below it cannot be read.
+    """
+    folder = Path(folder)
+    images, skipped = [], []
+    seen, pending = set(folder.resolve().parents), deque([folder])
+    while pending:
+        current = pending.pop()
+        if current.resolve() in seen:
+            skipped.append(current)
+            continue
+        seen.add(current.resolve())
+        for path in _entries(current):
+            if path.name.startswith(".") or path.name in _SYSTEM_FOLDERS:
+                skipped.append(path)
+            elif path.is_symlink() and path.is_dir():
+                pending.appendleft(path)  # after all real folders, whose own paths go first
+            elif path.is_dir():
+                pending.append(path)
+            else:
+                (images if path.suffix.lower() in IMAGE_SUFFIXES else skipped).append(path)
+    in_order = functools.partial(sorted, key=functools.partial(_sort_key, folder))
+    return Listing(tuple(in_order(images)), tuple(in_order(skipped)))
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Open an image as 8-bit sRGB, upright and opaque.
+
+    Grey of 16 bits keeps its high byte, as Pillow does for 16-bit colours, so that v * 257 becomes v. Transparency is
+    composited on white, an animation gives its first frame, and a broken or unfitting colour profile is ignored.
+
+    Returns:
+        A mode "RGB" image that holds no metadata and no open file.
+
+    Raises:
+        InputError: the file is missing, cut off, corrupt, suspiciously large, or of a kind that cannot become RGB.
+    """
+    try:
+        with _open(path) as image:
+            raw_mode = _raw_mode(image)
+            image.load()
+            turn, profile = _turn(image), image.info.get("icc_profile")
+            colours, alpha = _split_alpha(image, raw_mode)
+    except Exception as error:  # decoders raise nearly every type on corrupt data
+        message = f"{path} cannot be read as an image: {_reason(error)}. Export it again, or remove it."
+        raise InputError(message) from error
+    rgb = _to_srgb(colours, profile)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # a profile that stays here would be written, and applied again, with the converted pixels
+    return rgb
+
+
+def inspect_images(paths: Iterable[Path]) -> Inspection:
+    """Decode every image once to learn its size, whether it is readable, and whether it is transparent.
+
+    Returns:
+        The findings; a bad file becomes an entry of `unreadable`, never an exception.
+    """
+    sizes, unreadable, transparent = {}, {}, []
+    for path in paths:
+        try:
+            sizes[path], is_transparent = _inspect(path)
+        except Exception as error:  # see open_rgb
+            unreadable[path] = _reason(error)
+            continue
+        if is_transparent:
+            transparent.append(path)
+    return Inspection(sizes, unreadable, tuple(transparent))
+
+
+def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
+    """Look at every image of a folder that must hold some.
+
+    Args:
+        flag: What the folder is called in messages.
+        skip_bad: Go on without unreadable images instead of raising.
+
+    Raises:
+        InputError: The folder holds no images, or unreadable ones (all are listed).
+    """
+    listing = list_images(folder)
+    left_out = ", ".join(str(path.relative_to(folder)) for path in listing.skipped[:10])
+    left_out += f" and {len(listing.skipped) - 10} more" if len(listing.skipped) > 10 else ""
+    if not listing.images:
+        found = f"Found: {left_out}." if left_out else "It is empty."
+        raise InputError(f"{flag} {folder} holds no images (looked for {' '.join(IMAGE_SUFFIXES)}). {found}")
+    inspection = inspect_images(listing.images)
+    notes = [f"Not read as images in {folder}: {left_out}."] if left_out else []
+    if inspection.unreadable:
+        lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
+        head = f"{len(lines)} of {len(listing.images)} images in {flag} {folder} cannot be read:"
+        if not skip_bad or not inspection.sizes:
+            advice = "Mend or remove them, or go on without them by --skip_bad_images."
+            raise InputError("\n".join([head, *lines, advice]))
+        notes.append("\n".join([head, *lines]))
+    if inspection.transparent:
+        notes.append(f"{len(inspection.transparent)} images in {folder} are transparent in parts: put on white.")
+    return replace(inspection, notes=tuple(notes))
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG that other processes see either whole or not at all."""
+    path = Path(path)
+    # Hidden, so that list_images never takes it; in the same folder, because only there a rename is atomic.
+    partial = path.with_name(f".{secrets.token_hex(8)}.png.partial")
+    try:
+        with partial.open("xb") as file:
+            image.save(file, format="PNG")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """List a folder's direct entries by name, or raise an `InputError`."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        message = f"The image folder {folder} cannot be listed: {_reason(error)}. Name a folder that you may read."
+        raise InputError(message) from error
+
+
+def _sort_key(folder: Path, path: Path) -> tuple[str, str]:
+    """Make a sort key from the path below `folder`; composed, because macOS may store "é" as two characters."""
+    name = path.relative_to(folder).as_posix()
+    return unicodedata.normalize("NFC", name), name
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image file by its content without decoding it."""
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise InputError("the file is empty")
+    if head[4:8] != b"ftyp" or b"avif" in head or not any(brand in head for brand in _HEIC_BRANDS):
+        return Image.open(path, formats=_FORMATS)
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise InputError("it is a HEIC photo, which needs `pip install pillow-heif`") from error
+    pillow_heif.register_heif_opener()
+    return Image.open(path, formats=("HEIF",))
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words why a file could not be read."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        return "it is damaged, or in no format that is read here (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
+    if isinstance(error, (InputError, Image.DecompressionBombError, MemoryError)):
+        return text
+    return getattr(error, "strerror", None) or f"it is cut off or damaged ({text})"
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Name how the file stores a pixel ("L;2", "RGB;16B"), which Pillow forgets once the image is loaded."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return arguments if isinstance(arguments, str) else str(next(iter(arguments or ("",))))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Find what makes a loaded image upright; None where it is, or where its EXIF data is broken."""
+    try:
+        return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
+    except Exception:  # broken metadata raises nearly every type, and the pixels are good
+        return None
+
+
+def _inspect(path: Path) -> tuple[tuple[int, int], bool]:
+    """Decode an image; return its upright (width, height) and whether any pixel is not opaque."""
+    with _open(path) as image:
+        width, height = image.size
+        raw_mode = _raw_mode(image)
+        image.draft(None, (max(1, width // 8), max(1, height // 8)))  # JPEG only: all bytes are read, few pixels made
+        image.load()
+        if _turn(image) in _QUARTER_TURNS:
+            width, height = height, width
+        alpha = _split_alpha(image, raw_mode)[1]
+        return (width, height), alpha is not None and alpha.getextrema()[0] < 255
+
+
+def _split_alpha(image: Image.Image, raw_mode: str) -> tuple[Image.Image, Image.Image | None]:
+    """Separate a loaded image into its 8-bit colours (mode "L", "RGB" or "CMYK") and its alpha (mode "L"), if any."""
+    if image.mode.startswith("I"):
+        return _split_alpha_of_deep_grey(image, raw_mode)
+    if image.mode not in _MODES_8BIT:
+        raise InputError(f"its pixels are of mode {image.mode}, without a fixed range; save it with 8 bits per colour")
+    if not image.has_transparency_data:
+        grey_or_rgb = "L" if image.mode in _GREY_MODES else "RGB"
+        return image.convert("CMYK" if image.mode == "CMYK" else grey_or_rgb), None
+    key = image.info.get("transparency")  # the one transparent colour, which Pillow leaves at the file's bit depth
+    if raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+    elif raw_mode == "RGB;16B" and key is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    *colours, alpha = image.convert("LA" if image.mode in _GREY_MODES else "RGBA").split()
+    return Image.merge("L" if len(colours) == 1 else "RGB", colours), alpha
+
+
+def _split_alpha_of_deep_grey(image: Image.Image, raw_mode: str) -> tuple[Image.Image, Image.Image | None]:
+    """Bring a loaded grey image of 12, 16 or 32 bits (values up to 65535) to 8 bits; see `_split_alpha`."""
+    values = np.asarray(image).astype(np.int32)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise InputError(f"its grey values run from {low} to {high}, not from 0 to 65535; save it with 8 or 16 bits")
+    key = image.info.get("transparency")
+    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    bits = 12 if raw_mode == "I;12" else 16
+    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
+        values = 2**bits - 1 - values
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), alpha
+
+
+def _to_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert mode "L", "RGB" or "CMYK" to sRGB, by an ICC profile if one fits the mode, else by Pillow's rules."""
+    mode = _PROFILE_MODES.get((profile or b"")[16:20])
+    if (colours.mode, mode) == ("L", "RGB"):  # a colour photo that was made grey and kept its profile
+        colours = colours.convert("RGB")
+    transform = _transform_to_srgb(profile, mode) if mode == colours.mode else None
+    return colours.convert("RGB") if transform is None else ImageCms.applyTransform(colours, transform)
+
+
+@functools.lru_cache(maxsize=16)
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Build the colour transform from an ICC profile to sRGB; None if it is broken or already describes sRGB.
+
+    Profiles that are sRGB differ in name, size and rounding, so a lattice of colours decides: one that moves none of
+    them by more than one level of 255 is sRGB.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        if mode == "L":
+            flags |= ImageCms.Flags.NOOPTIMIZE  # the faster table is up to ten levels wrong in dark greys
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.linspace(0, 255, 18).astype(np.uint8)
+    lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    colours = Image.fromarray(lattice) if mode == "RGB" else Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    moved = np.asarray(ImageCms.applyTransform(colours, transform), int) - np.asarray(colours.convert("RGB"), int)
+    return None if np.abs(moved).max() <= 1 else transform

@@ -1,0 +1,100 @@
+"""The log of a run: metrics.jsonl, the trackers, and the progress bar."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, tracking
+from PIL import Image
+from tqdm.auto import tqdm
+
+from utils import checkpoints, devices
+
+
+class MetricLog:
+    """Write one line per optimizer step, one step late, so that reading the loss never makes the device wait."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, steps: int):
+        """Keep the lines up to `first_step` of an earlier run and drop the rest."""
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.waiting: tuple[int, dict] | None = None
+        self.progress = tqdm(
+            total=steps, initial=first_step, desc="steps", disable=not accelerator.is_local_main_process
+        )
+        self.file = None
+        if accelerator.is_main_process:
+            checkpoints.truncate_metrics(path, first_step)
+            self.file = path.open("a" if first_step else "w", encoding="utf-8")
+
+    def add(self, step: int, began: float, examples: int, values: dict[str, float | torch.Tensor]) -> None:
+        """Take a step's values and write the step before.
+
+        Args:
+            began: `time.perf_counter()` at the start of the step.
+            examples: How many examples all processes worked on in the step.
+            values: Numbers, or tensors of one number that may still be on their way.
+        """
+        self._write()
+        seconds = time.perf_counter() - began
+        speed = {"seconds": seconds, "samples_per_second": examples / seconds}
+        self.waiting = step, values | speed | {"memory_gb": devices.peak_memory_gb(self.device)}
+        self.progress.update()
+
+    def flush(self) -> None:
+        """Write what waits, to the disk."""
+        self._write()
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Write what waits and end the progress bar."""
+        self.flush()
+        self.progress.close()
+        if self.file:
+            self.file.close()
+
+    def _write(self) -> None:
+        """Write the step that waits; numbers that are not finite are left out, since JSON has no word for them."""
+        if self.waiting is None:
+            return
+        step, values = self.waiting
+        self.waiting = None
+        numbers = {key: float(value) for key, value in values.items()}
+        shown = {key: f"{numbers[key]:.4g}" for key in ("loss", "lr", "seconds")}
+        self.progress.set_postfix(shown, refresh=False)
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        self.accelerator.log(finite, step=step)
+        if self.file:
+            self.file.write(json.dumps({"step": step} | finite) + "\n")
+            self.file.flush()
+
+
+def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
+    """Send pictures of one size to those trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stack = np.stack([np.array(picture) for picture in pictures])
+            tracker.log_images({name: stack}, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
+            tracker.log_images({name: pictures}, step)
+
+
+def find_tracker_problems(names: list[str]) -> list[str]:
+    """Return a sentence for each tracker that is unknown or not installed."""
+    known = {str(name) for name in tracking.LOGGER_TYPE_TO_CLASS}
+    missing = set(names) - {"all"} - {str(name) for name in tracking.get_available_trackers()}
+    problems = [f"--report_to {name} needs its package: pip install {name}." for name in sorted(missing & known)]
+    listed = ", ".join(["all", "none", *sorted(known)])
+    return problems + [f"--report_to {name} is unknown. Known are {listed}." for name in sorted(missing - known)]
+
+
+def simple_settings(settings: dict[str, Any]) -> dict[str, int | float | str]:
+    """Keep those settings that every tracker can store."""
+    return {key: value for key, value in settings.items() if isinstance(value, int | float | str)}

@@ -1,0 +1,120 @@
+"""The model card: README.md of a result, for people and for the Hub."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a card tells.
+
+    Attributes:
+        title: The repository's id or the folder's name.
+        base_model: Hub id or folder that was fine-tuned.
+        grid: Path of the preview below the result, or None.
+        settings: What a reader wants to know of the run, by name.
+        snippet: Python code that draws a picture with the result.
+    """
+
+    title: str
+    base_model: str
+    tags: list[str]
+    instance_prompt: str
+    validation_prompt: str | None
+    grid: str | None
+    settings: dict[str, Any]
+    snippet: str
+
+
+def find_license(base_model: str, revision: str | None, token: str | None) -> dict[str, str]:
+    """Return the licence entries of the base model's own card; none when it has no card or no licence."""
+    path = Path(base_model, "README.md")
+    try:
+        if not Path(base_model).is_dir():
+            path = Path(huggingface_hub.hf_hub_download(base_model, "README.md", revision=revision, token=token))
+        data = huggingface_hub.ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError, HfHubHTTPError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: data.get(name) for name in names if data.get(name)}
+
+
+def render(card: Card, license: dict[str, str]) -> str:
+    """Return the card as Markdown with the Hub's YAML header.
+
+    Args:
+        license: The base model's licence entries, which bind what is derived from it.
+    """
+    header = {"library_name": "diffusers", "tags": card.tags, "instance_prompt": card.instance_prompt, **license}
+    if not Path(card.base_model).is_dir():
+        # The Hub refuses a base_model that is no Hub id.
+        header["base_model"] = card.base_model
+    if card.grid:
+        header["widget"] = [{"text": card.validation_prompt or card.instance_prompt, "output": {"url": card.grid}}]
+    preview = f"\n`{card.validation_prompt}`:\n\n![samples]({card.grid})\n" if card.grid else ""
+    base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
+    licence = license.get("license") or "unknown: see the base model"
+    rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in card.settings.items())
+    return f"""---
+{huggingface_hub.repocard_data.CardData(**header).to_yaml()}
+---
+
+# {card.title}
+
+Fine-tuned from {base} with [DreamBooth](https://arxiv.org/abs/2208.12242) on photos of one subject.
+Name it in a prompt as in training: `{card.instance_prompt}`
+{preview}
+## Use
+
+```python
+{card.snippet}
+```
+
+## Settings
+
+| | |
+|---|---|
+{rows}
+
+Licence of the base model: {licence}
+"""
+
+
+def pipeline_snippet(result: str, prompt: str, base_model: str | None) -> str:
+    """Return code that draws with a pipeline; `base_model` lends its text encoder if it is given."""
+    encoder = f"{base_model!r}, subfolder='text_encoder'"
+    lent = ", text_encoder=text_encoder" if base_model else ""
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            *(["from transformers import CLIPTextModel"] if base_model else []),
+            "",
+            'device = "cuda" if torch.cuda.is_available() else "cpu"',
+            *([f"text_encoder = CLIPTextModel.from_pretrained({encoder})"] if base_model else []),
+            f"pipeline = DiffusionPipeline.from_pretrained({result!r}{lent})",
+            f"image = pipeline.to(device)({prompt!r}).images[0]",
+            'image.save("image.png")',
+        ]
+    )
+
+
+def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None) -> str:
+    """Return code that draws with a base model and an adapter."""
+    at = f", revision={revision!r}" if revision else ""
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            'device = "cuda" if torch.cuda.is_available() else "cpu"',
+            f"pipeline = DiffusionPipeline.from_pretrained({base_model!r}{at}).to(device)",
+            f"pipeline.load_lora_weights({result!r})",
+            f"image = pipeline({prompt!r}).images[0]",
+            'image.save("image.png")',
+        ]
+    )
