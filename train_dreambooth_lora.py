@@ -24,8 +24,6 @@ import argparse
 import dataclasses
 import enum
 import functools
-import importlib
-import importlib.util
 import json
 import logging
 import math
@@ -56,13 +54,16 @@ from tqdm.auto import tqdm
 
 from utils import checkpoints, config_file, devices, hub, images, model_card, model_files, previews
 from utils.errors import InputError, show_input_errors_without_traceback
-from utils.metric_log import MetricLog, simple_settings, track_images
+from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
+from utils.metric_log import MetricLog, find_tracker_problems, simple_settings, track_images
+from utils.processes import on_main_process
 from utils.seeds import derive_seed, generator
 from utils.stop_request import StopRequest, ignore_signals
 
 logger = get_logger(__name__)
 
 METHOD = "LoRA DreamBooth"
+METHOD_TAGS = ["lora"]
 DEFAULT_OUTPUT_DIR = "lora-dreambooth-model"
 DEFAULT_LEARNING_RATE = 5e-4
 UNET_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
@@ -80,25 +81,15 @@ class ModelKind(enum.Enum):
 # Same in train_dreambooth.py
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """What the checkpoint's own config files say; no weights.
-
-    Attributes:
-        kind: The family.
-        index: `model_index.json`: the library and class of each component.
-        unet, scheduler, vae: These components' configs.
-        latent_factor: Pixels per latent, along height and along width.
-        native_size: Height and width in pixels that the checkpoint was trained at.
-        resolution: Height and width in pixels to train at: the flag's, or the kind's.
-    """
+    """What the checkpoint's own config files say, and the resolution that follows; no weights."""
 
     kind: ModelKind
-    index: dict
-    unet: dict
-    scheduler: dict
-    vae: dict
-    latent_factor: int
-    native_size: int
-    resolution: int
+    index: dict  # model_index.json: the library and class of each component
+    scheduler: dict  # its config
+    prediction_type: str  # epsilon or v_prediction
+    latent_factor: int  # pixels per latent, along height and along width
+    native_size: int  # height and width in pixels that the checkpoint draws at
+    resolution: int  # height and width in pixels to train at
 
 
 # Same in train_dreambooth.py
@@ -143,19 +134,12 @@ class Plan:
 # Same in train_dreambooth.py
 @dataclasses.dataclass
 class PromptTable:
-    """Every distinct prompt of the run, tokenised, and encoded unless the text encoder is needed later.
-
-    Attributes:
-        texts: The N prompts; a row of the tensors each.
-        ids: (N, L) int64 token ids, on the training device.
-        mask: (N, L) int64 attention mask, or None when the text encoder sees padding too.
-        embeds: (N, L, D) text embeddings, or None when they are computed in the loop.
-    """
+    """Every distinct prompt of the run, a row each."""
 
     texts: list[str]
-    ids: Tensor
-    mask: Tensor | None
-    embeds: Tensor | None = None
+    ids: Tensor  # (N, L) int64 tokens, on the training device
+    mask: Tensor | None  # (N, L) int64 attention mask; None when the text encoder sees padding too
+    embeds: Tensor | None = None  # (N, L, D); None when embeddings are computed in the loop
 
 
 # Same in train_dreambooth.py
@@ -225,6 +209,24 @@ def main(argv: list[str] | None = None) -> int:
 # `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
 # Same in train_dreambooth.py
 SWITCH = argparse.BooleanOptionalAction
+# Same in train_dreambooth.py
+AT_LEAST_ONE = (
+    *("resolution", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "lr_num_cycles", "checkpointing_steps"),
+    *("checkpoints_total_limit", "num_validation_images", "validation_steps", "validation_epochs"),
+    *("validation_num_inference_steps",),
+)
+# Same in train_dreambooth.py
+NOT_NEGATIVE = (
+    *("seed", "dataloader_num_workers", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "text_encoder_lr"),
+    *("lr_power", "adam_weight_decay", "max_grad_norm", "noise_offset", "validation_guidance_scale"),
+)
+# A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
+# Same in train_dreambooth.py
+FITS = (
+    *("pretrained_model_name_or_path", "train_text_encoder", "use_8bit_adam"),
+    *("train_batch_size", "gradient_accumulation_steps"),
+)
 
 
 # Same in train_dreambooth.py
@@ -418,133 +420,89 @@ def add_result_args(group) -> None:
 # Same in train_dreambooth.py
 def find_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that both scripts share, a sentence each."""
+    ranges = dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
+    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2"), "in [0, 1)")
+    ranges |= dict.fromkeys(NOT_NEGATIVE, "0 or more") | dict.fromkeys(AT_LEAST_ONE, "1 or more")
+    needed = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
     return [
-        *find_missing_flags(args),
-        *find_bad_numbers(args),
+        *(f"--{name} is required." for name in needed if not getattr(args, name)),
+        *find_out_of_range(vars(args), ranges),
         *find_contradictions(args),
         *find_bad_folders(args),
-        *find_missing_packages(args),
+        *find_tracker_problems(tracker_names(args)),
     ]
-
-
-# Same in train_dreambooth.py
-def find_missing_flags(args: Namespace) -> list[str]:
-    """Return a sentence for each flag that is needed and not given."""
-    needed = ["pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"]
-    problems = [f"--{name} is required." for name in needed if not getattr(args, name)]
-    if args.with_prior_preservation and not args.class_prompt:
-        problems.append("--with_prior_preservation needs --class_prompt, for example 'a photo of dog'.")
-    return problems
-
-
-# Same in train_dreambooth.py
-def find_bad_numbers(args: Namespace) -> list[str]:
-    """Return a sentence for each number that is out of its range; NaN is in none."""
-    at_least = {
-        1: "resolution num_class_images sample_batch_size train_batch_size gradient_accumulation_steps "
-        "num_train_epochs max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit "
-        "num_validation_images validation_steps validation_epochs validation_num_inference_steps",
-        0: "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_power "
-        "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale",
-        3: "tokenizer_max_length",
-    }
-    problems = []
-    for least, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not least <= value < math.inf:
-                problems.append(f"--{name} {value} is out of range: it must be {least} or more.")
-    problems += [
-        f"--{name} {getattr(args, name)} is out of range: it must be in [0, 1)."
-        for name in ("adam_beta1", "adam_beta2")
-        if not 0 <= getattr(args, name) < 1
-    ]
-    problems += [
-        f"--{name} {getattr(args, name)} is out of range: it must be above 0."
-        for name in ("adam_epsilon", "snr_gamma")
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf
-    ]
-    return problems
 
 
 # Same in train_dreambooth.py
 def find_contradictions(args: Namespace) -> list[str]:
-    """Return a sentence for each pair of flags that exclude each other."""
-    problems = []
-    if args.train_text_encoder and args.pre_compute_text_embeddings:
-        problems.append(
+    """Return a sentence for each flag that lacks or excludes another, a package or a device."""
+    no_gpu = not devices.has_accelerator()
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return problems_that_hold(
+        (
+            args.with_prior_preservation and not args.class_prompt,
+            "--with_prior_preservation needs --class_prompt, for example 'a photo of dog'.",
+        ),
+        (
+            args.train_text_encoder and args.pre_compute_text_embeddings,
             "--train_text_encoder and --pre_compute_text_embeddings exclude each other: embeddings that are computed "
-            "once cannot follow a text encoder that changes. Leave one of them out."
-        )
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        problems.append("--text_encoder_lr needs --train_text_encoder.")
-    if wanted_precision(args) == "fp16" and not devices.has_accelerator():
-        problems.append(
-            "fp16 is asked for, but there is no GPU: a CPU has no fp16 arithmetic for all layers. Use bf16 or no."
-        )
-    if args.prior_generation_precision == "fp16" and not devices.has_accelerator():
-        problems.append("--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16.")
-    return problems
+            "once cannot follow a text encoder that changes. Leave one of them out.",
+        ),
+        (
+            args.text_encoder_lr is not None and not args.train_text_encoder,
+            "--text_encoder_lr needs --train_text_encoder.",
+        ),
+        (
+            precision == "fp16" and no_gpu,
+            "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no.",
+        ),
+        (
+            args.prior_generation_precision == "fp16" and no_gpu,
+            "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16.",
+        ),
+        (
+            args.use_8bit_adam and not is_installed("bitsandbytes"),
+            "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.",
+        ),
+    )
 
 
 # Same in train_dreambooth.py
 def find_bad_folders(args: Namespace) -> list[str]:
     """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
-    if not args.instance_data_dir:
-        return []
-    photos = Path(args.instance_data_dir)
-    if not photos.is_dir():
-        reason = "is not a folder" if photos.exists() else "does not exist"
-        return [f"--instance_data_dir {photos} {reason}."]
-    problems = []
-    inside = [("--output_dir", Path(args.output_dir))]
+    photos, output = Path(args.instance_data_dir or "."), Path(args.output_dir)
+    ours = [("--output_dir", output)]
     if args.with_prior_preservation:
-        inside.append(("--class_data_dir", class_folder(args)))
-    for flag, folder in inside:
-        if folder.resolve().is_relative_to(photos.resolve()):
-            problems.append(
+        ours.append(("--class_data_dir", class_folder(args)))
+    left = [] if args.resume_from_checkpoint else checkpoints.list_checkpoints(output)
+    return problems_that_hold(
+        (
+            not photos.is_dir(),
+            f"--instance_data_dir {photos} {'is not a folder' if photos.exists() else 'does not exist'}.",
+        ),
+        (output.exists() and not output.is_dir(), f"--output_dir {output} is a file. Use another name."),
+        (
+            left,
+            f"--output_dir {output} holds {left[-1].name if left else ''} of an earlier run, which this one would mix "
+            "with. Go on with it by --resume_from_checkpoint latest, or use another folder.",
+        ),
+        *(
+            (
+                args.instance_data_dir and folder.resolve().is_relative_to(photos.resolve()),
                 f"{flag} {folder} lies in --instance_data_dir {photos}, which is read recursively: its pictures would "
-                "be learned as the subject. Use another folder."
+                "be learned as the subject. Use another folder.",
             )
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        problems.append(f"--output_dir {args.output_dir} is a file. Use another name.")
-    left = checkpoints.list_checkpoints(Path(args.output_dir))
-    if left and not args.resume_from_checkpoint:
-        problems.append(
-            f"--output_dir {args.output_dir} holds {left[-1].name} of an earlier run, which this one would mix with. "
-            "Go on with it by --resume_from_checkpoint latest, or use another folder."
-        )
-    return problems
-
-
-# Same in train_dreambooth.py
-def find_missing_packages(args: Namespace) -> list[str]:
-    """Return a sentence for each package that a flag needs and that is not installed."""
-    problems = []
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    known = {str(name) for name in accelerate.tracking.LOGGER_TYPE_TO_CLASS}
-    there = {str(name) for name in accelerate.tracking.get_available_trackers()}
-    for name in set(tracker_names(args)) - {"all"} - there:
-        if name in known:
-            problems.append(f"--report_to {name} needs its package: pip install {name}.")
-        else:
-            problems.append(f"--report_to {name} is unknown. Known are all, none, {', '.join(sorted(known))}.")
-    return problems
+            for flag, folder in ours
+        ),
+    )
 
 
 def find_method_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that only LoRA has."""
-    problems = []
-    if args.rank < 1:
-        problems.append(f"--rank {args.rank} is out of range: it must be 1 or more.")
-    if args.lora_alpha is not None and args.lora_alpha < 1:
-        problems.append(f"--lora_alpha {args.lora_alpha} is out of range: it must be 1 or more.")
-    if not 0 <= args.lora_dropout < 1:
-        problems.append(f"--lora_dropout {args.lora_dropout} is out of range: it must be in [0, 1).")
-    if args.lora_layers is not None and not all(args.lora_layers.split(",")):
-        problems.append(f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LAYERS)}.")
-    return problems
+    ranges = {"rank": "1 or more", "lora_alpha": "1 or more", "lora_dropout": "in [0, 1)"}
+    empty = args.lora_layers is not None and not all(args.lora_layers.split(","))
+    message = f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LAYERS)}."
+    return find_out_of_range(vars(args), ranges) + problems_that_hold((empty, message))
 
 
 # Same in train_dreambooth.py
@@ -557,12 +515,6 @@ def class_folder(args: Namespace) -> Path:
 def tracker_names(args: Namespace) -> list[str]:
     """Return the trackers of --report_to."""
     return [name for name in args.report_to.split(",") if name not in ("", "none")]
-
-
-# Same in train_dreambooth.py
-def wanted_precision(args: Namespace) -> str:
-    """Return no, fp16 or bf16: the flag's, or what `accelerate launch` was told."""
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -591,9 +543,9 @@ def start(args: Namespace) -> Accelerator:
             f"{accelerator.distributed_type} is not supported yet: weights are saved from one process, which holds "
             "all of them only under plain data parallelism. Run `accelerate launch --multi_gpu`."
         )
-    quiet = transformers.utils.logging.set_verbosity_error, diffusers.utils.logging.set_verbosity_error
-    for set_quiet in quiet:
-        set_quiet()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     for note in idle_flags(args):
         logger.warning(note)
     return accelerator
@@ -602,92 +554,74 @@ def start(args: Namespace) -> Accelerator:
 # Same in train_dreambooth.py
 def idle_flags(args: Namespace) -> list[str]:
     """Return a sentence for each flag that is given and changes nothing in this run."""
-    notes = []
-    if args.set_grads_to_none:
-        notes.append("--set_grads_to_none has no work left to do: gradients are always set to None.")
-    if args.local_rank != -1:
-        notes.append("--local_rank has no work left to do: the launcher's environment says it.")
-    if args.hub_token:
-        notes.append("--hub_token is visible in the process list; `hf auth login` or HF_TOKEN keeps it out of there.")
-    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-        notes.append("xformers is not installed: torch's own attention serves instead.")
-    if args.class_prompt and not args.with_prior_preservation:
-        notes.append("--class_prompt has no effect without --with_prior_preservation.")
-    if args.class_data_dir and not args.with_prior_preservation:
-        notes.append("--class_data_dir has no effect without --with_prior_preservation.")
-    return notes
+    alone = not args.with_prior_preservation
+    xformers = args.enable_xformers_memory_efficient_attention and not is_installed("xformers")
+    return problems_that_hold(
+        (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
+        (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
+        (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
+        (xformers, "xformers is not installed: torch's own attention serves instead."),
+        (alone and args.class_prompt, "--class_prompt has no effect without --with_prior_preservation."),
+        (alone and args.class_data_dir, "--class_data_dir has no effect without --with_prior_preservation."),
+    )
 
 
 # Same in train_dreambooth.py
 def recognise_model(args: Namespace) -> BaseModel:
-    """Tell from the checkpoint's config files what it is, and refuse what is not supported and what does not fit.
+    """Tell from the checkpoint's config files what it is.
 
     Raises:
         InputError: The checkpoint is none that this script trains, or flags contradict it.
     """
     name = args.pretrained_model_name_or_path
-    index = read_config(args, "model_index.json")
-    unet = read_config(args, "unet/config.json") if "unet" in index else {}
-    if reason := why_unsupported(index, unet):
-        raise InputError(
-            f"--pretrained_model_name_or_path {name} is {reason}, which is not supported. Supported: "
-            + ", ".join(kind.value for kind in ModelKind)
-            + "."
-        )
-    scheduler = read_config(args, "scheduler/scheduler_config.json")
-    vae = read_config(args, "vae/config.json")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"{name} predicts {prediction!r}; supported are 'epsilon' and 'v_prediction'.")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    resolution = args.resolution or (768 if prediction == "v_prediction" else 512)
-    base = BaseModel(
-        ModelKind.STABLE_DIFFUSION, index, unet, scheduler, vae, factor, unet["sample_size"] * factor, resolution
-    )
+    read = functools.partial(model_files.read_config, name, revision=args.revision, token=args.hub_token)
+    index = read("model_index.json")
+    unet = read("unet/config.json") if "unet" in index else {}
+    scheduler = read("scheduler/scheduler_config.json") if "scheduler" in index else {}
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if reason := why_unsupported(index, unet, prediction_type):
+        supported = ", ".join(kind.value for kind in ModelKind)
+        raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
+    factor = 2 ** (len(read("vae/config.json")["block_out_channels"]) - 1)
+    resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
+    native_size = unet["sample_size"] * factor
+    kind = ModelKind.STABLE_DIFFUSION
+    base = BaseModel(kind, index, scheduler, prediction_type, factor, native_size, resolution)
     if problems := find_misfits(args, base):
-        raise InputError("\n".join([f"the flags do not fit {name} ({base.kind.value}):", *problems]))
+        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
     return base
 
 
 # Same in train_dreambooth.py
-def read_config(args: Namespace, filename: str) -> dict:
-    """Read a JSON file of the base model."""
-    return model_files.read_config(args.pretrained_model_name_or_path, filename, args.revision, args.hub_token)
-
-
-# Same in train_dreambooth.py
-def why_unsupported(index: dict, unet: dict) -> str | None:
+def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None:
     """Return what a checkpoint is if it is none of the supported kinds, else None."""
-    channels = unet.get("in_channels")
+    channels, pipeline = unet.get("in_channels"), f"a {index.get('_class_name', 'pipeline')}"
     if "unet" not in index:
-        return f"a {index.get('_class_name', 'pipeline')} without a U-Net"
+        return f"{pipeline} without a U-Net"
     if "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time":
         return "a Stable Diffusion XL checkpoint"
     if "vae" not in index:
-        stage = {3: "I", 6: "II"}.get(channels, "?")
-        return f"a pixel model without a VAE ({channels} input channels: DeepFloyd IF stage {stage})"
+        return f"a DeepFloyd IF or other pixel model ({channels} input channels and no VAE)"
     if channels == 9:
         return "an inpainting checkpoint (9 input channels)"
     if channels != 4:
-        return f"a {index.get('_class_name', 'pipeline')} with {channels} input channels"
+        return f"{pipeline} with {channels} input channels"
     if not index.get("text_encoder", [None])[0] or not index.get("tokenizer", [None])[0]:
-        return f"a {index.get('_class_name', 'pipeline')} without a text encoder and a tokenizer"
+        return f"{pipeline} without a text encoder and a tokenizer"
+    if prediction_type not in ("epsilon", "v_prediction"):
+        return f"{pipeline} that predicts {prediction_type!r}"
     return None
 
 
 # Same in train_dreambooth.py
 def find_misfits(args: Namespace, base: BaseModel) -> list[str]:
     """Return a sentence for each flag that contradicts the checkpoint."""
-    problems = []
-    if base.resolution % base.latent_factor:
-        problems.append(f"--resolution {base.resolution} is no multiple of the VAE's factor {base.latent_factor}.")
-    if args.class_labels_conditioning:
-        problems.append("--class_labels_conditioning is for U-Nets with class labels, and this one has none.")
-    if args.validation_images:
-        problems.append(
-            "--validation_images is for super-resolution; this model draws from --validation_prompt alone."
-        )
-    return problems
+    size, factor = base.resolution, base.latent_factor
+    return problems_that_hold(
+        (size % factor, f"--resolution {size} is no multiple of {factor}, the VAE's factor."),
+        (args.class_labels_conditioning, "--class_labels_conditioning: this model's U-Net has no class labels."),
+        (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
+    )
 
 
 # Same in train_dreambooth.py
@@ -707,33 +641,13 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
 # Same in train_dreambooth.py
 def list_photos(args: Namespace, base: BaseModel) -> list[Path]:
     """Return the readable photos of the subject in a fixed order, and say what was left out."""
-    folder = Path(args.instance_data_dir)
-    listing = images.list_images(folder)
-    if listing.skipped:
-        names = ", ".join(str(path.relative_to(folder)) for path in listing.skipped[:10])
-        logger.info(f"Not read as photos: {names}{' …' if len(listing.skipped) > 10 else ''}")
-    if not listing.images:
-        raise InputError(
-            f"--instance_data_dir {folder} holds no images (looked for {' '.join(images.IMAGE_SUFFIXES)})."
-            + (
-                f" Found: {', '.join(path.name for path in listing.skipped[:10])}."
-                if listing.skipped
-                else " It is empty."
-            )
-        )
-    inspection = images.inspect_images(listing.images)
-    if inspection.unreadable:
-        lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
-        message = "\n".join([f"{len(lines)} of {len(listing.images)} photos cannot be read:", *lines])
-        if not args.skip_bad_images or not inspection.sizes:
-            raise InputError(f"{message}\nMend or remove them, or go on without them by --skip_bad_images.")
-        logger.warning(message)
-    if inspection.transparent:
-        logger.info(f"{len(inspection.transparent)} photos are transparent in parts: put on white.")
+    inspection = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
+    for note in inspection.notes:
+        logger.info(note)
     small = sum(min(size) < base.resolution for size in inspection.sizes.values())
     if small:
         logger.warning(f"{small} of {len(inspection.sizes)} photos are smaller than {base.resolution} px: enlarged.")
-    return [path for path in listing.images if path in inspection.sizes]
+    return list(inspection.sizes)
 
 
 # Same in train_dreambooth.py
@@ -760,63 +674,44 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     Raises:
         InputError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
     """
-    output_dir = Path(args.output_dir)
-    resume_from = None
-    if args.resume_from_checkpoint:
-        resume_from = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
-    state = read_trainer_state(resume_from)
-    seed = args.seed if args.seed is not None else state.get("fits", {}).get("seed")
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    resume_from = checkpoints.find_checkpoint(output_dir, wanted) if wanted else None
+    state = checkpoints.read_state(resume_from) if resume_from else {"step": 0, "fits": {}}
+    seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        drawn = [random.SystemRandom().randrange(2**32)]
-        seed = accelerate.utils.broadcast_object_list(drawn)[0]
-
+        seed = on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     priors = sum(example.is_prior for example in examples)
+    photos, accumulation = len(examples) - priors, args.gradient_accumulation_steps
     global_batch = args.train_batch_size * accelerator.num_processes
-    epoch_length = math.ceil(max(priors, len(examples) - priors) / global_batch)
-    steps_per_epoch = math.ceil(epoch_length / args.gradient_accumulation_steps)
-    scale = global_batch * args.gradient_accumulation_steps if args.scale_lr else 1
-    rates = [args.learning_rate]
+    epoch_length = math.ceil(max(priors, photos) / global_batch)
+    steps_per_epoch = math.ceil(epoch_length / accumulation)
+    scale = global_batch * accumulation if args.scale_lr else 1
+    rates = [args.learning_rate * scale]
     if args.train_text_encoder:
-        rates.append(args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr)
+        rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    fits = {"script": METHOD, "seed": seed, "resolution": base.resolution, "processes": accelerator.num_processes}
+    fits |= {"photos": photos, "class images": priors} | {name: getattr(args, name) for name in FITS}
     plan = Plan(
         base=base,
         seed=seed,
         processes=accelerator.num_processes,
         global_batch=global_batch,
-        examples_per_step=global_batch * args.gradient_accumulation_steps * (2 if priors else 1),
+        examples_per_step=global_batch * accumulation * (2 if priors else 1),
         epoch_length=epoch_length,
-        first_step=state.get("step", 0),
+        first_step=state["step"],
         steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
-        learning_rates=tuple(rate * scale for rate in rates),
+        learning_rates=tuple(rates),
         frozen_dtype=precisions[accelerator.mixed_precision],
         output_dir=output_dir,
         resume_from=resume_from,
-        fits={
-            "script": METHOD,
-            "base model": args.pretrained_model_name_or_path,
-            "train_text_encoder": args.train_text_encoder,
-            "use_8bit_adam": args.use_8bit_adam,
-            "seed": seed,
-            "resolution": base.resolution,
-            "processes": accelerator.num_processes,
-            "train_batch_size": args.train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "photos": len(examples) - priors,
-            "class images": priors,
-            **method_fits(args),
-        },
+        fits=fits | method_fits(args),
     )
     if resume_from is not None:
-        check_fits(plan, state)
+        checkpoints.check_fits(resume_from, state["fits"], plan.fits)
+        checkpoints.warn_of_newer(output_dir, plan.first_step)
     return plan
-
-
-# Same in train_dreambooth.py
-def read_trainer_state(checkpoint: Path | None) -> dict:
-    """Return what a checkpoint says of its run; nothing without a checkpoint."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
 
 
 def method_fits(args: Namespace) -> dict:
@@ -826,42 +721,12 @@ def method_fits(args: Namespace) -> dict:
 
 
 # Same in train_dreambooth.py
-def check_fits(plan: Plan, state: dict) -> None:
-    """Raise InputError if a checkpoint's run differs in what would change its weights or its batches."""
-    theirs = state["fits"]
-    lines = [
-        f"  {key}: {theirs.get(key)} there, {ours} here" for key, ours in plan.fits.items() if theirs.get(key) != ours
-    ]
-    if lines:
-        head = f"{plan.resume_from} cannot be resumed by this command; they differ in"
-        raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
-    newer = [
-        path.name
-        for path in checkpoints.list_checkpoints(plan.output_dir)
-        if checkpoints.step_of(path) > plan.first_step
-    ]
-    if newer:
-        logger.warning(f"{', '.join(newer)} lie ahead of this run: each stays until this run reaches its step.")
-
-
-# Same in train_dreambooth.py
 def find_repository(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository and check that it can be written, so that no training ends in a refusal."""
     if not args.push_to_hub:
         return None
-    # Every process learns of a refusal, so that none waits for the others for ever.
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = hub.prepare_repository(
-                args.hub_model_id, plan.output_dir, args.hub_token, private=args.hub_private_repo
-            )
-        except InputError as error:
-            answer[1] = str(error)
-    repository, refusal = accelerate.utils.broadcast_object_list(answer)
-    if refusal:
-        raise InputError(refusal)
-    return repository
+    options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
+    return on_main_process(accelerator, hub.prepare_repository, *options)
 
 
 # Same in train_dreambooth.py
@@ -894,7 +759,7 @@ def draw_class_images(
     Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i.
     """
     paths = [example.path for example in examples if example.is_prior]
-    missing = {path for path in paths if path not in images.inspect_images([p for p in paths if p.exists()]).sizes}
+    missing = set(paths) - set(images.inspect_images(path for path in paths if path.exists()).sizes)
     # All must have looked before one begins to draw.
     accelerator.wait_for_everyone()
     if not missing:
@@ -913,8 +778,8 @@ def draw_class_images(
         for index, image in zip(indices, drawn):
             if folder / f"{index:05d}.png" in missing:
                 images.save_png(image, folder / f"{index:05d}.png")
-        if (number_of_signal := stop.check()) is not None:
-            raise SystemExit(128 + number_of_signal)
+        if stop.check() is not None:
+            raise SystemExit(stop.exit_code)
     del pipeline
     devices.free_memory()
     accelerator.wait_for_everyone()
@@ -929,7 +794,7 @@ def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        torch_dtype=dtypes[args.prior_generation_precision or default],
+        dtype=dtypes[args.prior_generation_precision or default],
         safety_checker=None,
         requires_safety_checker=False,
         token=args.hub_token,
@@ -1019,7 +884,7 @@ def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
 def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
     """Load the base model's text encoder in the given precision."""
     kind = model_files.component_class(base.index, "text_encoder")
-    text_encoder = load_component(args, kind, "text_encoder", variant=args.variant, torch_dtype=dtype).eval()
+    text_encoder = load_component(args, kind, "text_encoder", variant=args.variant, dtype=dtype).eval()
     longest = getattr(text_encoder.config, "max_position_embeddings", math.inf)
     if args.tokenizer_max_length and args.tokenizer_max_length > longest:
         raise InputError(
@@ -1031,18 +896,14 @@ def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> n
 # Same in train_dreambooth.py
 def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
     """Load the networks on the device: what trains in float32, what is frozen in the training precision."""
-    unet = load_component(
-        args, diffusers.UNet2DConditionModel, "unet", variant=args.variant, torch_dtype=base_dtype(plan)
-    )
-    vae = load_component(
-        args, diffusers.AutoencoderKL, "vae", variant=args.variant, torch_dtype=plan.frozen_dtype
-    ).eval()
+    unet = load_component(args, diffusers.UNet2DConditionModel, "unet", variant=args.variant, dtype=base_dtype(plan))
+    vae = load_component(args, diffusers.AutoencoderKL, "vae", variant=args.variant, dtype=plan.frozen_dtype).eval()
     text_encoder = None
     if prompts.embeds is None:
         dtype = base_dtype(plan) if args.train_text_encoder else plan.frozen_dtype
         text_encoder = load_text_encoder(args, plan.base, dtype).requires_grad_(False).to(accelerator.device)
     noise_scheduler = load_component(args, diffusers.DDPMScheduler, "scheduler")
-    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers"):
+    if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     unet.requires_grad_(False).to(accelerator.device)
     vae.requires_grad_(False).to(accelerator.device)
@@ -1289,7 +1150,8 @@ def compute_loss(
     """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
     clean = to_model_space(models.vae, batch["pixel_values"].to(device, non_blocking=True), seeds)
-    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, noise_offset(args))
+    offset = 0.1 if args.offset_noise and args.noise_offset is None else args.noise_offset or 0.0
+    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, offset)
     noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
@@ -1298,7 +1160,7 @@ def compute_loss(
         embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trained)
     prediction = models.unet(**unet_inputs(plan.base.kind, noisy, timesteps, embeds)).sample.float()
 
-    prediction_type = scheduler.config.prediction_type
+    prediction_type = plan.base.prediction_type
     wanted = target(scheduler, prediction_type, clean, noise, timesteps)
     alphas = scheduler.alphas_cumprod.to(device)[timesteps]
     losses = example_losses(prediction, wanted, alphas, prediction_type, args.snr_gamma)
@@ -1343,14 +1205,6 @@ def draw_noise(shape: torch.Size, seeds: list[int], num_train_timesteps: int, of
         noise = noise + offset * torch.stack(constant)
     steps = [torch.randint(num_train_timesteps, (), generator=generator(seed, "timestep")) for seed in seeds]
     return noise, torch.stack(steps)
-
-
-# Same in train_dreambooth.py
-def noise_offset(args: Namespace) -> float:
-    """Return the strength of the offset noise; --offset_noise alone means 0.1."""
-    if args.noise_offset is not None:
-        return args.noise_offset
-    return 0.1 if args.offset_noise else 0.0
 
 
 # Same in train_dreambooth.py
@@ -1503,12 +1357,18 @@ def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
         config = model.peft_config["default"].to_dict()
         # A set's order differs from run to run, and the same weights shall give the same file.
         config["target_modules"] = sorted(config["target_modules"])
-        weights = peft.get_peft_model_state_dict(model)
+        weights = adapter_weights(model)
         if name == "text_encoder" and not hasattr(model, "text_model"):
             # transformers 5 dropped this level of CLIP's names; with it, older versions find the layers as well.
             weights = {f"text_model.{key}": value for key, value in weights.items()}
         parts |= {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
     diffusers.StableDiffusionPipeline.save_lora_weights(folder, **parts)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's tensors under peft's own names."""
+    # Otherwise peft looks for the base model's files, to find out whether its vocabulary was changed.
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
@@ -1523,7 +1383,7 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
         weights = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if not hasattr(model, "text_model"):
             weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
-        if weights.keys() != peft.get_peft_model_state_dict(model).keys():
+        if weights.keys() != adapter_weights(model).keys():
             raise InputError(f"{folder / WEIGHTS_FILE} holds other layers of the {name} than this run adapts.")
         peft.set_peft_model_state_dict(model, weights)
 
@@ -1639,7 +1499,7 @@ def print_summary(
     default = "" if args.resolution else " (the kind's default)"
     lines = [
         f"{METHOD} of {args.pretrained_model_name_or_path}",
-        f"model ......... {base.kind.value}, {base.scheduler.get('prediction_type', 'epsilon')}",
+        f"model ......... {base.kind.value}, {base.prediction_type}",
         f"resolution .... {base.resolution} px{default}",
         f"weights ....... {trained:.2f} M train in float32, {frozen:.2f} M frozen in {plan.frozen_dtype}",
         f"data .......... {len(examples) - priors} photos of {args.instance_prompt!r}"
@@ -1672,47 +1532,37 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
 # Same in train_dreambooth.py
 def write_card(args: Namespace, plan: Plan, repository: str | None) -> None:
     """Write README.md, the model card, beside the result."""
-    name = args.pretrained_model_name_or_path
-    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion"]
+    base_model, revision, token = args.pretrained_model_name_or_path, args.revision, args.hub_token
     grids = sorted((plan.output_dir / "samples").glob("step-*/grid.png"))
     card = model_card.Card(
         title=repository or plan.output_dir.resolve().name,
-        base_model=name,
-        tags=tags + method_tags(),
+        base_model=base_model,
+        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *METHOD_TAGS],
         instance_prompt=args.instance_prompt,
         validation_prompt=args.validation_prompt,
         grid=grids[-1].relative_to(plan.output_dir).as_posix() if grids else None,
         settings=card_settings(args, plan),
         snippet=usage_snippet(args, repository or str(plan.output_dir)),
     )
-    text = model_card.render(card, license=model_card.find_license(name, args.revision, args.hub_token))
+    text = model_card.render(card, model_card.find_license(base_model, revision, token))
     checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
 
 
 # Same in train_dreambooth.py
 def card_settings(args: Namespace, plan: Plan) -> dict[str, Any]:
-    """Return the settings that a reader of the card wants to know, by name."""
-    settings = {
-        "method": METHOD,
+    """Return the settings that a reader of the card wants to know: derived ones, then flags that were given."""
+    flags = ["lr_scheduler", "train_text_encoder", "snr_gamma", "noise_offset", "use_8bit_adam", "random_flip"]
+    if args.with_prior_preservation:
+        flags += ["class_prompt", "num_class_images", "prior_loss_weight"]
+    derived = {
         "steps": plan.steps,
         "photos per step": plan.global_batch * args.gradient_accumulation_steps,
         "resolution": plan.base.resolution,
-        "learning rate": plan.learning_rates[0],
-        "schedule": args.lr_scheduler,
-        "mixed precision": str(plan.frozen_dtype).removeprefix("torch."),
-        "text encoder": "trained" if args.train_text_encoder else "not trained",
-        "prior preservation": "no",
+        "learning rate": ", ".join(f"{rate:g}" for rate in plan.learning_rates),
+        "precision": str(plan.frozen_dtype).removeprefix("torch."),
         "seed": plan.seed,
     }
-    if args.with_prior_preservation:
-        settings["prior preservation"] = f"{args.num_class_images} images of {args.class_prompt!r}"
-        settings["prior loss weight"] = args.prior_loss_weight
-    return settings | method_fits(args)
-
-
-def method_tags() -> list[str]:
-    """Return the card's tags that only LoRA has."""
-    return ["lora", "diffusers:lora"]
+    return derived | method_fits(args) | {flag: getattr(args, flag) for flag in flags if getattr(args, flag)}
 
 
 def usage_snippet(args: Namespace, name: str) -> str:

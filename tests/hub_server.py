@@ -129,7 +129,9 @@ class HubServer(ThreadingHTTPServer):
                 if re.search(failure.pattern, request.path):
                     failure.countdown -= 1
                     if failure.countdown == 0:
-                        raise Refusal(failure.status, f"made to fail: {request.method} {request.path}")
+                        # As careless as a proxy may be: what the client prints of it must not hold the token.
+                        login = request.headers.get("authorization")
+                        raise Refusal(failure.status, f"made to fail: {request.method} {request.path}, {login}")
 
     def save_records(self) -> None:
         """Write down the repositories and their files, if there is a folder for it."""

@@ -199,6 +199,7 @@ def test_a_hub_that_does_not_answer(server, tmp_path, case):
 FAILED_UPLOADS = {  # what fails, with which status, part of the message
     "end": ("/commit/", 500, "tester/dog failed: 500 made to fail"),
     "plan": ("/objects/batch", 403, "tester/dog failed: 403 made to fail"),
+    "verification": ("/lfs-verify", 403, "to the Hub: 403 made to fail: POST /tester/dog/lfs-verify, Bearer <token>."),
     "thread": ("^/lfs/", 403, "failed: Error while uploading 'pytorch_lora_weights.safetensors' to the Hub: 403 made"),
 }
 
@@ -212,7 +213,7 @@ def test_the_message_of_a_failed_upload_has_the_command_that_mends_it(server, tm
     done = upload(server, folder, "--hub_model_id", "dog", "--hub_token", WRITE_TOKEN, token=None)
     assert done.returncode == 1 and done.stdout == "" and message in done.stderr
     assert server.repositories[f"{USER}/dog"].files == {}
-    python, *command = shlex.split(done.stderr.partition("Try again with: ")[2])
+    python, *command = shlex.split(done.stderr.partition("Try again with: ")[2].partition("\n")[0])
     assert (python, command) == ("python", ["-m", "utils.upload", str(folder), "--hub_model_id", f"{USER}/dog"])
     assert run_python(server, tmp_path, *command).returncode == 0
     assert server.repositories[f"{USER}/dog"].files == LORA | {"README.md": b"# Dog\n"}

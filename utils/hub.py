@@ -95,7 +95,8 @@ def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
         InputError: It failed for whatever reason; the message has the command that tries again.
     """
     try:
-        api = HfApi(token=_find_token(token))
+        token = _find_token(token)
+        api = HfApi(token=token)
         additions = [CommitOperationAdd(name, folder.resolve() / name) for name in files_to_upload(folder)]
         # Not `upload_folder`: where xet is installed, that one makes several commits.
         api.create_commit(repo_id, additions, commit_message="Upload the result of DreamBooth training")
@@ -112,7 +113,7 @@ def _find_token(token: str | None) -> str:
     """Return the given token, or else the one of the environment or of `hf auth login`."""
     try:
         token = (token or "").strip() or get_token()
-    except FAILURES + (RuntimeError,) as error:
+    except FAILURES as error:
         raise InputError(f"the environment's login failed: {_reason(error, token)}. Run `hf auth login`.") from error
     if token is None:
         raise InputError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
