@@ -176,16 +176,18 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. The loop.
         loader = make_loader(args, accelerator, plan, prompts, examples)
-        print_summary(args, accelerator, plan, models, examples)
-        stopped_at = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
-        if stopped_at is not None:
-            return say_how_to_go_on(accelerator, stop, stopped_at)
+        summary = describe_run(args, accelerator, plan, models)
+        accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
+        accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
+        finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
+        accelerator.end_training()
+        if not finished:
+            return stop.exit_code
 
         # 6. The result.
         del optimizer, loader
         save_result(args, accelerator, plan, models)
-        share(args, accelerator, plan, repository)
-    accelerator.end_training()
+        on_main_process(accelerator, share, args, plan, summary, repository)
     return 0
 
 
@@ -194,20 +196,18 @@ def main(argv: list[str] | None = None) -> int:
 # `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
 SWITCH = argparse.BooleanOptionalAction
 AT_LEAST_ONE = (
-    *("resolution", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "lr_num_cycles", "checkpointing_steps"),
-    *("checkpoints_total_limit", "num_validation_images", "validation_steps", "validation_epochs"),
-    *("validation_num_inference_steps",),
-)
+    "resolution num_class_images sample_batch_size tokenizer_max_length train_batch_size gradient_accumulation_steps "
+    "num_train_epochs max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit num_validation_images "
+    "validation_steps validation_epochs validation_num_inference_steps"
+).split()
 NOT_NEGATIVE = (
-    *("seed", "dataloader_num_workers", "prior_loss_weight", "lr_warmup_steps", "learning_rate", "text_encoder_lr"),
-    *("lr_power", "adam_weight_decay", "max_grad_norm", "noise_offset", "validation_guidance_scale"),
-)
+    "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_power "
+    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
+).split()
 # A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
 FITS = (
-    *("pretrained_model_name_or_path", "train_text_encoder", "use_8bit_adam"),
-    *("train_batch_size", "gradient_accumulation_steps"),
-)
+    "pretrained_model_name_or_path train_text_encoder use_8bit_adam train_batch_size gradient_accumulation_steps"
+).split()
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -400,62 +400,42 @@ def find_problems(args: Namespace) -> list[str]:
 
 def find_contradictions(args: Namespace) -> list[str]:
     """Return a sentence for each flag that lacks or excludes another, a package or a device."""
-    no_gpu = not devices.has_accelerator()
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    prior, text, no_gpu = args.with_prior_preservation, args.train_text_encoder, not devices.has_accelerator()
+    fp16 = no_gpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
+    fp16_prior = no_gpu and args.prior_generation_precision == "fp16"
+    no_bitsandbytes = args.use_8bit_adam and not is_installed("bitsandbytes")
+    stale = "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
     return problems_that_hold(
-        (
-            args.with_prior_preservation and not args.class_prompt,
-            "--with_prior_preservation needs --class_prompt, for example 'a photo of dog'.",
-        ),
-        (
-            args.train_text_encoder and args.pre_compute_text_embeddings,
-            "--train_text_encoder and --pre_compute_text_embeddings exclude each other: embeddings that are computed "
-            "once cannot follow a text encoder that changes. Leave one of them out.",
-        ),
-        (
-            args.text_encoder_lr is not None and not args.train_text_encoder,
-            "--text_encoder_lr needs --train_text_encoder.",
-        ),
-        (
-            precision == "fp16" and no_gpu,
-            "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no.",
-        ),
-        (
-            args.prior_generation_precision == "fp16" and no_gpu,
-            "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16.",
-        ),
-        (
-            args.use_8bit_adam and not is_installed("bitsandbytes"),
-            "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.",
-        ),
+        (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of dog'."),
+        (text and args.pre_compute_text_embeddings, stale),
+        (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
+        (fp16, "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no."),
+        (fp16_prior, "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16."),
+        (no_bitsandbytes, "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes."),
     )
 
 
 def find_bad_folders(args: Namespace) -> list[str]:
     """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
     photos, output = Path(args.instance_data_dir or "."), Path(args.output_dir)
-    ours = [("--output_dir", output)]
-    if args.with_prior_preservation:
-        ours.append(("--class_data_dir", class_folder(args)))
+    ours = {"--output_dir": output} | (
+        {"--class_data_dir": class_folder(args)} if args.with_prior_preservation else {}
+    )
+    inside = [flag for flag, folder in ours.items() if folder.resolve().is_relative_to(photos.resolve())]
     left = [] if args.resume_from_checkpoint else checkpoints.list_checkpoints(output)
     return problems_that_hold(
+        (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
+        (not photos.exists(), f"--instance_data_dir {photos} does not exist."),
+        (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (
-            not photos.is_dir(),
-            f"--instance_data_dir {photos} {'is not a folder' if photos.exists() else 'does not exist'}.",
+            args.instance_data_dir and inside,
+            f"{' and '.join(inside)}: inside --instance_data_dir {photos}, which is read recursively, so that its "
+            "pictures would be learned as the subject. Use another folder.",
         ),
-        (output.exists() and not output.is_dir(), f"--output_dir {output} is a file. Use another name."),
         (
             left,
-            f"--output_dir {output} holds {left[-1].name if left else ''} of an earlier run, which this one would mix "
-            "with. Go on with it by --resume_from_checkpoint latest, or use another folder.",
-        ),
-        *(
-            (
-                args.instance_data_dir and folder.resolve().is_relative_to(photos.resolve()),
-                f"{flag} {folder} lies in --instance_data_dir {photos}, which is read recursively: its pictures would "
-                "be learned as the subject. Use another folder.",
-            )
-            for flag, folder in ours
+            f"--output_dir {output} holds {', '.join(path.name for path in left)} of an earlier run, which this one "
+            "would mix with. Go on with it by --resume_from_checkpoint latest, or use another folder.",
         ),
     )
 
@@ -585,22 +565,15 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
     Raises:
         InputError: No photos, or unreadable ones without --skip_bad_images.
     """
-    photos = list_photos(args, base)
-    examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos]
+    photos = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
+    for note in photos.notes:
+        logger.info(note)
+    if small := sum(min(size) < base.resolution for size in photos.sizes.values()):
+        logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
+    examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos.sizes]
     if args.with_prior_preservation:
         examples += [Example(path, args.class_prompt, is_prior=True) for path in list_class_images(args)]
     return examples
-
-
-def list_photos(args: Namespace, base: BaseModel) -> list[Path]:
-    """Return the readable photos of the subject in a fixed order, and say what was left out."""
-    inspection = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
-    for note in inspection.notes:
-        logger.info(note)
-    small = sum(min(size) < base.resolution for size in inspection.sizes.values())
-    if small:
-        logger.warning(f"{small} of {len(inspection.sizes)} photos are smaller than {base.resolution} px: enlarged.")
-    return list(inspection.sizes)
 
 
 def list_class_images(args: Namespace) -> list[Path]:
@@ -659,6 +632,8 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         resume_from=resume_from,
         fits=fits | method_fits(args),
     )
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.steps:
+        logger.warning(f"The warm-up of {args.lr_warmup_steps} steps is as long as the run: see --lr_warmup_steps.")
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], plan.fits)
         checkpoints.warn_of_newer(output_dir, plan.first_step)
@@ -672,10 +647,8 @@ def method_fits(args: Namespace) -> dict:
 
 def find_repository(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository and check that it can be written, so that no training ends in a refusal."""
-    if not args.push_to_hub:
-        return None
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    return on_main_process(accelerator, hub.prepare_repository, *options)
+    return on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
 
 
 def open_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> None:
@@ -736,15 +709,9 @@ def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.
     """Load the whole base model for drawing, in the precision asked for, without a safety checker."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
     dtypes = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=dtypes[args.prior_generation_precision or default],
-        safety_checker=None,
-        requires_safety_checker=False,
-        token=args.hub_token,
-    )
+    dtype = dtypes[args.prior_generation_precision or default]
+    unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(**source(args), **unchecked, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
@@ -769,9 +736,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, exampl
     mask = rows["attention_mask"].to(accelerator.device) if args.text_encoder_use_attention_mask else None
     prompts = PromptTable(texts, ids, mask)
     if args.pre_compute_text_embeddings:
-        text_encoder = (
-            load_text_encoder(args, plan.base, plan.frozen_dtype).to(accelerator.device).requires_grad_(False)
-        )
+        text_encoder = load_text_encoder(args, plan.base, plan.frozen_dtype).to(accelerator.device)
         prompts.embeds = embed_prompts(prompts, text_encoder, torch.arange(len(texts)), together=False)
         del text_encoder
         devices.free_memory()
@@ -804,55 +769,50 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-def load_component(args: Namespace, kind: type, component: str, **options) -> Any:
-    """Load one part of the base model, from a folder or from the Hub."""
-    return kind.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=component,
-        revision=args.revision,
-        token=args.hub_token,
-        **options,
-    )
+def source(args: Namespace) -> dict[str, Any]:
+    """Return where weights of the base model are loaded from, as arguments of `from_pretrained`."""
+    name = args.pretrained_model_name_or_path
+    where = {"pretrained_model_name_or_path": name, "revision": args.revision, "token": args.hub_token}
+    return where | ({"variant": args.variant} if args.variant else {})
 
 
 def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
     """Load the base model's tokenizer, or the one of --tokenizer_name."""
     if args.tokenizer_name:
         return transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
-    return load_component(args, model_files.component_class(base.index, "tokenizer"), "tokenizer")
+    return model_files.component_class(base.index, "tokenizer").from_pretrained(**source(args), subfolder="tokenizer")
 
 
 def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
-    """Load the base model's text encoder in the given precision."""
+    """Load the base model's text encoder, frozen, in the given precision."""
     kind = model_files.component_class(base.index, "text_encoder")
-    text_encoder = load_component(args, kind, "text_encoder", variant=args.variant, dtype=dtype).eval()
-    longest = getattr(text_encoder.config, "max_position_embeddings", math.inf)
-    if args.tokenizer_max_length and args.tokenizer_max_length > longest:
-        raise InputError(
-            f"--tokenizer_max_length {args.tokenizer_max_length}: the text encoder reads {longest} at most."
-        )
-    return text_encoder
+    text_encoder = kind.from_pretrained(**source(args), subfolder="text_encoder", dtype=dtype)
+    longest, asked = getattr(text_encoder.config, "max_position_embeddings", math.inf), args.tokenizer_max_length
+    if asked and asked > longest:
+        raise InputError(f"--tokenizer_max_length {asked}: the text encoder takes at most {longest} tokens.")
+    return text_encoder.requires_grad_(False).eval()
 
 
 def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
-    """Load the networks on the device: what trains in float32, what is frozen in the training precision."""
-    unet = load_component(args, diffusers.UNet2DConditionModel, "unet", variant=args.variant, dtype=base_dtype(plan))
-    vae = load_component(args, diffusers.AutoencoderKL, "vae", variant=args.variant, dtype=plan.frozen_dtype).eval()
-    text_encoder = None
+    """Load the networks, frozen, on the device; `base_dtype` is the precision of those that will train."""
+    load = functools.partial(diffusers.UNet2DConditionModel.from_pretrained, **source(args))
+    unet = load(subfolder="unet", dtype=base_dtype(plan)).requires_grad_(False).to(accelerator.device)
+    load = functools.partial(diffusers.AutoencoderKL.from_pretrained, **source(args))
+    vae = load(subfolder="vae", dtype=plan.frozen_dtype).requires_grad_(False).eval().to(accelerator.device)
+    noise_scheduler = diffusers.DDPMScheduler.from_config(plan.base.scheduler)
+    models = Models(unet, vae, None, noise_scheduler, [unet])
     if prompts.embeds is None:
         dtype = base_dtype(plan) if args.train_text_encoder else plan.frozen_dtype
-        text_encoder = load_text_encoder(args, plan.base, dtype).requires_grad_(False).to(accelerator.device)
-    noise_scheduler = load_component(args, diffusers.DDPMScheduler, "scheduler")
+        models.text_encoder = load_text_encoder(args, plan.base, dtype).to(accelerator.device)
+    if args.train_text_encoder:
+        models.trained.append(models.text_encoder)
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
-    unet.requires_grad_(False).to(accelerator.device)
-    vae.requires_grad_(False).to(accelerator.device)
-    trained = [unet, text_encoder] if args.train_text_encoder else [unet]
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.gradient_checkpointing and args.train_text_encoder:
-        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Models(unet, vae, text_encoder, noise_scheduler, trained)
+        models.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return models
 
 
 def base_dtype(plan: Plan) -> torch.dtype:
@@ -965,11 +925,7 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
         `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `prompt_rows` (B,) int64, rows of the prompt table;
         `is_prior` (B,) bool; `seeds` (B,) int64, from which each example's noise is drawn.
     """
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    return {
-        "pixel_values": torch.stack(batch.pop("pixel_values")),
-        **{key: torch.tensor(values) for key, values in batch.items()},
-    }
+    return torch.utils.data.default_collate(items)
 
 
 def make_loader(
@@ -993,7 +949,8 @@ def make_loader(
 def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
     """Return AdamW over what trains, one group of parameters for the U-Net and one for the text encoder."""
     groups = [
-        {"params": trainable_parameters(model), "lr": rate} for model, rate in zip(models.trained, plan.learning_rates)
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
+        for model, rate in zip(models.trained, plan.learning_rates)
     ]
     options = {
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -1005,11 +962,6 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, **options)
-
-
-def trainable_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
-    """Return the parameters that train."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
@@ -1060,8 +1012,7 @@ def compute_loss(
     """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
     clean = to_model_space(models.vae, batch["pixel_values"].to(device, non_blocking=True), seeds)
-    offset = 0.1 if args.offset_noise and args.noise_offset is None else args.noise_offset or 0.0
-    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, offset)
+    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, noise_offset(args))
     noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
@@ -1113,6 +1064,11 @@ def draw_noise(shape: torch.Size, seeds: list[int], num_train_timesteps: int, of
         noise = noise + offset * torch.stack(constant)
     steps = [torch.randint(num_train_timesteps, (), generator=generator(seed, "timestep")) for seed in seeds]
     return noise, torch.stack(steps)
+
+
+def noise_offset(args: Namespace) -> float:
+    """Return the strength of the offset noise; --offset_noise alone means 0.1."""
+    return 0.1 if args.offset_noise and args.noise_offset is None else args.noise_offset or 0.0
 
 
 def unet_inputs(kind: ModelKind, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> dict:
@@ -1179,20 +1135,19 @@ def train(
     loader: DataLoader,
     optimizer: Optimizer,
     stop: StopRequest,
-) -> int | None:
-    """Train from the plan's first step to its last; return the step of the checkpoint if a signal stopped it."""
-    batches, parameters = iter(loader), [p for model in models.trained for p in trainable_parameters(model)]
+) -> bool:
+    """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
+    batches, parameters = iter(loader), [p for group in optimizer.param_groups for p in group["params"]]
     if plan.first_step == 0:
         validate(args, accelerator, plan, models, prompts, 0)
     metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps)
+    accumulation = args.gradient_accumulation_steps
     for step in range(plan.first_step, plan.steps):
-        began, losses = time.perf_counter(), []
+        began, done, losses = time.perf_counter(), step + 1, []
         rates = [learning_rate(args, step, plan.steps, peak) for peak in plan.learning_rates]
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
-        for micro_step in range(
-            step * args.gradient_accumulation_steps, (step + 1) * args.gradient_accumulation_steps
-        ):
+        for micro_step in range(step * accumulation, done * accumulation):
             torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
             with accelerator.accumulate(*models.trained):
                 loss = compute_loss(args, accelerator, plan, models, prompts, next(batches))
@@ -1202,35 +1157,28 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        values = measures(args, accelerator, plan, done, losses) | name_rates(rates) | {"grad_norm": norm}
+        values = {"epoch": done * accumulation / plan.epoch_length, **mean_losses(accelerator, losses)}
+        values |= dict(zip(("lr", "lr_text_encoder"), rates)) | {"grad_norm": norm}
         metrics.add(done, began, plan.examples_per_step, values)
-        signal = stop.agree()
-        if signal is None and is_validation_due(args, plan, done):
+        stopped = stop.agree() is not None
+        if not stopped and is_validation_due(args, plan, done):
             metrics.flush()
             validate(args, accelerator, plan, models, prompts, done)
-        if signal is not None or done % args.checkpointing_steps == 0:
+        if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
             save_checkpoint(args, accelerator, plan, models, optimizer, done)
-        if signal is not None:
-            return done
+        if stopped:
+            logger.info(f"Stopped. Go on by the same command with --resume_from_checkpoint checkpoint-{done}.")
+            return False
     metrics.close()
-    return None
+    return True
 
 
-def measures(args: Namespace, accelerator: Accelerator, plan: Plan, done: int, losses: list[Loss]) -> dict:
-    """Return a step's losses, means over its micro-steps and all processes, still on the device, and its epoch."""
+def mean_losses(accelerator: Accelerator, losses: list[Loss]) -> dict[str, Tensor]:
+    """Return a step's losses by their names in the log: means over micro-steps and processes, still on the device."""
     parts = zip(("loss", "loss_instance", "loss_prior"), zip(*losses))
     means = {name: torch.stack(values).detach().mean() for name, values in parts if values[0] is not None}
-    means = accelerator.reduce(means, reduction="mean")
-    if "loss_prior" not in means:
-        del means["loss_instance"]
-    return {"epoch": done * args.gradient_accumulation_steps / plan.epoch_length, **means}
-
-
-def name_rates(rates: list[float]) -> dict[str, float]:
-    """Name the learning rates as the log does."""
-    return dict(zip(("lr", "lr_text_encoder"), rates))
+    return accelerator.reduce(means, reduction="mean")
 
 
 def save_checkpoint(
@@ -1260,13 +1208,6 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
     for name, wrapped in zip(("unet", "text_encoder"), models.trained):
         model = accelerator.unwrap_model(wrapped)
         model.load_state_dict(type(model).from_pretrained(folder / name, dtype=torch.float32).state_dict())
-
-
-def say_how_to_go_on(accelerator: Accelerator, stop: StopRequest, step: int) -> int:
-    """Tell how to continue a run that a signal stopped, and return its exit status."""
-    logger.info(f"Stopped at step {step}. Go on by the same command with --resume_from_checkpoint checkpoint-{step}.")
-    accelerator.end_training()
-    return stop.exit_code
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -1354,36 +1295,38 @@ def make_preview_pipeline(
 # ------------------------------------------------------------------------------------------------------------ result
 
 
-def print_summary(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, examples: list[Example]
-) -> None:
-    """Print the run on one screen: what is trained, on what, for how long, where to."""
-    base, priors = plan.base, sum(example.is_prior for example in examples)
-    networks = [models.unet, models.vae, models.text_encoder]
-    counts = [(p.numel(), p.requires_grad) for model in networks if model is not None for p in model.parameters()]
-    trained, frozen = (sum(count for count, trains in counts if trains == which) / 1e6 for which in (True, False))
-    accumulation = args.gradient_accumulation_steps
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in name_rates(plan.learning_rates).items())
-    default = "" if args.resolution else " (the kind's default)"
-    lines = [
-        f"{METHOD} of {args.pretrained_model_name_or_path}",
-        f"model ......... {base.kind.value}, {base.prediction_type}",
-        f"resolution .... {base.resolution} px{default}",
-        f"weights ....... {trained:.2f} M train in float32, {frozen:.2f} M frozen in {plan.frozen_dtype}",
-        f"data .......... {len(examples) - priors} photos of {args.instance_prompt!r}"
-        + (f", {priors} class images of {args.class_prompt!r}" if priors else ""),
-        f"batch ......... {args.train_batch_size} x {plan.processes} processes x {accumulation} accumulated = "
-        f"{plan.global_batch * accumulation} photos a step" + (" and as many class images" if priors else ""),
-        f"steps ......... {plan.first_step} done, {plan.steps} in all, {plan.steps_per_epoch} an epoch",
-        f"rates ......... {rates}, {args.lr_scheduler}",
-        f"arithmetic .... {accelerator.mixed_precision} mixed precision on {accelerator.device}, seed {plan.seed}",
-        f"output ........ {plan.output_dir}",
-    ]
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.steps:
-        lines.append(
-            f"NOTE: the warm-up of {args.lr_warmup_steps} steps is as long as the run: see --lr_warmup_steps."
-        )
-    accelerator.print("\n".join(lines), flush=True)
+def describe_run(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> dict[str, str]:
+    """Return the run in words, for the start-up screen and the model card."""
+    networks = [model for model in (models.unet, models.vae, models.text_encoder) if model is not None]
+    counts = [(p.numel() / 1e6, p.requires_grad) for model in networks for p in model.parameters()]
+    trained, frozen = (sum(count for count, trains in counts if trains is which) for which in (True, False))
+    photos, class_images, accumulation = (
+        plan.fits["photos"],
+        plan.fits["class images"],
+        args.gradient_accumulation_steps,
+    )
+    offset = noise_offset(args)
+    loss = [plan.base.prediction_type]
+    loss += [f"min-SNR {args.snr_gamma:g}"] if args.snr_gamma else []
+    loss += [f"noise offset {offset:g}"] if offset else []
+    loss += [f"prior weight {args.prior_loss_weight:g}"] if class_images else []
+    rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates)
+    optimizer = "8-bit AdamW" if args.use_8bit_adam else "AdamW"
+    batch = f"{args.train_batch_size} x {plan.processes} processes x {accumulation} accumulated"
+    return {
+        "model": plan.base.kind.value,
+        "resolution": f"{plan.base.resolution} px" + ("" if args.resolution else ", the default for this model"),
+        "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
+        **{name: str(value) for name, value in method_fits(args).items()},
+        "text encoder": "trained" if args.train_text_encoder else "not trained",
+        "photos": f"{photos} of {args.instance_prompt!r}",
+        "class images": f"{class_images} of {args.class_prompt!r}" if class_images else "none",
+        "batch": f"{batch} = {plan.examples_per_step} pictures a step",
+        "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
+        "loss": ", ".join(loss),
+        "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
+    }
 
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
@@ -1393,52 +1336,11 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     if args.skip_save_text_encoder:
         trained["text_encoder"] = None
     if accelerator.is_main_process:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            dtype=torch.float32,
-            token=args.hub_token,
-            **trained,
-        )
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(**source(args), **trained, dtype=torch.float32)
         with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
         logger.info(f"The trained pipeline is in {plan.output_dir}.")
     accelerator.wait_for_everyone()
-
-
-def write_card(args: Namespace, plan: Plan, repository: str | None) -> None:
-    """Write README.md, the model card, beside the result."""
-    base_model, revision, token = args.pretrained_model_name_or_path, args.revision, args.hub_token
-    grids = sorted((plan.output_dir / "samples").glob("step-*/grid.png"))
-    card = model_card.Card(
-        title=repository or plan.output_dir.resolve().name,
-        base_model=base_model,
-        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *METHOD_TAGS],
-        instance_prompt=args.instance_prompt,
-        validation_prompt=args.validation_prompt,
-        grid=grids[-1].relative_to(plan.output_dir).as_posix() if grids else None,
-        settings=card_settings(args, plan),
-        snippet=usage_snippet(args, repository or str(plan.output_dir)),
-    )
-    text = model_card.render(card, model_card.find_license(base_model, revision, token))
-    checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
-
-
-def card_settings(args: Namespace, plan: Plan) -> dict[str, Any]:
-    """Return the settings that a reader of the card wants to know: derived ones, then flags that were given."""
-    flags = ["lr_scheduler", "train_text_encoder", "snr_gamma", "noise_offset", "use_8bit_adam", "random_flip"]
-    if args.with_prior_preservation:
-        flags += ["class_prompt", "num_class_images", "prior_loss_weight"]
-    derived = {
-        "steps": plan.steps,
-        "photos per step": plan.global_batch * args.gradient_accumulation_steps,
-        "resolution": plan.base.resolution,
-        "learning rate": ", ".join(f"{rate:g}" for rate in plan.learning_rates),
-        "precision": str(plan.frozen_dtype).removeprefix("torch."),
-        "seed": plan.seed,
-    }
-    return derived | method_fits(args) | {flag: getattr(args, flag) for flag in flags if getattr(args, flag)}
 
 
 def usage_snippet(args: Namespace, name: str) -> str:
@@ -1447,14 +1349,23 @@ def usage_snippet(args: Namespace, name: str) -> str:
     return model_card.pipeline_snippet(name, args.validation_prompt or args.instance_prompt, encoder_from)
 
 
-def share(args: Namespace, accelerator: Accelerator, plan: Plan, repository: str | None) -> None:
-    """Write the card and, if asked, upload the result; a failed upload leaves the result and says how to try again."""
-    if accelerator.is_main_process:
-        write_card(args, plan, repository)
-        if repository:
-            url = hub.upload_result(plan.output_dir, repository, args.hub_token)
-            logger.info(f"Uploaded to {url}")
-    accelerator.wait_for_everyone()
+def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:
+    """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
+    base_model, grids = args.pretrained_model_name_or_path, sorted(plan.output_dir.glob("samples/step-*/grid.png"))
+    card = model_card.Card(
+        title=repository or plan.output_dir.resolve().name,
+        base_model=base_model,
+        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *METHOD_TAGS],
+        instance_prompt=args.instance_prompt,
+        validation_prompt=args.validation_prompt,
+        grid=grids[-1].relative_to(plan.output_dir).as_posix() if grids else None,
+        settings=summary,
+        snippet=usage_snippet(args, repository or str(plan.output_dir)),
+    )
+    license = model_card.find_license(base_model, args.revision, args.hub_token)
+    checkpoints.atomic_write_text(plan.output_dir / "README.md", model_card.render(card, license))
+    if repository:
+        logger.info(f"Uploaded to {hub.upload_result(plan.output_dir, repository, args.hub_token)}")
 
 
 if __name__ == "__main__":
