@@ -459,21 +459,15 @@ def find_bad_folders(args: Namespace) -> list[str]:
         {"--class_data_dir": class_folder(args)} if args.with_prior_preservation else {}
     )
     inside = [flag for flag, folder in ours.items() if folder.resolve().is_relative_to(photos.resolve())]
-    left = [] if args.resume_from_checkpoint else checkpoints.list_checkpoints(output)
+    left = [] if args.resume_from_checkpoint else [path.name for path in checkpoints.list_checkpoints(output)]
+    go_on = "Go on with that run by --resume_from_checkpoint latest, or use another folder."
+    nested = args.instance_data_dir and inside
     return problems_that_hold(
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
         (not photos.exists(), f"--instance_data_dir {photos} does not exist."),
+        (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (
-            args.instance_data_dir and inside,
-            f"{' and '.join(inside)}: inside --instance_data_dir {photos}, which is read recursively, so that its "
-            "pictures would be learned as the subject. Use another folder.",
-        ),
-        (
-            left,
-            f"--output_dir {output} holds {', '.join(path.name for path in left)} of an earlier run, which this one "
-            "would mix with. Go on with it by --resume_from_checkpoint latest, or use another folder.",
-        ),
+        (left, f"--output_dir {output} holds {', '.join(left)} of an earlier run. {go_on}"),
     )
 
 
@@ -509,14 +503,14 @@ def start(args: Namespace) -> Accelerator:
         # cuBLAS reads this once, when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    logging_dir = Path(args.output_dir, args.logging_dir)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    logging_dir = str(Path(args.output_dir, args.logging_dir))
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args) or None,
-        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, str(logging_dir)),
+        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
     )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise InputError(
@@ -556,8 +550,8 @@ def recognise_model(args: Namespace) -> BaseModel:
     name = args.pretrained_model_name_or_path
     read = functools.partial(model_files.read_config, name, revision=args.revision, token=args.hub_token)
     index = read("model_index.json")
-    unet = read("unet/config.json") if "unet" in index else {}
-    scheduler = read("scheduler/scheduler_config.json") if "scheduler" in index else {}
+    unet = read("unet/config.json") if index.get("unet", [None])[0] else {}
+    scheduler = read("scheduler/scheduler_config.json") if unet else {}
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if reason := why_unsupported(index, unet, prediction_type):
         supported = ", ".join(kind.value for kind in ModelKind)
@@ -576,7 +570,7 @@ def recognise_model(args: Namespace) -> BaseModel:
 def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None:
     """Return what a checkpoint is if it is none of the supported kinds, else None."""
     channels, pipeline = unet.get("in_channels"), f"a {index.get('_class_name', 'pipeline')}"
-    if "unet" not in index:
+    if not unet:
         return f"{pipeline} without a U-Net"
     if "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time":
         return "a Stable Diffusion XL checkpoint"
@@ -586,7 +580,7 @@ def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None
         return "an inpainting checkpoint (9 input channels)"
     if channels != 4:
         return f"{pipeline} with {channels} input channels"
-    if not index.get("text_encoder", [None])[0] or not index.get("tokenizer", [None])[0]:
+    if not all(index.get(part, [None])[0] for part in ("text_encoder", "tokenizer")):
         return f"{pipeline} without a text encoder and a tokenizer"
     if prediction_type not in ("epsilon", "v_prediction"):
         return f"{pipeline} that predicts {prediction_type!r}"
@@ -1368,8 +1362,11 @@ def validate(
             model.train()
         devices.free_memory()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and folder.is_dir():
-        drawn = [images.open_rgb(path) for path in sorted(folder.glob("[0-9]*.png"))]
+    if accelerator.is_main_process:
+        paths = [folder / f"{index:02d}.png" for index in range(args.num_validation_images)]
+        drawn = [images.open_rgb(path) for path in paths if path.exists()]
+        if not drawn:
+            return
         grid = previews.make_grid(drawn, columns=4, title=f"{args.validation_prompt} (step {step})")
         images.save_png(grid, folder / "grid.png")
         track_images(accelerator, "validation", drawn, step)
@@ -1479,14 +1476,15 @@ def usage_snippet(args: Namespace, name: str) -> str:
 # Same in train_dreambooth.py
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
-    base_model, grids = args.pretrained_model_name_or_path, sorted(plan.output_dir.glob("samples/step-*/grid.png"))
+    base_model = args.pretrained_model_name_or_path
+    grid = f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png"
     card = model_card.Card(
         title=repository or plan.output_dir.resolve().name,
         base_model=base_model,
         tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *METHOD_TAGS],
         instance_prompt=args.instance_prompt,
         validation_prompt=args.validation_prompt,
-        grid=grids[-1].relative_to(plan.output_dir).as_posix() if grids else None,
+        grid=grid if (plan.output_dir / grid).exists() else None,
         settings=summary,
         snippet=usage_snippet(args, repository or str(plan.output_dir)),
     )
