@@ -180,15 +180,14 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
         accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
         finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
-        accelerator.end_training()
-        if not finished:
-            return stop.exit_code
 
         # 6. The result.
-        del optimizer, loader
-        save_result(args, accelerator, plan, models)
-        on_main_process(accelerator, share, args, plan, summary, repository)
-    return 0
+        if finished:
+            del optimizer, loader
+            save_result(args, accelerator, plan, models)
+            on_main_process(accelerator, share, args, plan, summary, repository)
+        accelerator.end_training()
+        return 0 if finished else stop.exit_code
 
 
 # ------------------------------------------------------------------------------------------------------------- flags

@@ -1,0 +1,605 @@
+"""The maths of both scripts against values worked out by hand, and their randomness against what it may depend on."""
+
+import hashlib
+import itertools
+import math
+import random
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from PIL import Image
+
+import train_dreambooth
+import train_dreambooth_lora
+from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
+from utils.seeds import derive_seed, generator
+
+# The seeds of a run's examples, as far as statistics are concerned.
+SEEDS = [derive_seed(0, "example", number) for number in range(4000)]
+
+
+@pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)
+def script(request):
+    """Run a test with each script."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Build the networks of a tiny Stable Diffusion model."""
+    return build_pipeline(SHAPES["tiny"])
+
+
+def spread(uniform: list[int], below: int, bins: int) -> float:
+    """Return chi-square per degree of freedom, near 1 for numbers that are uniform in [0, below)."""
+    counts = np.bincount(np.array(uniform) * bins // below, minlength=bins)
+    expected = len(uniform) / bins
+    return float(((counts - expected) ** 2 / expected).sum() / (bins - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+
+def test_a_loss_is_the_mean_square_of_its_own_example(script):
+    """Without Min-SNR, no example knows of its neighbours or of its timestep."""
+    wanted = torch.zeros(3, 2, 2, 2)
+    prediction = torch.stack([torch.full((2, 2, 2), 2.0), torch.zeros(2, 2, 2), torch.arange(8.0).view(2, 2, 2)])
+    losses = script.example_losses(prediction, wanted, torch.tensor([0.0, 0.5, 1.0]), "epsilon", None)
+    assert losses.tolist() == [4.0, 0.0, 140 / 8]
+    assert losses.dtype == torch.float32
+    assert script.example_losses(wanted, prediction, torch.rand(3), "v_prediction", None).tolist() == losses.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "gamma", "weights"),
+    [
+        # SNR of the four examples: 0, 1/4, 1, 9.
+        ("epsilon", 5.0, [1, 1, 1, 5 / 9]),
+        ("epsilon", 0.5, [1, 1, 1 / 2, 1 / 18]),
+        ("epsilon", 20.0, [1, 1, 1, 1]),
+        ("v_prediction", 5.0, [0, 1 / 5, 1 / 2, 1 / 2]),
+        ("v_prediction", 0.5, [0, 1 / 5, 1 / 4, 1 / 20]),
+        ("v_prediction", 20.0, [0, 1 / 5, 1 / 2, 9 / 10]),
+    ],
+)
+def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
+    """Each example of a batch is weighted by its own signal-to-noise ratio."""
+    alphas = torch.tensor([0.0, 0.2, 0.5, 0.9])
+    errors = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    prediction = errors.view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    losses = script.example_losses(prediction, torch.zeros(4, 3, 2, 2), alphas, prediction_type, gamma)
+    assert losses.shape == (4,)
+    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    order = [2, 0, 3, 1]
+    turned = script.example_losses(prediction[order], torch.zeros(4, 3, 2, 2), alphas[order], prediction_type, gamma)
+    assert turned.tolist() == losses[order].tolist()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_equals_the_definition_at_every_timestep(script, prediction_type):
+    """The weights of a whole schedule are those of the paper, with diffusers' signal-to-noise ratios."""
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    timesteps = torch.arange(1000)
+    snr = compute_snr(scheduler, timesteps)
+    losses = script.example_losses(
+        torch.ones(1000, 1, 1, 1), torch.zeros(1000, 1, 1, 1), scheduler.alphas_cumprod, prediction_type, 5.0
+    )
+    least = torch.minimum(snr, torch.tensor(5.0))
+    torch.testing.assert_close(losses, least / (snr if prediction_type == "epsilon" else snr + 1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_and_its_gradient_are_finite_without_signal(script, prediction_type):
+    """A schedule that ends at zero signal gives no NaN."""
+    prediction = torch.ones(2, 1, 2, 2, requires_grad=True)
+    script.example_losses(prediction, torch.zeros(2, 1, 2, 2), torch.tensor([0.0, 1.0]), prediction_type, 5.0).sum()
+    losses = script.example_losses(
+        prediction, torch.zeros(2, 1, 2, 2), torch.tensor([0.0, 1e-9]), prediction_type, 5.0
+    )
+    losses.sum().backward()
+    assert losses.isfinite().all() and prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.0, 0.25])
+def test_combine_in_every_order(script, weight):
+    """Whatever the order, the loss is the mean over the photos and the weighted mean over the class images."""
+    kinds = [(1.0, False), (3.0, False), (10.0, True), (40.0, True)]
+    for order in itertools.permutations(kinds):
+        losses, is_prior = (torch.tensor(column) for column in zip(*order))
+        loss = script.combine(losses, is_prior, weight)
+        assert [part.item() for part in loss] == [2 + weight * 25, 2, 25]
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_prior", "expected"),
+    [
+        ([7.0], [False], (7, 7, None)),
+        ([1.0, 2.0, 6.0], [False] * 3, (3, 3, None)),
+        ([1.0, 5.0], [False, True], (11, 1, 5)),
+        ([4.0, 1.0, 2.0, 3.0], [False, True, True, True], (8, 4, 2)),
+        ([1.0, 2.0, 3.0, 4.0], [False, False, False, True], (10, 2, 4)),
+    ],
+)
+def test_combine_with_uneven_parts(script, losses, is_prior, expected):
+    """Each kind is averaged over its own examples, weighted here by 2; without class images there is no weight."""
+    loss = script.combine(torch.tensor(losses), torch.tensor(is_prior), 2.0)
+    assert tuple(None if part is None else part.item() for part in loss) == expected
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_gradients_reach_the_examples_that_count(script, weight):
+    """An example's gradient is its share of its own mean, times the weight for a class image."""
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
+    loss = script.combine(losses, torch.tensor([True, False, True, False, True]), weight)
+    loss.total.backward()
+    third = pytest.approx(weight / 3)
+    assert losses.grad.tolist() == [third, 0.5, third, 0.5, third]
+    assert not loss.instance.requires_grad and not loss.prior.requires_grad
+
+
+def test_targets_by_hand(script):
+    """The target is the noise, or alpha x noise - sigma x picture."""
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type="v_prediction")
+    clean, noise = torch.randn(2, 3, 4, 2, 2, generator=generator("target"))
+    timesteps = torch.tensor([0, 400, 999])
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = torch.from_numpy(np.cumprod(1 - betas)[timesteps.numpy()]).view(3, 1, 1, 1)
+    velocity = kept.sqrt() * noise.double() - (1 - kept).sqrt() * clean.double()
+    found = script.target(scheduler, "v_prediction", clean, noise, timesteps)
+    torch.testing.assert_close(found.double(), velocity, rtol=1e-4, atol=1e-5)
+    assert torch.equal(script.target(scheduler, "epsilon", clean, noise, timesteps), noise)
+
+
+# --------------------------------------------------------------------------------------------- noise and model space
+
+
+def test_noise_depends_on_the_seed_alone(script):
+    """Neither the order nor the company of an example changes its noise or its timestep."""
+    shape = (4, 4, 8, 8)
+    noise, timesteps = script.draw_noise(torch.Size(shape), [11, 22, 33, 44], 1000, 0.1)
+    assert noise.shape == shape and noise.dtype == torch.float32
+    assert timesteps.shape == (4,) and timesteps.dtype == torch.int64
+    torch.manual_seed(5)
+    for places in ([2], [3, 0], [3, 2, 1, 0]):
+        seeds = [(11, 22, 33, 44)[place] for place in places]
+        again, at = script.draw_noise(torch.Size((len(places), *shape[1:])), seeds, 1000, 0.1)
+        assert torch.equal(again, noise[places]) and torch.equal(at, timesteps[places])
+    assert len({tensor.sum().item() for tensor in noise}) == 4
+    assert torch.initial_seed() == 5, "drawing must leave the global generator alone"
+
+
+def test_noise_is_standard_normal(script):
+    """Mean, variance, tails and the likeness of neighbours are those of independent normal numbers."""
+    noise, timesteps = script.draw_noise(torch.Size((1000, 4, 8, 8)), SEEDS[:1000], 1000, 0.0)
+    assert abs(noise.mean()) < 0.006 and abs(noise.var() - 1) < 0.01
+    assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.002)
+    assert abs((noise[1:] * noise[:-1]).mean()) < 0.006
+    assert abs((noise[:, 1:] * noise[:, :-1]).mean()) < 0.006
+    with_time = torch.corrcoef(torch.stack([noise[:, 0, 0, 0], timesteps.float()]))[0, 1]
+    assert abs(with_time) < 0.1
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_timesteps_are_uniform(script, steps):
+    """All timesteps from 0 to T - 1 come, and equally often."""
+    _, timesteps = script.draw_noise(torch.Size((len(SEEDS), 1, 1, 1)), SEEDS, steps, 0.0)
+    assert timesteps.min() >= 0 and timesteps.max() < steps
+    assert timesteps.min() < 0.01 * steps and timesteps.max() >= 0.99 * steps
+    bins = min(steps, 40)
+    assert spread(timesteps.tolist(), steps, bins) < 1 + 4 * math.sqrt(2 / (bins - 1))
+
+
+def test_offset_noise_is_constant_over_each_channel(script):
+    """The offset is one number per example and channel, of the given strength, and leaves everything else alone."""
+    shape = torch.Size((2000, 4, 2, 3))
+    plain, at = script.draw_noise(shape, SEEDS[:2000], 1000, 0.0)
+    noisy, also_at = script.draw_noise(shape, SEEDS[:2000], 1000, 0.1)
+    assert torch.equal(at, also_at)
+    offset = noisy - plain
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand(shape), rtol=0, atol=1e-6)
+    offset = offset[:, :, 0, 0]
+    assert offset.std() == pytest.approx(0.1, abs=0.003) and abs(offset.mean()) < 0.005
+    assert offset.round(decimals=6).unique().numel() > 7000, "channels and examples have offsets of their own"
+    assert abs(torch.corrcoef(offset.T) - torch.eye(4)).max() < 0.1
+    twice, _ = script.draw_noise(shape, SEEDS[:2000], 1000, 0.2)
+    torch.testing.assert_close(twice - plain, 2 * (noisy - plain), rtol=0, atol=1e-6)
+
+
+def test_latents_of_a_batch_equal_those_of_its_pictures_one_by_one(script, tiny):
+    """Neighbours do not change a picture's latents, not even in the last bit."""
+    pictures = torch.rand(3, 3, 32, 48, generator=generator("pictures")) * 2 - 1
+    latents = script.to_model_space(tiny.vae, pictures, [1, 2, 3])
+    assert latents.shape == (3, 4, 4, 6) and latents.dtype == torch.float32
+    for place, seed in enumerate((1, 2, 3)):
+        assert torch.equal(script.to_model_space(tiny.vae, pictures[place : place + 1], [seed])[0], latents[place])
+    assert torch.equal(script.to_model_space(tiny.vae, pictures.flip(0), [3, 2, 1]), latents.flip(0))
+
+
+def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
+    """A picture's latents are (mean + standard deviation x noise of its seed) x the VAE's scaling factor."""
+    picture = torch.rand(1, 3, 16, 16, generator=generator("picture")) * 2 - 1
+    with torch.no_grad():
+        posterior = tiny.vae.encode(picture).latent_dist
+    draws = torch.cat([script.to_model_space(tiny.vae, picture, [seed]) for seed in SEEDS[:400]])
+    assert torch.equal(draws[7:8], script.to_model_space(tiny.vae, picture, [SEEDS[7]]))
+    assert not torch.equal(draws[7], draws[8])
+    noise = (draws / 0.18215 - posterior.mean) / posterior.std
+    assert abs(noise.mean()) < 0.03 and noise.std() == pytest.approx(1, abs=0.02)
+    assert abs(noise.mean(dim=0)).max() < 0.2, "each latent is centred on its own mean"
+    training, _ = script.draw_noise(draws.shape, SEEDS[:400], 1000, 0.0)
+    assert abs((noise * training).mean()) < 0.03, "the noise that is added must be independent of this draw"
+    assert not draws.requires_grad
+
+
+def test_latents_are_float32_whatever_the_precision_of_the_vae(script):
+    """A VAE in bfloat16 encodes in bfloat16; the draw and the scaling are float32."""
+    vae = build_pipeline(SHAPES["tiny"], dtype=torch.bfloat16).vae
+    latents = script.to_model_space(vae, torch.zeros(1, 3, 16, 16), [1])
+    assert latents.dtype == torch.float32
+    assert not torch.equal(latents, latents.bfloat16().float())
+
+
+# ----------------------------------------------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 20, 50])
+@pytest.mark.parametrize(
+    ("schedule", "cycles", "power"),
+    [
+        ("constant", 1, 1.0),
+        ("constant_with_warmup", 1, 1.0),
+        ("linear", 1, 1.0),
+        ("cosine", 1, 1.0),
+        ("cosine_with_restarts", 1, 1.0),
+        ("cosine_with_restarts", 3, 1.0),
+        ("polynomial", 1, 1.0),
+        ("polynomial", 1, 2.5),
+        ("polynomial", 1, 0.0),
+    ],
+)
+def test_learning_rates_are_those_of_diffusers(script, schedule, cycles, power, warmup):
+    """At every one of 20 steps, also in a run that is over before its warm-up."""
+    steps, peak = 20, 3e-4
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    theirs = get_scheduler(schedule, optimizer, None, warmup, steps, num_cycles=cycles, power=power)
+    args = Namespace(lr_scheduler=schedule, lr_warmup_steps=warmup, lr_num_cycles=cycles, lr_power=power)
+    ours = [script.learning_rate(args, step, steps, peak) for step in range(steps)]
+    assert ours == pytest.approx([peak * theirs.lr_lambdas[0](step) for step in range(steps)], rel=1e-9, abs=1e-15)
+    assert ours[0] == optimizer.param_groups[0]["lr"]
+    assert max(ours) <= peak and (schedule == "constant" or warmup == 0 or ours[0] == 0)
+
+
+def test_polynomial_never_rises_to_its_end(script):
+    """A rate below the end of the schedule, where diffusers refuses, stays as it is."""
+    args = Namespace(lr_scheduler="polynomial", lr_warmup_steps=0, lr_num_cycles=1, lr_power=1.0)
+    assert [script.learning_rate(args, step, 10, 1e-8) for step in range(10)] == pytest.approx([1e-8] * 10)
+
+
+# ------------------------------------------------------------------------------------------- which example comes when
+
+
+def make_sampler(script, photos, batch, first=0, last=20, rank=0, processes=1, priors=0, seed=3):
+    """Make a sampler over so many photos and, after them, class images."""
+    kinds = [False] * photos + [True] * priors
+    examples = [script.Example(Path(str(number)), "a prompt", kind) for number, kind in enumerate(kinds)]
+    plan = SimpleNamespace(seed=seed, global_batch=batch * processes, processes=processes)
+    return script.StepSampler(plan, examples, first, last, rank)
+
+
+@pytest.mark.parametrize(("photos", "batch"), [(7, 3), (6, 3), (1, 1), (1, 4), (2, 5), (5, 1)])
+def test_every_photo_comes_once_a_pass(script, photos, batch):
+    """The draws fall into passes of all photos in changing order; a visit's number is that of its pass."""
+    draws = [draw for step in make_sampler(script, photos, batch, last=photos * 8) for draw in step]
+    assert len(draws) == photos * 8 * batch
+    orders = []
+    for start in range(0, len(draws), photos):
+        part = draws[start : start + photos]
+        orders.append(tuple(draw.example for draw in part))
+        assert sorted(orders[-1]) == list(range(photos))
+        assert {draw.visit for draw in part} == {start // photos}
+    assert len({draw.seed for draw in draws}) == len(draws), "no two visits share their noise"
+    assert photos < 5 or len(set(orders)) > 5
+
+
+def test_all_orders_come_equally_often(script):
+    """Over many seeds, each of the six orders of three photos comes in about a sixth of the passes."""
+    orders = Counter(tuple(script.shuffled(3, seed)) for seed in SEEDS)
+    assert len(orders) == 6 and all(abs(count - len(SEEDS) / 6) < 100 for count in orders.values())
+
+
+def test_a_shuffle_depends_on_its_seed_alone(script):
+    """The same numbers come in the same order again, whatever was shuffled in between, and each of them once."""
+    first = list(script.shuffled(50, 1))
+    assert sorted(first) == list(range(50)) and first != list(range(50))
+    others = [script.shuffled(50, seed) for seed in range(2, 40)]
+    assert script.shuffled(50, 1) == first and first not in others
+
+
+@pytest.mark.parametrize("priors", [0, 11])
+def test_two_processes_share_the_batches_of_one(script, priors):
+    """Rank 0 and rank 1 with batch 2 draw together what one process with batch 4 draws, noise included."""
+    whole = list(make_sampler(script, 7, 4, priors=priors))
+    ranks = [list(make_sampler(script, 7, 2, rank=rank, processes=2, priors=priors)) for rank in (0, 1)]
+    assert len(whole) == 20
+    for step, (first, second) in zip(whole, zip(*ranks)):
+        assert len(first) == len(second) == (4 if priors else 2)
+        assert sorted(first + second) == sorted(step)
+        assert [draw for draw in first + second if draw.example < 7] == step[:4]
+
+
+@pytest.mark.parametrize("first", [1, 9, 19, 20])
+def test_a_later_start_gives_the_rest_of_the_run(script, first):
+    """A sampler that starts at a micro-step draws what the whole run draws from there on."""
+    whole = list(make_sampler(script, 7, 3, priors=5))
+    assert list(make_sampler(script, 7, 3, first=first, priors=5)) == whole[first:]
+    assert list(make_sampler(script, 7, 3, last=40, priors=5))[:20] == whole, "a longer run begins alike"
+
+
+def test_photos_and_class_images_do_not_disturb_each_other(script):
+    """The photos' draws do not depend on the class images, nor do both kinds go through the same orders."""
+    alone = list(make_sampler(script, 8, 2))
+    both = list(make_sampler(script, 8, 2, priors=8))
+    assert [[draw for draw in step if draw.example < 8] for step in both] == alone
+    classes = [[(draw.example - 8, draw.visit) for draw in step if draw.example >= 8] for step in both]
+    assert classes != [[(draw.example, draw.visit) for draw in step] for step in alone]
+    assert not {draw.seed for step in both for draw in step if draw.example >= 8} & {d.seed for s in alone for d in s}
+    assert [draw.example >= 8 for draw in both[0]] == [False, False, True, True]
+
+
+def test_class_images_are_seen_equally_often(script):
+    """With 3 photos and 10 class images, each kind goes round at its own pace and evenly."""
+    draws = [draw for step in make_sampler(script, 3, 4, last=25, priors=10) for draw in step]
+    counts = Counter(draw.example for draw in draws)
+    assert [counts[number] for number in range(3, 13)] == [10] * 10
+    assert sorted(counts[number] for number in range(3)) == [33, 33, 34]
+
+
+def test_another_seed_gives_another_order(script):
+    """Order and noise follow the seed of the run."""
+    one, other = (list(make_sampler(script, 9, 3, seed=seed)) for seed in (1, 2))
+    assert [[draw.example for draw in step] for step in one] != [[draw.example for draw in step] for step in other]
+    assert not {draw.seed for step in one for draw in step} & {draw.seed for step in other for draw in step}
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture(params=[False, True], ids=["all-tokens", "masked"])
+def prompts(request, script, tiny):
+    """Tokenise three prompts of different length, with and without a mask of the padding."""
+    texts = ["a photo of sks dog", "a photo of dog", ""]
+    rows = tiny.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
+    return script.PromptTable(texts, rows["input_ids"], rows["attention_mask"] if request.param else None)
+
+
+def test_prompts_encoded_in_the_loop_equal_precomputed_ones(script, tiny, prompts):
+    """A frozen text encoder gives the same bits one by one and beforehand, and nearly the same all together."""
+    rows = torch.tensor([2, 0, 0, 1, 2])
+    with torch.no_grad():
+        table = script.embed_prompts(prompts, tiny.text_encoder, torch.arange(3), together=False)
+        in_loop = script.embed_prompts(prompts, tiny.text_encoder, rows, together=False)
+        together = script.embed_prompts(prompts, tiny.text_encoder, rows, together=True)
+        alone = script.embed_prompts(prompts, tiny.text_encoder, torch.tensor([1]), together=False)
+    prompts.embeds = table
+    looked_up = script.embed_prompts(prompts, None, rows, together=False)
+    assert looked_up.shape == (5, 77, 32)
+    assert torch.equal(looked_up, in_loop) and torch.equal(alone[0], table[1])
+    torch.testing.assert_close(together, in_loop, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(table[0], table[1]) and not torch.allclose(table[1], table[2])
+
+
+def test_embeddings_are_the_text_encoders_own(script, tiny, prompts):
+    """A row is the last hidden state for its tokens and, if there is one, its mask."""
+    with torch.no_grad():
+        mask = None if prompts.mask is None else prompts.mask[1:2]
+        expected = tiny.text_encoder(prompts.ids[1:2], attention_mask=mask).last_hidden_state
+        unmasked = tiny.text_encoder(prompts.ids[1:2]).last_hidden_state
+        found = script.embed_prompts(prompts, tiny.text_encoder, torch.tensor([1]), together=False)
+    assert torch.equal(found, expected)
+    assert torch.allclose(found, unmasked) == (prompts.mask is None)
+
+
+@pytest.mark.parametrize(("together", "sizes"), [(False, [1, 1]), (True, [2])])
+def test_equal_prompts_are_encoded_once(script, tiny, prompts, together, sizes):
+    """A batch of one photo prompt and one class prompt costs two rows, however large it is."""
+    seen = []
+    hook = tiny.text_encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        script.embed_prompts(prompts, tiny.text_encoder, torch.tensor([1, 0, 1, 1, 0]), together)
+    hook.remove()
+    assert seen == sizes
+
+
+def test_gradients_reach_a_text_encoder_that_trains(script, tiny, prompts):
+    """Two examples of one prompt give its embedding the sum of their gradients."""
+    weight = tiny.text_encoder.get_input_embeddings().weight.requires_grad_()
+    gradients = []
+    for rows in ([0], [0, 0]):
+        weight.grad = None
+        script.embed_prompts(prompts, tiny.text_encoder, torch.tensor(rows), together=True).square().sum().backward()
+        gradients.append(weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], 2 * gradients[0], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def make_dataset(script, paths, resolution=16, seed=0, **flags):
+    """Make a dataset of photos."""
+    examples = [script.Example(path, "a photo of sks dog", False) for path in paths]
+    args = Namespace(**{"center_crop": False, "random_flip": False, "image_interpolation_mode": "lanczos"} | flags)
+    plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=resolution))
+    return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=["", "a photo of sks dog"]), examples)
+
+
+def to_tensor(image):
+    """Scale a picture from 0 … 255 to -1 … 1, channels first."""
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Write pictures of several shapes: noise, and two ramps whose values tell where a crop was taken."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name, (width, height) in {"tall": (40, 101), "wide": (97, 33), "square": (50, 50), "small": (9, 12)}.items():
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    ramp = np.repeat(np.tile(np.arange(200, dtype=np.uint8), (16, 1))[..., None], 3, axis=2)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    Image.fromarray(ramp.transpose(1, 0, 2)).save(folder / "ramp_down.png")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["lanczos", "bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize(
+    ("name", "size", "corner"),
+    [
+        ("tall", (32, 81), (0, 24)),
+        ("wide", (94, 32), (31, 0)),
+        ("square", (32, 32), (0, 0)),
+        ("small", (32, 43), (0, 5)),
+    ],
+)
+def test_a_centre_crop_equals_pillows(script, pictures, name, size, corner, mode):
+    """The shorter edge becomes the resolution, and the middle of the longer one stays."""
+    with Image.open(pictures / f"{name}.png") as image:
+        resized = image.resize(size, Image.Resampling[mode.upper()])
+    expected = resized.crop((*corner, corner[0] + 32, corner[1] + 32))
+    dataset = make_dataset(script, [pictures / f"{name}.png"], 32, center_crop=True, image_interpolation_mode=mode)
+    item = dataset[script.Draw(0, 0, 77)]
+    torch.testing.assert_close(item["pixel_values"], to_tensor(expected), rtol=0, atol=1e-6)
+    assert item["prompt_rows"] == 1 and item["is_prior"] is False and item["seeds"] == 77
+
+
+@pytest.mark.parametrize("name", ["ramp", "ramp_down"])
+def test_random_crops_are_uniform_and_whole(script, pictures, name):
+    """Every position of the crop comes equally often, and what is cut out is a part of the picture."""
+    dataset = make_dataset(script, [pictures / f"{name}.png"])
+    starts = []
+    for visit in range(1500):
+        pixels = (dataset[script.Draw(0, visit, 0)]["pixel_values"] + 1) * 127.5
+        line = pixels[0, 0] if name == "ramp" else pixels[0, :, 0]
+        start = round(line[0].item())
+        starts.append(start)
+        assert torch.allclose(line, torch.arange(start, start + 16.0), atol=1e-3)
+    assert min(starts) == 0 and max(starts) == 184
+    assert spread(starts, 185, 37) < 1 + 4 * math.sqrt(2 / 36)
+
+
+def test_a_crop_depends_on_seed_example_and_visit_alone(script, pictures):
+    """Neither the noise's seed, nor the order of access, nor global random states change a picture."""
+    paths = [pictures / "ramp.png"] * 2
+    dataset, flags = make_dataset(script, paths, random_flip=True), {"random_flip": True}
+    first = dataset[script.Draw(0, 5, 1)]["pixel_values"]
+    for visit in range(4):
+        dataset[script.Draw(1, visit, 0)]
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again = make_dataset(script, paths, **flags)[script.Draw(0, 5, 999)]["pixel_values"]
+    assert torch.equal(first, again)
+    others = [(0, example, visit) for example, visit in ((0, 6), (1, 5))] + [(1, 0, 5)]
+    for seed, example, visit in others:
+        other = make_dataset(script, paths, seed=seed, **flags)[script.Draw(example, visit, 1)]["pixel_values"]
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_half_of_the_visits_are_exact_mirror_images(script, pictures, center_crop):
+    """A mirrored picture is the other one read from right to left, and comes about every second time."""
+    path = pictures / ("wide.png" if center_crop else "square.png")
+    plain = make_dataset(script, [path], center_crop=center_crop)
+    flipping = make_dataset(script, [path], center_crop=center_crop, random_flip=True)
+    upright = plain[script.Draw(0, 0, 0)]["pixel_values"]
+    mirrored = 0
+    for visit in range(600):
+        pixels = flipping[script.Draw(0, visit, 0)]["pixel_values"]
+        is_mirrored = not torch.equal(pixels, upright)
+        assert not is_mirrored or torch.equal(pixels, upright.flip(2))
+        mirrored += is_mirrored
+    assert 240 < mirrored < 360
+    assert torch.equal(plain[script.Draw(0, 9, 0)]["pixel_values"], upright), "without the flag, none is mirrored"
+
+
+def test_black_is_minus_one_and_white_is_one(script, tmp_path):
+    """Pixel values cover [-1, 1] and are float32, colours first."""
+    colours = np.zeros((16, 16, 3), np.uint8)
+    colours[:, :, 0] = 255
+    Image.fromarray(colours).save(tmp_path / "red.png")
+    pixels = make_dataset(script, [tmp_path / "red.png"])[script.Draw(0, 0, 0)]["pixel_values"]
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert [pixels[channel].unique().tolist() for channel in range(3)] == [[1.0], [-1.0], [-1.0]]
+
+
+def test_a_picture_of_16_bits_equals_the_one_of_8(script, tmp_path):
+    """One grey picture gives the same tensor at both depths, and in another lossless format."""
+    grey = np.random.default_rng(1).integers(0, 256, (40, 50), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey).save(tmp_path / "8.webp", lossless=True)
+    names = ("8.png", "16.png", "8.webp")
+    tensors = [make_dataset(script, [tmp_path / name], 32)[script.Draw(0, 0, 0)]["pixel_values"] for name in names]
+    assert torch.equal(tensors[0], tensors[1]) and torch.equal(tensors[0], tensors[2])
+    assert tensors[0].std() > 0.1
+
+
+def test_a_photo_is_turned_upright(script, pictures, tmp_path):
+    """A photo that the camera stored lying gives the tensor of the one stored upright."""
+    with Image.open(pictures / "wide.png") as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "upright.png")
+        exif = Image.Exif()
+        exif[0x0112] = 8  # turn by 90 degrees to the left to see it upright
+        image.save(tmp_path / "lying.png", exif=exif)
+    upright, lying = (
+        make_dataset(script, [tmp_path / name], 32, center_crop=True)[script.Draw(0, 0, 0)]["pixel_values"]
+        for name in ("upright.png", "lying.png")
+    )
+    assert torch.equal(upright, lying)
+
+
+def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
+    """Collation keeps the order, and seeds of 32 bits fit."""
+    paths = [pictures / "wide.png", pictures / "tall.png"]
+    dataset = make_dataset(script, paths, 24)
+    items = [dataset[script.Draw(1, 0, 2**32 - 1)], dataset[script.Draw(0, 3, 5)]]
+    items[1]["is_prior"] = True
+    batch = script.collate(items)
+    assert set(batch) == {"pixel_values", "prompt_rows", "is_prior", "seeds"}
+    assert batch["pixel_values"].shape == (2, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
+    assert torch.equal(batch["pixel_values"][1], items[1]["pixel_values"])
+    for key, dtype, values in (
+        ("prompt_rows", torch.int64, [1, 1]),
+        ("is_prior", torch.bool, [False, True]),
+        ("seeds", torch.int64, [2**32 - 1, 5]),
+    ):
+        assert batch[key].dtype == dtype and batch[key].tolist() == values
+
+
+# ------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_derived_seeds_have_32_bits_and_differ():
+    """All 32 bits are used, equally often, and no two of many purposes share a seed."""
+    seeds = [derive_seed(seed, purpose, n) for seed in (0, 1) for purpose in ("noise", "crop") for n in range(2000)]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 0 and 2**31 < max(seeds) < 2**32
+    bits = (np.array(seeds)[:, None] >> np.arange(32) & 1).mean(axis=0)
+    assert bits.min() > 0.47 and bits.max() < 0.53
+
+
+def test_derived_seeds_are_the_hash_of_their_parts():
+    """The same parts give the same seed in every process and on every machine."""
+    digest = hashlib.blake2b(b"7/example/class/12/0", digest_size=4).digest()
+    assert derive_seed(7, "example", "class", 12, 0) == int.from_bytes(digest, "little")
+    assert generator(7, "noise").initial_seed() == derive_seed(7, "noise")
+    assert derive_seed(1, 23) != derive_seed(12, 3)
