@@ -514,12 +514,14 @@ def recognise_model(args: Namespace) -> BaseModel:
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
     factor = 2 ** (len(read("vae/config.json")["block_out_channels"]) - 1)
     resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
-    native_size = unet["sample_size"] * factor
-    kind = ModelKind.STABLE_DIFFUSION
-    base = BaseModel(kind, index, scheduler, prediction_type, factor, native_size, resolution)
-    if problems := find_misfits(args, base):
-        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
-    return base
+    kind, native_size = ModelKind.STABLE_DIFFUSION, unet["sample_size"] * factor
+    if misfits := problems_that_hold(
+        (resolution % factor, f"--resolution {resolution} is no multiple of {factor}, the VAE's factor."),
+        (args.class_labels_conditioning, "--class_labels_conditioning: this model's U-Net has no class labels."),
+        (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
+    ):
+        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *misfits]))
+    return BaseModel(kind, index, scheduler, prediction_type, factor, native_size, resolution)
 
 
 def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None:
@@ -540,16 +542,6 @@ def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None
     if prediction_type not in ("epsilon", "v_prediction"):
         return f"{pipeline} that predicts {prediction_type!r}"
     return None
-
-
-def find_misfits(args: Namespace, base: BaseModel) -> list[str]:
-    """Return a sentence for each flag that contradicts the checkpoint."""
-    size, factor = base.resolution, base.latent_factor
-    return problems_that_hold(
-        (size % factor, f"--resolution {size} is no multiple of {factor}, the VAE's factor."),
-        (args.class_labels_conditioning, "--class_labels_conditioning: this model's U-Net has no class labels."),
-        (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
-    )
 
 
 def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
@@ -696,6 +688,8 @@ def draw_class_images(
     del pipeline
     devices.free_memory()
     accelerator.wait_for_everyone()
+    if elsewhere := [path for path in missing if not path.exists()]:
+        raise InputError(f"{len(elsewhere)} class images are on another machine: {folder} must be shared by all.")
 
 
 def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.DiffusionPipeline:
