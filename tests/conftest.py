@@ -1,0 +1,80 @@
+"""What several test modules share: tiny models, photos, class images, and the process that runs the scripts."""
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.runs import Trainer
+from utils.make_model import make_model
+
+torch.set_num_threads(1)  # the number of threads decides the last bits
+
+ORIENTATION = 0x0112
+PHOTOS = {  # width, height; one is smaller than the resolution
+    "beach.png": (80, 64),
+    "grass.jpg": (64, 112),
+    "more/table.png": (100, 90),
+    "snow.webp": (72, 72),
+    "turned.jpg": (96, 70),
+}
+
+
+def draw_picture(width: int, height: int, number: int) -> Image.Image:
+    """Draw a smooth pattern that differs between numbers and has neither symmetry nor two equal parts."""
+    y, x = np.mgrid[0:height, 0:width] / 32
+    waves = [
+        np.sin((1 + number / 3) * x + channel) * np.cos(0.7 * y + number + 0.3 * x * channel) for channel in range(3)
+    ]
+    return Image.fromarray(np.uint8(127.5 + 120 * np.stack(waves, axis=-1)))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Write the tiny model that predicts noise."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tmp_path_factory) -> Path:
+    """Write the tiny model that predicts velocity."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-v", "tiny", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Draw five photos, one of them turned by its EXIF data and one in a subfolder, among files that are none."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "notes.txt").write_text("Taken last summer.")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for number, (name, size) in enumerate(PHOTOS.items()):
+        options = {"exif": exif} if name == "turned.jpg" else {"lossless": True} if name == "snow.webp" else {}
+        draw_picture(*size, number).save(folder / name, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_images(tmp_path_factory) -> Path:
+    """Draw four class images."""
+    folder = tmp_path_factory.mktemp("data") / "class"
+    folder.mkdir()
+    for number in range(4):
+        draw_picture(64, 64, 10 + number).save(folder / f"{number:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory, tiny, photos):
+    """Start the process that runs the scripts."""
+    trainer = Trainer(tmp_path_factory.mktemp("runs"), tiny, photos)
+    yield trainer
+    trainer.close()
