@@ -454,10 +454,10 @@ def find_contradictions(args: Namespace) -> list[str]:
 def find_bad_folders(args: Namespace) -> list[str]:
     """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
     photos, output = Path(args.instance_data_dir or "."), Path(args.output_dir)
-    ours = {"--output_dir": output} | (
-        {"--class_data_dir": class_folder(args)} if args.with_prior_preservation else {}
-    )
-    inside = [flag for flag, folder in ours.items() if folder.resolve().is_relative_to(photos.resolve())]
+    classes = [class_folder(args)] if args.with_prior_preservation else []
+    ours = [("--output_dir", output), *(("--class_data_dir", folder) for folder in classes)]
+    inside = [flag for flag, folder in ours if folder.resolve().is_relative_to(photos.resolve())]
+    swallowed = any(photos.resolve().is_relative_to(folder.resolve()) for folder in classes)
     left = [] if args.resume_from_checkpoint else [path.name for path in checkpoints.list_checkpoints(output)]
     go_on = "Go on with that run by --resume_from_checkpoint latest, or use another folder."
     nested = args.instance_data_dir and inside
@@ -465,6 +465,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
         (not photos.exists(), f"--instance_data_dir {photos} does not exist."),
         (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
+        (swallowed, f"--class_data_dir holds --instance_data_dir {photos}: the photos would count as class images."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {output} holds {', '.join(left)} of an earlier run. {go_on}"),
     )
@@ -549,13 +550,13 @@ def recognise_model(args: Namespace) -> BaseModel:
     name = args.pretrained_model_name_or_path
     read = functools.partial(model_files.read_config, name, revision=args.revision, token=args.hub_token)
     index = read("model_index.json")
-    unet = read("unet/config.json") if index.get("unet", [None])[0] else {}
+    unet, vae = (read(f"{part}/config.json") if index.get(part, [None])[0] else {} for part in ("unet", "vae"))
     scheduler = read("scheduler/scheduler_config.json") if unet else {}
     prediction_type = scheduler.get("prediction_type", "epsilon")
-    if reason := why_unsupported(index, unet, prediction_type):
+    if reason := why_unsupported(index, unet, vae, prediction_type):
         supported = ", ".join(kind.value for kind in ModelKind)
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
-    factor = 2 ** (len(read("vae/config.json")["block_out_channels"]) - 1)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
     kind, native_size = ModelKind.STABLE_DIFFUSION, unet["sample_size"] * factor
     if misfits := problems_that_hold(
@@ -568,14 +569,14 @@ def recognise_model(args: Namespace) -> BaseModel:
 
 
 # Same in train_dreambooth.py
-def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None:
+def why_unsupported(index: dict, unet: dict, vae: dict, prediction_type: str) -> str | None:
     """Return what a checkpoint is if it is none of the supported kinds, else None."""
     channels, pipeline = unet.get("in_channels"), f"a {index.get('_class_name', 'pipeline')}"
     if not unet:
         return f"{pipeline} without a U-Net"
     if "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time":
         return "a Stable Diffusion XL checkpoint"
-    if "vae" not in index:
+    if not vae:
         return f"a DeepFloyd IF or other pixel model ({channels} input channels and no VAE)"
     if channels == 9:
         return "an inpainting checkpoint (9 input channels)"
@@ -585,6 +586,9 @@ def why_unsupported(index: dict, unet: dict, prediction_type: str) -> str | None
         return f"{pipeline} without a text encoder and a tokenizer"
     if prediction_type not in ("epsilon", "v_prediction"):
         return f"{pipeline} that predicts {prediction_type!r}"
+    classes = unet.get("_class_name"), unet.get("class_embed_type"), vae.get("_class_name")
+    if classes != ("UNet2DConditionModel", None, "AutoencoderKL"):
+        return f"{pipeline} with a {classes[0]}, class embedding {classes[1]}, and a {classes[2]}"
     return None
 
 
@@ -750,7 +754,7 @@ def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.
     dtypes = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[args.prior_generation_precision or default]
     unchecked = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(**source(args), **unchecked, dtype=dtype)
+    pipeline = load(args, diffusers.DiffusionPipeline, **unchecked, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
@@ -811,11 +815,10 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
 
 
 # Same in train_dreambooth.py
-def source(args: Namespace) -> dict[str, Any]:
-    """Return where weights of the base model are loaded from, as arguments of `from_pretrained`."""
-    name = args.pretrained_model_name_or_path
-    where = {"pretrained_model_name_or_path": name, "revision": args.revision, "token": args.hub_token}
-    return where | ({"variant": args.variant} if args.variant else {})
+def load(args: Namespace, kind: type, part: str | None = None, **options) -> Any:
+    """Load a part of the base model, or with part None the whole of it."""
+    where = {"revision": args.revision, "token": args.hub_token} | ({"variant": args.variant} if args.variant else {})
+    return model_files.load(kind, args.pretrained_model_name_or_path, part, **where, **options)
 
 
 # Same in train_dreambooth.py
@@ -823,14 +826,14 @@ def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
     """Load the base model's tokenizer, or the one of --tokenizer_name."""
     if args.tokenizer_name:
         return transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
-    return model_files.component_class(base.index, "tokenizer").from_pretrained(**source(args), subfolder="tokenizer")
+    return load(args, model_files.component_class(base.index, "tokenizer"), "tokenizer")
 
 
 # Same in train_dreambooth.py
 def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
     """Load the base model's text encoder, frozen, in the given precision."""
     kind = model_files.component_class(base.index, "text_encoder")
-    text_encoder = kind.from_pretrained(**source(args), subfolder="text_encoder", dtype=dtype)
+    text_encoder = load(args, kind, "text_encoder", dtype=dtype)
     longest, asked = getattr(text_encoder.config, "max_position_embeddings", math.inf), args.tokenizer_max_length
     if asked and asked > longest:
         raise InputError(f"--tokenizer_max_length {asked}: the text encoder takes at most {longest} tokens.")
@@ -840,10 +843,10 @@ def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> n
 # Same in train_dreambooth.py
 def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
     """Load the networks, frozen, on the device; `base_dtype` is the precision of those that will train."""
-    load = functools.partial(diffusers.UNet2DConditionModel.from_pretrained, **source(args))
-    unet = load(subfolder="unet", dtype=base_dtype(plan)).requires_grad_(False).to(accelerator.device)
-    load = functools.partial(diffusers.AutoencoderKL.from_pretrained, **source(args))
-    vae = load(subfolder="vae", dtype=plan.frozen_dtype).requires_grad_(False).eval().to(accelerator.device)
+    unet = load(args, diffusers.UNet2DConditionModel, "unet", dtype=base_dtype(plan))
+    vae = load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
+    for network in (unet, vae):
+        network.requires_grad_(False).to(accelerator.device)
     noise_scheduler = diffusers.DDPMScheduler.from_config(plan.base.scheduler)
     models = Models(unet, vae, None, noise_scheduler, [unet])
     if prompts.embeds is None:
@@ -1462,7 +1465,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
 def usage_snippet(args: Namespace, name: str) -> str:
     """Return Python code that draws a picture with the result, and runs as it stands."""
     prompt = args.validation_prompt or args.instance_prompt
-    return model_card.lora_snippet(name, prompt, args.pretrained_model_name_or_path, args.revision)
+    return model_card.lora_snippet(name, prompt, args.pretrained_model_name_or_path, args.revision, args.variant)
 
 
 # Same in train_dreambooth.py

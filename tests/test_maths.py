@@ -87,7 +87,7 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_equals_the_definition_at_every_timestep(script, prediction_type):
     """The weights of a whole schedule are those of the paper, with diffusers' signal-to-noise ratios."""
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    scheduler = DDPMScheduler.from_config(NOISE_SCHEDULE)
     timesteps = torch.arange(1000)
     snr = compute_snr(scheduler, timesteps)
     losses = script.example_losses(
@@ -98,13 +98,11 @@ def test_min_snr_equals_the_definition_at_every_timestep(script, prediction_type
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_and_its_gradient_are_finite_without_signal(script, prediction_type):
-    """A schedule that ends at zero signal gives no NaN."""
+def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_type):
+    """Neither zero signal nor zero noise gives NaN."""
     prediction = torch.ones(2, 1, 2, 2, requires_grad=True)
-    script.example_losses(prediction, torch.zeros(2, 1, 2, 2), torch.tensor([0.0, 1.0]), prediction_type, 5.0).sum()
-    losses = script.example_losses(
-        prediction, torch.zeros(2, 1, 2, 2), torch.tensor([0.0, 1e-9]), prediction_type, 5.0
-    )
+    alphas = torch.tensor([0.0, 1.0])
+    losses = script.example_losses(prediction, torch.zeros(2, 1, 2, 2), alphas, prediction_type, 5.0)
     losses.sum().backward()
     assert losses.isfinite().all() and prediction.grad.isfinite().all()
 
@@ -148,7 +146,7 @@ def test_gradients_reach_the_examples_that_count(script, weight):
 
 def test_targets_by_hand(script):
     """The target is the noise, or alpha x noise - sigma x picture."""
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type="v_prediction")
+    scheduler = DDPMScheduler.from_config(NOISE_SCHEDULE | {"prediction_type": "v_prediction"})
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=generator("target"))
     timesteps = torch.tensor([0, 400, 999])
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -193,7 +191,7 @@ def test_timesteps_are_uniform(script, steps):
     """All timesteps from 0 to T - 1 come, and equally often."""
     _, timesteps = script.draw_noise(torch.Size((len(SEEDS), 1, 1, 1)), SEEDS, steps, 0.0)
     assert timesteps.min() >= 0 and timesteps.max() < steps
-    assert timesteps.min() < 0.01 * steps and timesteps.max() >= 0.99 * steps
+    assert timesteps.min() <= 0.005 * steps and timesteps.max() >= 0.995 * steps - 1
     bins = min(steps, 40)
     assert spread(timesteps.tolist(), steps, bins) < 1 + 4 * math.sqrt(2 / (bins - 1))
 

@@ -172,7 +172,7 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
         lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
         head = f"{len(lines)} of {len(listing.images)} images in {flag} {folder} cannot be read:"
         if not skip_bad or not inspection.sizes:
-            advice = "Mend or remove them, or go on without them by --skip_bad_images."
+            advice = "Mend or remove them" + ("." if skip_bad else ", or go on without them by --skip_bad_images.")
             raise InputError("\n".join([head, *lines, advice]))
         notes.append("\n".join([head, *lines]))
     if inspection.transparent:

@@ -1,11 +1,15 @@
 """The model card: README.md of a result, for people and for the Hub."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import yaml
 from huggingface_hub.errors import HfHubHTTPError
+
+from utils import model_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ def find_license(base_model: str, revision: str | None, token: str | None) -> di
         if not Path(base_model).is_dir():
             path = Path(huggingface_hub.hf_hub_download(base_model, "README.md", revision=revision, token=token))
         data = huggingface_hub.ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, ValueError, HfHubHTTPError):
+    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
         return {}
     names = ("license", "license_name", "license_link")
     return {name: data.get(name) for name in names if data.get(name)}
@@ -55,10 +59,15 @@ def render(card: Card, license: dict[str, str]) -> str:
         header["base_model"] = card.base_model
     if card.grid:
         header["widget"] = [{"text": card.validation_prompt or card.instance_prompt, "output": {"url": card.grid}}]
-    preview = f"\n`{card.validation_prompt}`:\n\n![samples]({card.grid})\n" if card.grid else ""
-    base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
+    preview = (
+        f"\nDrawn from {as_code(card.validation_prompt or card.instance_prompt)}:\n\n![samples]({card.grid})\n"
+        if card.grid
+        else ""
+    )
+    base = model_files.public_name(card.base_model)
     licence = license.get("license") or "unknown: see the base model"
-    rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in card.settings.items())
+    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in card.settings.items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in cells.items())
     return f"""---
 {huggingface_hub.repocard_data.CardData(**header).to_yaml()}
 ---
@@ -66,7 +75,7 @@ def render(card: Card, license: dict[str, str]) -> str:
 # {card.title}
 
 Fine-tuned from {base} with [DreamBooth](https://arxiv.org/abs/2208.12242) on photos of one subject.
-Name it in a prompt as in training: `{card.instance_prompt}`
+Name it in a prompt as in training: {as_code(card.instance_prompt)}
 {preview}
 ## Use
 
@@ -84,9 +93,18 @@ Licence of the base model: {licence}
 """
 
 
-def pipeline_snippet(result: str, prompt: str, base_model: str | None) -> str:
+def as_code(text: str) -> str:
+    """Return a text as Markdown code within a line, whatever backticks or line breaks it has."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}" if "\n" in text else f"{fence}{pad}{text}{pad}{fence}"
+
+
+def pipeline_snippet(
+    result: str, prompt: str, base_model: str | None, revision: str | None = None, variant: str | None = None
+) -> str:
     """Return code that draws with a pipeline; `base_model` lends its text encoder if it is given."""
-    encoder = f"{base_model!r}, subfolder='text_encoder'"
+    encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}"
     lent = ", text_encoder=text_encoder" if base_model else ""
     return "\n".join(
         [
@@ -103,9 +121,9 @@ def pipeline_snippet(result: str, prompt: str, base_model: str | None) -> str:
     )
 
 
-def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None) -> str:
+def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None, variant: str | None = None) -> str:
     """Return code that draws with a base model and an adapter."""
-    at = f", revision={revision!r}" if revision else ""
+    at = _options(revision, variant)
     return "\n".join(
         [
             "import torch",
@@ -118,3 +136,9 @@ def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None
             'image.save("image.png")',
         ]
     )
+
+
+def _options(revision: str | None, variant: str | None) -> str:
+    """Return further arguments of `from_pretrained` as code."""
+    given = {"revision": revision, "variant": variant}
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value)

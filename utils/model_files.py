@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 from utils.errors import InputError
 
@@ -22,7 +24,10 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
         path = Path(model, filename)
         if not is_folder:
             path = Path(huggingface_hub.hf_hub_download(model, filename, revision=revision, token=token))
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
     except (OSError, ValueError, HfHubHTTPError) as error:
         what = "is a folder" if is_folder else "is no folder, and as a Hub id it gave nothing,"
         at = f" at revision {revision}" if revision else ""
@@ -45,3 +50,27 @@ def component_class(index: dict, component: str) -> type:
         except (ModuleNotFoundError, AttributeError):
             continue
     raise InputError(f"model_index.json names {library}.{name} as its {component}; no installed package has it.")
+
+
+def load(kind: type, model: str, part: str | None, **options) -> Any:
+    """Load a part of a model, or with part None the whole of it.
+
+    Args:
+        kind: The class that loads it.
+        options: Of its `from_pretrained`.
+
+    Raises:
+        InputError: Files are missing or broken.
+    """
+    folder = {"subfolder": part} if part else {}
+    try:
+        return kind.from_pretrained(model, **folder, **options)
+    except (OSError, HfHubHTTPError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        advice = "Weight files may have a variant's name, such as fp16: then give it by --variant"
+        raise InputError(f"The {part or 'model'} of {model} cannot be loaded: {reason} {advice}.") from error
+
+
+def public_name(model: str) -> str:
+    """Return a model's Hub id, or the last part of its folder's path."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -1,0 +1,193 @@
+"""metrics.jsonl as it grows: one step late, complete before a checkpoint, cut at a resume, JSON throughout."""
+
+import json
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from utils import metric_log
+from utils.metric_log import MetricLog, simple_settings, track_images
+
+
+class Recorder:
+    """Stand where accelerate stands: keep what goes to the trackers."""
+
+    def __init__(self, is_main: bool = True):
+        """Play the main process, or another one."""
+        self.device = torch.device("cpu")
+        self.is_main_process = self.is_local_main_process = is_main
+        self.logged = []
+
+    def log(self, values: dict, step: int) -> None:
+        """Keep what accelerate would hand to the trackers."""
+        self.logged.append((step, values))
+
+
+@pytest.fixture
+def recorder():
+    """Make a recorder for the main process."""
+    return Recorder()
+
+
+def add(log, step, loss=0.5, **values):
+    """Log a step of half a second and 8 examples."""
+    log.add(step, time.perf_counter() - 0.5, 8, {"epoch": step / 4, "loss": loss, "lr": 1e-4} | values)
+
+
+def read(path) -> list[dict]:
+    """Read the lines, refusing what JSON has no word for."""
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def steps_in(path) -> list[int]:
+    """Return the steps that the file holds."""
+    return [line["step"] for line in read(path)]
+
+
+def test_lines_come_one_step_late_and_the_last_one_at_the_end(recorder, tmp_path):
+    """A step is written when the next one is done, so that nobody waits for its numbers."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(recorder, path, 0, 3)
+    seen = []
+    for step in (1, 2, 3):
+        add(log, step)
+        seen.append(steps_in(path))
+    log.close()
+    assert seen == [[], [1], [1, 2]] and steps_in(path) == [1, 2, 3]
+    assert [step for step, _ in recorder.logged] == [1, 2, 3]
+
+
+def test_a_line_holds_its_own_steps_values(recorder, tmp_path):
+    """Tensors become numbers; time, speed and memory are added; trackers get the same numbers."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(recorder, path, 0, 2)
+    add(log, 1, torch.tensor(0.25), loss_prior=torch.tensor(3.0, dtype=torch.bfloat16), grad_norm=2)
+    add(log, 2, 0.125)
+    log.close()
+    first, second = read(path)
+    names = {"step", "epoch", "loss", "lr", "seconds", "samples_per_second", "memory_gb"}
+    assert set(first) == names | {"loss_prior", "grad_norm"} and set(second) == names
+    assert (first["epoch"], first["loss"], first["loss_prior"], first["lr"], first["grad_norm"]) == (
+        0.25,
+        0.25,
+        3,
+        1e-4,
+        2,
+    )
+    assert (second["step"], second["epoch"], second["loss"]) == (2, 0.5, 0.125)
+    assert 0.5 <= first["seconds"] < 5
+    assert first["samples_per_second"] == pytest.approx(8 / first["seconds"])
+    assert 0.05 < first["memory_gb"] < 1000
+    assert recorder.logged == [(line.pop("step"), line) for line in (first, second)]
+
+
+def test_a_flush_writes_what_waits_to_the_disk(recorder, tmp_path, monkeypatch):
+    """Before a checkpoint, its own step's line is in the file and synced, and it is not written again."""
+    path, synced = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(metric_log.os, "fsync", lambda handle: synced.append(steps_in(path)))
+    log = MetricLog(recorder, path, 0, 3)
+    add(log, 1)
+    log.flush()
+    assert steps_in(path) == [1] and synced == [[1]]
+    log.flush()
+    add(log, 2)
+    assert steps_in(path) == [1]
+    log.close()
+    assert steps_in(path) == [1, 2] and synced[-1] == [1, 2]
+
+
+def test_a_resumed_run_cuts_what_lies_beyond_its_checkpoint(recorder, tmp_path):
+    """Lines after the step, and a torn one, go; the new run's lines follow without a gap."""
+    path = tmp_path / "metrics.jsonl"
+    before = "".join(json.dumps({"step": step, "loss": 9.0}) + "\n" for step in range(1, 6))
+    path.write_text(before + '{"step": 6, "lo')
+    log = MetricLog(recorder, path, 3, 5)
+    assert steps_in(path) == [1, 2, 3]
+    add(log, 4)
+    add(log, 5)
+    log.close()
+    assert [line["loss"] for line in read(path)] == [9, 9, 9, 0.5, 0.5] and steps_in(path) == [1, 2, 3, 4, 5]
+    assert log.progress.n == 5 and log.progress.total == 5
+
+
+def test_a_torn_line_at_the_end_of_the_checkpoints_step_is_repaired(recorder, tmp_path):
+    """A last line without its newline does not swallow the next."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    log = MetricLog(recorder, path, 2, 3)
+    add(log, 3)
+    log.close()
+    assert steps_in(path) == [1, 2, 3]
+
+
+def test_a_new_run_starts_a_new_file(recorder, tmp_path):
+    """Numbers of an earlier run in the same folder do not stay."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1}\n{"step": 1}\nrubbish\n')
+    log = MetricLog(recorder, path, 0, 2)
+    add(log, 1)
+    log.close()
+    assert steps_in(path) == [1] and read(path)[0]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_numbers_that_are_not_finite_are_left_out(recorder, tmp_path, kind, value):
+    """An overflow costs its own keys, not the line, and neither file nor trackers get it."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(recorder, path, 0, 1)
+    add(log, 1, kind(value), grad_norm=kind(value), loss_prior=0.5)
+    log.close()
+    (line,) = read(path)
+    assert line["loss_prior"] == 0.5 and not {"loss", "grad_norm"} & line.keys()
+    assert not {"loss", "grad_norm"} & recorder.logged[0][1].keys()
+
+
+def test_only_the_main_process_writes(tmp_path):
+    """The other processes log to trackers, which know their rank, and touch no file."""
+    other = Recorder(is_main=False)
+    log = MetricLog(other, tmp_path / "metrics.jsonl", 0, 1)
+    add(log, 1)
+    log.flush()
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and other.logged[0][0] == 1
+
+
+def test_the_progress_bar_counts_steps_and_shows_the_loss(recorder, tmp_path, capsys):
+    """The bar goes on from the resumed step and names loss, rate and seconds of the last step written."""
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 2, 4)
+    assert log.progress.n == 2
+    add(log, 3, 0.12345)
+    add(log, 4)
+    assert log.progress.n == 4 and "loss=0.1235" in log.progress.postfix.replace("0.1234,", "0.1235,")
+    log.close()
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_pictures_go_to_those_trackers_that_take_them():
+    """TensorBoard gets one stack of pixels, others a list, and the rest nothing."""
+    taken = []
+    trackers = [
+        SimpleNamespace(
+            name=name, log_images=lambda values, step, name=name, **options: taken.append((name, values, options))
+        )
+        for name in ("tensorboard", "wandb", "mlflow")
+    ]
+    pictures = [Image.new("RGB", (4, 2), "red"), Image.new("RGB", (4, 2), "blue")]
+    track_images(SimpleNamespace(trackers=trackers), "validation", pictures, 3)
+    (board, stack, options), (wandb, listed, _) = taken
+    assert board == "tensorboard" and stack["validation"].shape == (2, 2, 4, 3) and options == {"dataformats": "NHWC"}
+    assert stack["validation"][1, 0, 0].tolist() == [0, 0, 255]
+    assert wandb == "wandb" and listed == {"validation": pictures}
+
+
+def test_settings_that_a_tracker_cannot_store_are_left_out():
+    """Numbers, words and switches stay."""
+    settings = {"a": 1, "b": 0.5, "c": "x", "d": True, "e": None, "f": [1], "g": {}}
+    assert simple_settings(settings) == {"a": 1, "b": 0.5, "c": "x", "d": True}

@@ -1,0 +1,273 @@
+"""The model card: a header that parses, the base model's licence, and words that break nothing."""
+
+import ast
+import builtins
+import dataclasses
+import re
+
+import huggingface_hub
+import pytest
+import yaml
+
+import train_dreambooth
+import train_dreambooth_lora
+from utils.model_card import Card, find_license, lora_snippet, pipeline_snippet, render
+
+ODD_PROMPTS = {
+    "plain": "a photo of sks dog",
+    "pipes": "a | b || c",
+    "quotes": """a "sks" dog's 'photo'""",
+    "colon": "dog: a # photo, [x] {y} & *z* - %",
+    "newline": "a photo\nof sks dog",
+    "paragraphs": "a photo\n\n# of\n\n---\n\n```\nsks dog",
+    "backticks": "a `sks` dog ``x``",
+    "backslashes": "a \\n dog \\",
+    "no": "no",
+    "number": "007",
+    "letters": "ein Foto von sks Hündchen 狗 🐶",
+    "markup": "<b>sks</b> <!-- dog",
+}
+
+
+@pytest.fixture(params=ODD_PROMPTS)
+def prompt(request):
+    """Run a test with each prompt."""
+    return ODD_PROMPTS[request.param]
+
+
+@pytest.fixture
+def card():
+    """Describe a result with previews."""
+    return Card(
+        title="somebody/dog",
+        base_model="somebody/base",
+        tags=["text-to-image", "dreambooth"],
+        instance_prompt="a photo of sks dog",
+        validation_prompt="a sks dog in a bucket",
+        grid="samples/step-000500/grid.png",
+        settings={"steps": 500, "learning rate": "5e-06"},
+        snippet="print(1)",
+    )
+
+
+def split(text: str) -> tuple[dict, str]:
+    """Return a card's header, parsed, and its Markdown."""
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    return yaml.safe_load(match[1]), text[match.end() :]
+
+
+def outside_code(markdown: str) -> str:
+    """Return Markdown without its fenced code."""
+    return re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def table_rows(markdown: str) -> list[list[str]]:
+    """Return the cells of the settings' table, split at pipes that are not escaped."""
+    table = markdown.partition("## Settings\n\n| | |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+
+
+def code_spans(markdown: str) -> list[str]:
+    """Return what CommonMark shows as code within the lines of a text."""
+    found = re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", outside_code(markdown))
+    return [content[1:-1] if content[0] == content[-1] == " " and content.strip() else content for _, content in found]
+
+
+def strings_in(code: str) -> list[str]:
+    """Return the string constants of Python code, which must compile."""
+    return [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+
+
+# ------------------------------------------------------------------------------------------------------------- header
+
+
+def test_the_header_says_what_the_hub_asks_for(card):
+    """Library, tags, prompt, base model, licence and a widget with the grid."""
+    header, _ = split(render(card, {"license": "openrail++"}))
+    assert header == {
+        "library_name": "diffusers",
+        "license": "openrail++",
+        "base_model": "somebody/base",
+        "tags": ["text-to-image", "dreambooth"],
+        "instance_prompt": "a photo of sks dog",
+        "widget": [{"text": "a sks dog in a bucket", "output": {"url": "samples/step-000500/grid.png"}}],
+    }
+
+
+def test_a_local_base_model_is_left_out_of_the_header(card, tmp_path):
+    """The Hub refuses a path as base_model, and nobody wants to publish where a folder lay."""
+    folder = tmp_path / "my-base"
+    folder.mkdir()
+    text = render(dataclasses.replace(card, base_model=str(folder)), {})
+    header, markdown = split(text)
+    assert "base_model" not in header and "Fine-tuned from my-base with" in markdown and str(tmp_path) not in text
+    assert "Fine-tuned from somebody/base with" in render(card, {})
+
+
+def test_a_local_base_model_with_a_slash_at_its_end_keeps_its_name(card, tmp_path, monkeypatch):
+    """`base/` and `.` are folders with names, too."""
+    (tmp_path / "my-base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "Fine-tuned from my-base with" in render(dataclasses.replace(card, base_model="my-base/"), {})
+    monkeypatch.chdir(tmp_path / "my-base")
+    assert "Fine-tuned from my-base with" in render(dataclasses.replace(card, base_model="."), {})
+
+
+def test_without_previews_there_is_no_picture(card):
+    """Neither the header nor the text refers to a grid that was not drawn."""
+    header, markdown = split(render(dataclasses.replace(card, grid=None), {}))
+    assert "widget" not in header and "![" not in markdown
+    assert "![samples](samples/step-000500/grid.png)" in split(render(card, {}))[1]
+
+
+def test_the_hub_reads_the_header(card):
+    """huggingface_hub's own parser finds the same entries."""
+    data = huggingface_hub.ModelCard(render(card, {"license": "mit"})).data
+    assert (data.base_model, data.license, data.tags) == ("somebody/base", "mit", card.tags)
+
+
+# ------------------------------------------------------------------------------------------------------------ licence
+
+
+@pytest.mark.parametrize(
+    ("readme", "entries"),
+    [
+        ("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\n# Base", {"license": "creativeml-openrail-m"}),
+        (
+            "---\nlicense: other\nlicense_name: my-own\nlicense_link: LICENSE.md\n---\n",
+            {"license": "other", "license_name": "my-own", "license_link": "LICENSE.md"},
+        ),
+        ("---\ntags: [x]\n---\n# Base", {}),
+        ("# Base without header", {}),
+        ("", {}),
+        ("---\nlicense: [broken\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_licence_is_that_of_the_base_model(card, tmp_path, readme, entries):
+    """It is copied from the base model's card; without one, none is made up."""
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    license = find_license(str(tmp_path), None, None)
+    assert license == entries
+    header, markdown = split(render(card, license))
+    assert {name: header[name] for name in header if name.startswith("license")} == entries
+    assert markdown.endswith(f"Licence of the base model: {entries.get('license', 'unknown: see the base model')}\n")
+
+
+def test_an_unreachable_base_model_has_no_licence(monkeypatch):
+    """Offline, the card is written without."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_license("nobody/no-such-model", None, None) == {}
+
+
+# --------------------------------------------------------------------------------------------------- words of any kind
+
+
+def test_any_prompt_survives_the_header(card, prompt):
+    """YAML gives both prompts back unchanged, as words."""
+    header, _ = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))
+    assert header["instance_prompt"] == header["widget"][0]["text"] == prompt
+    assert header["widget"][0]["output"] == {"url": card.grid} and header["tags"] == card.tags
+
+
+def test_any_prompt_stays_within_its_place_in_the_text(card, prompt):
+    """Headings stay those of the card, and a prompt of one line is shown as code, letter by letter."""
+    plain = outside_code(split(render(card, {}))[1])
+    markdown = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))[1]
+    headings = [line for line in outside_code(plain).splitlines() if line.startswith("#")]
+    assert [line for line in outside_code(markdown).splitlines() if line.startswith("#")] == headings
+    assert len(outside_code(markdown).splitlines()) == len(plain.splitlines())
+    if "\n" not in prompt:
+        assert code_spans(markdown).count(prompt) == 2
+
+
+def test_any_value_stays_within_its_row(card, prompt):
+    """The table has a row per setting and two cells per row."""
+    settings = {"class_prompt": prompt, "steps": 500}
+    rows = table_rows(split(render(dataclasses.replace(card, settings=settings), {}))[1])
+    assert [len(row) for row in rows] == [2, 2]
+    assert rows[0][0].strip() == "class_prompt" and rows[1] == [" steps ", " 500 "]
+
+
+def test_any_prompt_survives_the_snippets(prompt):
+    """The code compiles and passes the prompt on unchanged."""
+    for code in (
+        pipeline_snippet("some/dog", prompt, None),
+        pipeline_snippet("some/dog", prompt, "some/base"),
+        lora_snippet("some/dog", prompt, "some/base", None),
+        lora_snippet("some/dog", prompt, "some/base", "v1"),
+    ):
+        assert strings_in(code).count(prompt) == 1
+        assert not any(line.startswith("```") for line in code.splitlines())
+
+
+# ----------------------------------------------------------------------------------------------------------- snippets
+
+
+def test_the_snippets_name_what_they_load():
+    """A pipeline comes from the result; an adapter goes on its base at the revision that was trained."""
+    pipeline = strings_in(pipeline_snippet("some/dog", "a dog", None))
+    assert "some/dog" in pipeline and "text_encoder" not in pipeline
+    lent = strings_in(pipeline_snippet("some/dog", "a dog", "some/base"))
+    assert {"some/dog", "some/base", "text_encoder"} <= set(lent)
+    adapter = lora_snippet("some/dog", "a dog", "some/base", "v1")
+    assert "from_pretrained('some/base', revision='v1')" in adapter and "load_lora_weights('some/dog')" in adapter
+    assert "revision" not in lora_snippet("some/dog", "a dog", "some/base", None)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pipeline_snippet("some/dog", "a dog", None),
+        pipeline_snippet("some/dog", "a dog", "some/base"),
+        lora_snippet("some/dog", "a dog", "some/base", "v1"),
+    ],
+)
+def test_the_snippets_use_only_what_they_import(code):
+    """Every name is defined before it is used, and every import exists."""
+    known = set(dir(builtins))
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([statement], []), "snippet", "exec"), {})
+            known |= {alias.asname or alias.name for alias in statement.names}
+            continue
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        assert {node.id for node in names if isinstance(node.ctx, ast.Load)} <= known
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert "image.save(" in code
+
+
+def test_the_snippet_stands_in_the_card_as_code(card):
+    """What the card shows between its fences is the snippet."""
+    code = lora_snippet("some/dog", "a dog", "some/base", None)
+    markdown = split(render(dataclasses.replace(card, snippet=code), {}))[1]
+    assert re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1] == code
+
+
+SAME_BASE = [
+    (train_dreambooth, ["--skip_save_text_encoder"]),
+    (train_dreambooth_lora, []),
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), SAME_BASE)
+def test_the_snippet_loads_the_base_model_as_the_run_did(script, flags, tmp_path):
+    """What the base model lends comes from the same revision and from the files of the same variant."""
+    needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
+    needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
+    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), "some/dog"))
+    for flag, value in (("revision", "v1"), ("variant", "fp16")):
+        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), "some/dog")
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        given = [ast.unparse(call) for call in calls if "'some/base'" in map(ast.unparse, call.args)]
+        assert len(given) == 1 and f"{flag}={value!r}" in given[0]
+
+
+@pytest.mark.parametrize("script", [train_dreambooth, train_dreambooth_lora])
+def test_the_snippet_draws_the_validation_prompt_if_there_is_one(script, tmp_path):
+    """Otherwise it draws the instance prompt."""
+    needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
+    needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
+    for flags, prompt in (([], "a photo of sks dog"), (["--validation_prompt", "sks on Mars"], "sks on Mars")):
+        assert prompt in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), "some/dog"))

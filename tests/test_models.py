@@ -1,0 +1,371 @@
+"""What the scripts make of a checkpoint's config files, on tiny folders that imitate other families of models."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import train_dreambooth
+import train_dreambooth_lora
+from utils import model_files
+from utils.errors import InputError
+from utils.make_model import END, build_tokenizer, make_model
+
+SUPPORTED = "Supported: Stable Diffusion 1.x/2.x."
+GONE = "(removed)"  # in a change of a config: the key is taken out
+
+
+@pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)
+def script(request):
+    """Run a test with each script."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Write a tiny Stable Diffusion model once."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", "tiny")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    """Copy the tiny model's configs and tokenizer, not its weights, to be changed by a test."""
+    return shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@pytest.fixture
+def parse(script, tmp_path):
+    """Give a function that parses flags for a model."""
+    (tmp_path / "photos").mkdir()
+    return lambda model, *flags: script.parse_args(
+        [
+            *("--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(tmp_path / "photos")),
+            *("--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "out"), *flags),
+        ]
+    )
+
+
+def change(folder: Path, filename: str, **changes) -> None:
+    """Change entries of one of a model's JSON files."""
+    path = folder / filename
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value != GONE}))
+
+
+def refuse(script, args) -> str:
+    """Let a model be refused and return the message."""
+    with pytest.raises(InputError) as refusal:
+        script.recognise_model(args)
+    return str(refusal.value)
+
+
+# -------------------------------------------------------------------------------------------------- what is recognised
+
+
+def test_a_stable_diffusion_model_is_recognised(script, parse, tiny):
+    """The kind, the prediction, the VAE's factor and the native size are read from the configs."""
+    base = script.recognise_model(parse(tiny))
+    assert base.kind is script.ModelKind.STABLE_DIFFUSION and base.kind.value == "Stable Diffusion 1.x/2.x"
+    assert (base.prediction_type, base.latent_factor, base.native_size) == ("epsilon", 8, 64)
+    assert base.index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    assert base.scheduler["num_train_timesteps"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "flags", "resolution"),
+    [
+        ("epsilon", [], 512),
+        ("v_prediction", [], 768),
+        (GONE, [], 512),
+        ("epsilon", ["--resolution", "64"], 64),
+        ("v_prediction", ["--resolution", "512"], 512),
+    ],
+)
+def test_the_resolution_follows_the_prediction_unless_it_is_given(
+    script, parse, copy, prediction_type, flags, resolution
+):
+    """Models for velocity were trained at 768 pixels, others at 512; a config from before the choice says epsilon."""
+    change(copy, "scheduler/scheduler_config.json", prediction_type=prediction_type)
+    base = script.recognise_model(parse(copy, *flags))
+    assert base.resolution == resolution
+    assert base.prediction_type == ("epsilon" if prediction_type == GONE else prediction_type)
+
+
+@pytest.mark.parametrize(("widths", "factor"), [([8, 8, 16, 16], 8), ([8, 8, 16], 4), ([8], 1)])
+def test_the_factor_is_that_of_the_vae(script, parse, copy, widths, factor):
+    """Each level of the VAE but the first halves the picture, and the native size counts in its pixels."""
+    change(copy, "vae/config.json", block_out_channels=widths)
+    base = script.recognise_model(parse(copy))
+    assert (base.latent_factor, base.native_size) == (factor, 8 * factor)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+OTHER_KINDS = {
+    "sdxl": (
+        {"model_index.json": {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}},
+        "a Stable Diffusion XL checkpoint",
+    ),
+    "sdxl-refiner": (
+        {"model_index.json": {"text_encoder": [None, None]}, "unet/config.json": {"addition_embed_type": "text_time"}},
+        "a Stable Diffusion XL checkpoint",
+    ),
+    "inpainting": ({"unet/config.json": {"in_channels": 9}}, "an inpainting checkpoint (9 input channels)"),
+    "if-stage-one": (
+        {"model_index.json": {"vae": GONE, "_class_name": "IFPipeline"}, "unet/config.json": {"in_channels": 3}},
+        "a DeepFloyd IF or other pixel model (3 input channels and no VAE)",
+    ),
+    "if-stage-two": (
+        {
+            "model_index.json": {
+                **{"vae": GONE, "_class_name": "IFSuperResolutionPipeline"},
+                **{"image_noising_scheduler": ["diffusers", "DDPMScheduler"]},
+            },
+            "unet/config.json": {"in_channels": 6, "class_embed_type": "timestep"},
+        },
+        "a DeepFloyd IF or other pixel model (6 input channels and no VAE)",
+    ),
+    "x4-upscaler": (
+        {
+            "model_index.json": {"_class_name": "StableDiffusionUpscalePipeline"},
+            "unet/config.json": {"in_channels": 7, "num_class_embeds": 1000},
+        },
+        "a StableDiffusionUpscalePipeline with 7 input channels",
+    ),
+    "instruct-pix2pix": (
+        {
+            "model_index.json": {"_class_name": "StableDiffusionInstructPix2PixPipeline"},
+            "unet/config.json": {"in_channels": 8},
+        },
+        "a StableDiffusionInstructPix2PixPipeline with 8 input channels",
+    ),
+    "flux": (
+        {
+            "model_index.json": {
+                **{"_class_name": "FluxPipeline", "unet": GONE},
+                **{"transformer": ["diffusers", "FluxTransformer2DModel"]},
+            }
+        },
+        "a FluxPipeline without a U-Net",
+    ),
+    "no-name": ({"model_index.json": {"_class_name": GONE, "unet": GONE}}, "a pipeline without a U-Net"),
+    "image-variations": (
+        {
+            "model_index.json": {
+                **{"_class_name": "StableDiffusionImageVariationPipeline", "text_encoder": GONE, "tokenizer": GONE},
+                **{"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]},
+            }
+        },
+        "a StableDiffusionImageVariationPipeline without a text encoder and a tokenizer",
+    ),
+    "no-tokenizer": (
+        {"model_index.json": {"tokenizer": [None, None]}},
+        "a StableDiffusionPipeline without a text encoder and a tokenizer",
+    ),
+    "predicts-sample": (
+        {"scheduler/scheduler_config.json": {"prediction_type": "sample"}},
+        "a StableDiffusionPipeline that predicts 'sample'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_are_refused_by_name(script, parse, copy, kind):
+    """The message says what the checkpoint is, and what would be supported."""
+    changes, reason = OTHER_KINDS[kind]
+    for filename, entries in changes.items():
+        change(copy, filename, **entries)
+    message = refuse(script, parse(copy))
+    assert message == f"--pretrained_model_name_or_path {copy} is {reason}: not supported. {SUPPORTED}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            {
+                "model_index.json": {
+                    "_class_name": "TextToVideoSDPipeline",
+                    "unet": ["diffusers", "UNet3DConditionModel"],
+                },
+                "unet/config.json": {"_class_name": "UNet3DConditionModel"},
+            },
+            id="text-to-video",
+        ),
+        pytest.param(
+            {
+                "model_index.json": {"_class_name": "StableUnCLIPImg2ImgPipeline"},
+                "unet/config.json": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
+            },
+            id="unclip",
+        ),
+        pytest.param(
+            {"vae/config.json": {"_class_name": "AutoencoderTiny", "block_out_channels": GONE}}, id="tiny-vae"
+        ),
+    ],
+)
+def test_relatives_that_cannot_be_trained_are_refused(script, parse, copy, changes):
+    """A model whose U-Net or VAE is of another class, or wants class labels, is refused before anything is loaded."""
+    for filename, entries in changes.items():
+        change(copy, filename, **entries)
+    assert SUPPORTED in refuse(script, parse(copy))
+
+
+@pytest.mark.parametrize(
+    "filename", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("damage", ["missing", "broken", "empty", "binary"])
+def test_configs_that_cannot_be_read_are_named(script, parse, copy, filename, damage):
+    """One message names the model and the file."""
+    path = copy / filename
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"broken": b'{"a": ', "empty": b"", "binary": b"\xff\xfe\x00"}[damage])
+    message = refuse(script, parse(copy))
+    assert message.startswith(f"The model {copy} is a folder without a readable {filename}: ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{}"])
+def test_an_index_that_is_no_index_is_refused(script, parse, copy, content):
+    """JSON of another kind than an object is a message too, not a traceback."""
+    (copy / "model_index.json").write_text(content)
+    message = refuse(script, parse(copy))
+    assert str(copy) in message
+
+
+def test_a_folder_that_is_no_model_is_refused(script, parse, tmp_path):
+    """An empty folder lacks its index."""
+    (tmp_path / "empty").mkdir()
+    message = refuse(script, parse(tmp_path / "empty"))
+    assert message.startswith(f"The model {tmp_path / 'empty'} is a folder without a readable model_index.json: ")
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "./no/such/folder", "no such model"])
+def test_a_name_that_nobody_knows_while_offline(script, parse, monkeypatch, name):
+    """A Hub id that cannot be asked for, and a folder that does not exist, give one message."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refuse(script, parse(name, "--revision", "v1"))
+    head = f"The model {name} at revision v1 is no folder, and as a Hub id it gave nothing, without a readable "
+    assert message.startswith(f"{head}model_index.json: ")
+
+
+# ----------------------------------------------------------------------------------------------- flags that contradict
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--resolution", "100"], "--resolution 100 is no multiple of 8, the VAE's factor."),
+        (["--resolution", "4"], "--resolution 4 is no multiple of 8, the VAE's factor."),
+        (
+            ["--class_labels_conditioning", "timesteps"],
+            "--class_labels_conditioning: this model's U-Net has no class labels.",
+        ),
+        (
+            ["--validation_images", "low.png"],
+            "--validation_images: this model draws from --validation_prompt alone.",
+        ),
+    ],
+)
+def test_flags_that_contradict_the_model(script, parse, copy, flags, sentence):
+    """Each is refused with the model's kind, and the first line says which model."""
+    message = refuse(script, parse(copy, *flags))
+    assert message.splitlines() == [f"the flags do not fit {copy} (Stable Diffusion 1.x/2.x):", sentence]
+
+
+def test_all_contradictions_are_told_at_once(script, parse, copy):
+    """Three flags that do not fit are three lines."""
+    flags = ["--resolution=9", "--class_labels_conditioning=timesteps", "--validation_images", "a.png"]
+    lines = refuse(script, parse(copy, *flags)).splitlines()[1:]
+    starts = ("--resolution 9", "--class_labels_conditioning", "--validation_images")
+    assert len(lines) == 3 and all(line.startswith(start) for line, start in zip(lines, starts))
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(script, args):
+    """Load a model's networks on the CPU, in float32."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32)
+    return script.load_models(args, accelerator, plan, SimpleNamespace(embeds=None))
+
+
+def test_a_variant_is_loaded_in_the_precision_of_training(script, parse, tmp_path):
+    """--variant fp16 reads the files of that name; without it they are not found, and the message says what to do."""
+    model = make_model(tmp_path / "fp16", "tiny", dtype=torch.float16, variant="fp16")
+    models = load(script, parse(model, "--variant", "fp16"))
+    stored = load_file(model / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    for name, tensor in models.unet.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, stored[name].float())
+    stored = load_file(model / "text_encoder" / "model.fp16.safetensors")
+    assert next(iter(stored.values())).dtype == torch.float16
+    found = {name.removeprefix("text_model."): tensor for name, tensor in models.text_encoder.state_dict().items()}
+    assert all(torch.equal(found[name.removeprefix("text_model.")], value.float()) for name, value in stored.items())
+
+
+def test_weights_that_are_not_there_give_a_message(script, parse, tmp_path):
+    """Forgetting --variant is a mistake that a person can mend, so no traceback."""
+    model = make_model(tmp_path / "fp16", "tiny", dtype=torch.float16, variant="fp16")
+    with pytest.raises(InputError, match="--variant"):
+        load(script, parse(model))
+
+
+def test_networks_are_frozen_and_only_the_trained_ones_are_listed(script, parse, tiny):
+    """Nothing trains before `prepare_training`, and the text encoder is listed only when it will."""
+    for flags, count in (([], 1), (["--train_text_encoder"], 2)):
+        models = load(script, parse(tiny, *flags))
+        assert [type(model).__name__ for model in models.trained] == ["UNet2DConditionModel", "CLIPTextModel"][:count]
+        networks = (models.unet, models.vae, models.text_encoder)
+        assert not any(parameter.requires_grad for network in networks for parameter in network.parameters())
+        assert models.noise_scheduler.config.num_train_timesteps == 1000
+
+
+def test_the_text_encoder_is_of_the_class_that_the_index_names(script, parse, tiny, tmp_path):
+    """The class comes from model_index.json, not from a guess."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    args = parse(model)
+    for name, kind in (("CLIPTextModel", CLIPTextModel), ("CLIPTextModelWithProjection", CLIPTextModelWithProjection)):
+        change(model, "model_index.json", text_encoder=["transformers", name])
+        encoder = script.load_text_encoder(args, script.recognise_model(args), torch.bfloat16)
+        assert type(encoder) is kind and encoder.dtype == torch.bfloat16 and not encoder.training
+    change(model, "model_index.json", text_encoder=["transformers", "NoSuchModel"])
+    with pytest.raises(InputError) as refusal:
+        script.load_text_encoder(args, script.recognise_model(args), torch.float32)
+    named = "model_index.json names transformers.NoSuchModel as its text_encoder; no installed package has it."
+    assert str(refusal.value) == named
+
+
+def test_a_class_that_diffusers_keeps_with_a_pipeline_is_found():
+    """AltDiffusion's text encoder belongs to a pipeline that diffusers has put aside."""
+    index = {"text_encoder": ["alt_diffusion", "RobertaSeriesModelWithTransformation"]}
+    found = model_files.component_class(index, "text_encoder")
+    assert found.__name__ == "RobertaSeriesModelWithTransformation" and hasattr(found, "from_pretrained")
+
+
+def test_prompts_longer_than_the_text_encoder_takes_are_refused(script, parse, tiny):
+    """--tokenizer_max_length ends where the text encoder's positions do."""
+    base = script.recognise_model(parse(tiny))
+    script.load_text_encoder(parse(tiny, "--tokenizer_max_length", "77"), base, torch.float32)
+    with pytest.raises(InputError) as refusal:
+        script.load_text_encoder(parse(tiny, "--tokenizer_max_length", "78"), base, torch.float32)
+    assert str(refusal.value) == "--tokenizer_max_length 78: the text encoder takes at most 77 tokens."
+
+
+def test_another_tokenizer_can_be_named(script, parse, tiny, tmp_path):
+    """--tokenizer_name replaces the model's own tokenizer, which is taken without it."""
+    build_tokenizer(pad_token="!").save_pretrained(tmp_path / "tokenizer")
+    own = script.load_tokenizer(parse(tiny), script.recognise_model(parse(tiny)))
+    args = parse(tiny, "--tokenizer_name", str(tmp_path / "tokenizer"))
+    other = script.load_tokenizer(args, script.recognise_model(args))
+    assert (own.pad_token, other.pad_token) == (END, "!")
+    assert own("a photo of sks dog")["input_ids"] == other("a photo of sks dog")["input_ids"]
