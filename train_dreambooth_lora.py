@@ -235,7 +235,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
     if args.config:
-        switches = {action.dest: isinstance(action, SWITCH) for action in parser._actions}
+        known = [action for action in parser._actions if action.dest not in ("help", "config")]
+        switches = {action.dest: isinstance(action, SWITCH) for action in known}
         try:
             args = parser.parse_args([*config_file.read_flags(args.config, switches), *argv])
         except InputError as error:
@@ -252,6 +253,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags, in groups."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir DIR --instance_prompt PROMPT [...]",
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -488,7 +490,7 @@ def class_folder(args: Namespace) -> Path:
 # Same in train_dreambooth.py
 def tracker_names(args: Namespace) -> list[str]:
     """Return the trackers of --report_to."""
-    return [name for name in args.report_to.split(",") if name not in ("", "none")]
+    return [name for name in args.report_to.replace(",", " ").split() if name != "none"]
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -622,8 +624,7 @@ def list_class_images(args: Namespace) -> list[Path]:
             logger.warning(f"Class image {path} does not count: {reason}")
     if len(present) > wanted:
         logger.warning(f"{folder} holds {len(present)} class images; --num_class_images takes the first {wanted}.")
-    names = (folder / f"{index:05d}.png" for index in range(wanted))
-    missing = [path for path in names if path not in set(present)]
+    missing = sorted({folder / f"{index:05d}.png" for index in range(wanted)} - set(present))
     return sorted(present[:wanted] + missing[: max(0, wanted - len(present))])
 
 

@@ -153,6 +153,13 @@ class Trainer:
         assert run.code == code, run.text
         return run
 
+    def run_all(self, runs: dict[Path, tuple[str, str]]) -> list[Path]:
+        """Run scripts at the same time, as (script, flags) by output folder; return the folders."""
+        jobs = [self.start(script, out, flags) for out, (script, flags) in runs.items()]
+        for run in [job.finish() for job in jobs]:
+            assert run.code == 0, run.text
+        return list(runs)
+
 
 def wait_until(holds, what: str, seconds: float = TIMEOUT) -> None:
     """Wait until a function returns true."""
@@ -277,6 +284,7 @@ def write_whole(path: Path, text: str) -> None:
 def run_main(module, request: dict) -> int:
     """Call a script's `main` as the interpreter would, and return the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setpgid(0, 0)  # a signal to its group reaches its data workers, and not its keeper
     log = Path(request["log"])
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, log / "stdout", None), (2, log / "stderr", None)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if mode is None else mode), number)

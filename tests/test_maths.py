@@ -1,5 +1,6 @@
 """The maths of both scripts against values worked out by hand, and their randomness against what it may depend on."""
 
+import copy
 import hashlib
 import itertools
 import math
@@ -225,10 +226,12 @@ def test_latents_of_a_batch_equal_those_of_its_pictures_one_by_one(script, tiny)
 def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
     """A picture's latents are (mean + standard deviation x noise of its seed) x the VAE's scaling factor."""
     picture = torch.rand(1, 3, 16, 16, generator=generator("picture")) * 2 - 1
+    vae = copy.deepcopy(tiny.vae)
+    vae.quant_conv.bias.data[4:] -= 2  # so that standard deviations are not near 1, where variances would pass as well
     with torch.no_grad():
-        posterior = tiny.vae.encode(picture).latent_dist
-    draws = torch.cat([script.to_model_space(tiny.vae, picture, [seed]) for seed in SEEDS[:400]])
-    assert torch.equal(draws[7:8], script.to_model_space(tiny.vae, picture, [SEEDS[7]]))
+        posterior = vae.encode(picture).latent_dist
+    draws = torch.cat([script.to_model_space(vae, picture, [seed]) for seed in SEEDS[:400]])
+    assert torch.equal(draws[7:8], script.to_model_space(vae, picture, [SEEDS[7]]))
     assert not torch.equal(draws[7], draws[8])
     noise = (draws / 0.18215 - posterior.mean) / posterior.std
     assert abs(noise.mean()) < 0.03 and noise.std() == pytest.approx(1, abs=0.02)
@@ -520,12 +523,12 @@ def test_half_of_the_visits_are_exact_mirror_images(script, pictures, center_cro
     flipping = make_dataset(script, [path], center_crop=center_crop, random_flip=True)
     upright = plain[script.Draw(0, 0, 0)]["pixel_values"]
     mirrored = 0
-    for visit in range(600):
+    for visit in range(1200):
         pixels = flipping[script.Draw(0, visit, 0)]["pixel_values"]
         is_mirrored = not torch.equal(pixels, upright)
         assert not is_mirrored or torch.equal(pixels, upright.flip(2))
         mirrored += is_mirrored
-    assert 240 < mirrored < 360
+    assert 540 < mirrored < 660
     assert torch.equal(plain[script.Draw(0, 9, 0)]["pixel_values"], upright), "without the flag, none is mirrored"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import random
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from PIL import Image, ImageOps
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from tests.runs import (
     CLASS_PROMPT,
@@ -26,6 +29,7 @@ from tests.runs import (
     differing,
     names,
     read_metrics,
+    read_optimizer,
     read_tensors,
     untimed,
 )
@@ -285,14 +289,13 @@ def test_the_pinned_loss_is_right(models, photos, class_images, name):
 # What flags do that a first loss does not show.
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     "schedule", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 )
-def test_learning_rates_are_those_of_diffusers(trainer, tmp_path, script, schedule):
+def test_learning_rates_are_those_of_diffusers(trainer, tmp_path, schedule):
     """Each schedule's rates equal those of the diffusers schedule of that name, to float precision."""
     flags = f"--lr_scheduler {schedule} --lr_warmup_steps 2 --lr_num_cycles 2 --lr_power 2 --max_train_steps 7"
-    run = trainer.run(script, tmp_path / "out", flags)
+    outs = trainer.run_all({tmp_path / script: (script, flags) for script in SCRIPTS})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     theirs = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=7, num_cycles=2, power=2)
     wanted = []
@@ -300,7 +303,8 @@ def test_learning_rates_are_those_of_diffusers(trainer, tmp_path, script, schedu
         wanted.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    assert [line["lr"] for line in read_metrics(run.out)] == pytest.approx(wanted, rel=1e-6)
+    for out in outs:
+        assert [line["lr"] for line in read_metrics(out)] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_scaled_learning_rates_and_epochs(trainer, tmp_path):
@@ -347,9 +351,12 @@ def test_one_step_is_that_of_adamw(trainer, tiny, tmp_path):
 def test_8_bit_adam_keeps_8_bits(trainer, tmp_path):
     """With --use_8bit_adam the moments of large tensors are bytes."""
     out = trainer.run("full", tmp_path / "out", "--use_8bit_adam --checkpointing_steps 2").out
-    states = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["state"].values()
-    dtypes = {(state["state1"].dtype, state["state1"].numel() >= 4096) for state in states}
-    assert dtypes == {(torch.uint8, True), (torch.float32, False)}
+    state = read_optimizer(out / "checkpoint-2")
+    moments = [value for key, value in state.items() if key.endswith(("/state1", "/state2"))]
+    assert {(moment.dtype, moment.numel() >= 4096) for moment in moments} == {
+        (torch.uint8, True),
+        (torch.float32, False),
+    }
 
 
 def test_adapters_have_the_layers_rank_and_strength_asked_for(trainer, tiny, tmp_path):
@@ -392,3 +399,55 @@ def test_every_way_of_launching_trains_the_same(trainer, tmp_path, script):
     for how in ("python", "accelerate"):
         assert differing(read_tensors(jobs[how].out), read_tensors(forked)) == []
         assert untimed(jobs[how].out) == untimed(forked)
+
+
+def read_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
+    """Read the numbers that TensorBoard would show: by name, then by step."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def read_wandb(path: Path) -> dict[str, dict[int, float]]:
+    """Read the numbers of a wandb run file, a LevelDB log of protocol buffers: by name, then by step."""
+    data, position, record, found = path.read_bytes(), 7, b"", {}
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # too little for a header: the block ends in padding
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            history = wandb_internal_pb2.Record.FromString(record).history
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+            for name, value in items.items():
+                found.setdefault(name, {})[items["_step"]] = value
+            record = b""
+    return found
+
+
+@pytest.mark.parametrize(("script", "how"), [("full", "fork"), ("lora", "python")])
+def test_trackers_get_the_metrics_and_the_previews_and_nothing_secret(trainer, tmp_path, script, how):
+    """TensorBoard and wandb, offline, hold the numbers of metrics.jsonl and the pictures; the token is nowhere."""
+    secret = "hf_ThisMustNotBeWritten"
+    flags = (
+        f"--report_to tensorboard,wandb --logging_dir logbook --hub_token {secret} --validation_prompt dog "
+        "--num_validation_images 1 --validation_num_inference_steps 2"
+    )
+    run = trainer.run(script, tmp_path / "out", flags, how=how, WANDB_MODE="offline")
+    out, run_log = run.out, trainer.home / f"run-{trainer.count}"
+    (wandb_file,) = out.glob("wandb/offline-run-*/*.wandb")
+    board, run_file = read_tensorboard(out / "logbook" / "dreambooth"), read_wandb(wandb_file)
+    for line in read_metrics(out):
+        for name in line.keys() - {"step"}:
+            assert board[name][line["step"]] == pytest.approx(line[name], rel=1e-6)
+            assert run_file[name][line["step"]] == pytest.approx(line[name], rel=1e-6)
+    events = EventAccumulator(str(out / "logbook" / "dreambooth")).Reload()
+    assert [event.step for event in events.Images("validation")] == [0, 2]
+    live = Image.open(out / "samples" / "step-000002" / "00.png")
+    (sent,) = out.glob("wandb/offline-run-*/files/media/images/validation_2_*.png")
+    assert np.array_equal(np.asarray(live), np.asarray(Image.open(sent)))
+    files = [path for folder in (out, run_log) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert list((run_log / "cwd").iterdir()) == []

@@ -101,9 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def draw_to_folder(args: argparse.Namespace) -> Path:
     """Load, draw and write, a prompt at a time, and return the folder of the pictures."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    silence_loading()
     where = {"base_model": args.base_model, "revision": args.revision, "variant": args.variant}
     how = {"scheduler": args.scheduler, "lora_scale": args.lora_scale, "dtype": DTYPES[args.dtype]}
     pipeline = load_pipeline(args.result, **where, **how, device=args.device)
@@ -128,6 +126,13 @@ def draw_to_folder(args: argparse.Namespace) -> Path:
     )
     images.save_png(grid, folder / "grid.png")
     return folder
+
+
+def silence_loading() -> None:
+    """Turn off the libraries' progress bars and their warnings of parts that a file need not have."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def default_name(result: str) -> str:

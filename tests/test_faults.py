@@ -1,0 +1,341 @@
+"""What other trainers do wrong, and these must not: one test a fault, which fails on the faulty behaviour.
+
+Three of them are comparisons, in test_equalities.py: a run resumed within an epoch that differs from the uninterrupted
+one, resuming a finished run that trains one more step, full training with precomputed embeddings that cannot resume.
+Another is there because it takes two processes: class images that are the same in all of them.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import draw_picture
+from tests.runs import (
+    CLASS_PROMPT,
+    PRIOR_FLAGS,
+    SCRIPTS,
+    SIZE,
+    differing,
+    names,
+    read_metrics,
+    read_tensors,
+    untimed,
+    wait_until,
+)
+
+ENDLESS = "--max_train_steps 100000"
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """Return the entries of a folder that have the word in their name."""
+    return [name for name in names(out) if "checkpoint" in name]
+
+
+def written_steps(out: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    return max((int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")), default=0)
+
+
+# The loss.
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_min_snr_with_prior_preservation_works_at_any_batch_size(trainer, class_images, tmp_path, batch):
+    """A gamma above every ratio weighs nothing down, so it leaves both losses as they are."""
+    flags = f"{PRIOR_FLAGS} --class_data_dir {class_images} --train_batch_size {batch}"
+    texts = {"without": flags, "with": f"{flags} --snr_gamma 1e9", "low": f"{flags} --snr_gamma 1e-3"}
+    outs = trainer.run_all({tmp_path / name: ("lora", text) for name, text in texts.items()})
+    without, same, low = (read_metrics(out)[0] for out in outs)
+    for key in ("loss", "loss_instance", "loss_prior"):
+        assert same[key] == pytest.approx(without[key], abs=1e-5)
+        assert 0 < low[key] < 0.5 * without[key]
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("way", ["flag", "launcher", "class images"])
+def test_fp16_on_a_cpu_is_refused_with_the_reason(trainer, tmp_path, script, way):
+    """It is a mistake in the flags, found before anything is written."""
+    flags = {"flag": "--mixed_precision fp16", "launcher": ""}
+    flags["class images"] = f"{PRIOR_FLAGS} --prior_generation_precision fp16"
+    variables = {"ACCELERATE_MIXED_PRECISION": "fp16"} if way == "launcher" else {}
+    run = trainer.run(script, tmp_path / "out", flags[way], code=2, **variables)
+    assert "fp16 needs a GPU" in run.stderr
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_bf16_training_saves_is_of_one_dtype_and_draws(trainer, tiny, tmp_path, script):
+    """The result of mixed precision can be loaded and used without saying a dtype."""
+    flags = "--mixed_precision bf16 --train_text_encoder --checkpointing_steps 2"
+    out = trainer.run(script, tmp_path / "out", flags).out
+    for folder in (out, out / "checkpoint-2"):
+        assert {tensor.dtype for tensor in read_tensors(folder).values()} == {torch.float32}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(out if script == "full" else tiny)
+    if script == "lora":
+        pipeline.load_lora_weights(out)
+    drawn = pipeline("a photo of sks dog", num_inference_steps=2, height=SIZE, width=SIZE, output_type="np").images
+    assert np.isfinite(drawn).all() and drawn.std() > 0.01
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_kill_leaves_is_never_taken_for_the_latest(trainer, tmp_path, script):
+    """`latest` passes over a half-written folder and one without its state, and removes the hidden one."""
+    flags = "--checkpointing_steps 2 --max_train_steps 4"
+    whole = trainer.run(script, tmp_path / "whole", flags).out
+    part = tmp_path / "part"
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", part)
+    shutil.copytree(whole / "checkpoint-4", part / ".saving-4-0123abcd")
+    shutil.copytree(whole / "checkpoint-4", part / "checkpoint-3")
+    (part / "checkpoint-3" / "trainer_state.json").unlink()
+    run = trainer.run(script, part, f"{flags} --resume_from_checkpoint latest")
+    assert "checkpoint-2: 2 of 4 steps are done" in run.stderr
+    assert "Passed over" in run.stderr and "checkpoint-3" in run.stderr
+    assert not (part / ".saving-4-0123abcd").exists()
+    assert differing(read_tensors(whole), read_tensors(part)) == []
+    assert untimed(whole) == untimed(part)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_kill_during_a_save_loses_only_what_came_after_the_last_one(trainer, tmp_path, script):
+    """A run that is killed while it saves can go on, also when only one checkpoint is kept."""
+    out, flags = tmp_path / "out", "--checkpointing_steps 1 --checkpoints_total_limit 1"
+    job = trainer.start(script, out, f"{flags} {ENDLESS}")
+    wait_until(lambda: written_steps(out) >= 2 and any(out.glob(".saving-[0-9]*")), "a save")
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.finish().code == -signal.SIGKILL
+    step = written_steps(out)
+    run = trainer.run(script, out, f"{flags} --max_train_steps {step + 1} --resume_from_checkpoint latest")
+    assert f"checkpoint-{step}: {step} of {step + 1} steps are done" in run.stderr
+    assert checkpoint_names(out) == [f"checkpoint-{step + 1}"]
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, step + 2))
+    assert not list(out.glob(".saving-*")) and not list(out.glob(".re*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_folders_that_only_sound_like_checkpoints_are_left_alone(trainer, tmp_path, script):
+    """`checkpoint-best` and `checkpoint-1-backup` neither stop a run nor fall to the limit."""
+    out = tmp_path / "out"
+    for name in ("checkpoint-best", "checkpoint-1-backup"):
+        (out / name).mkdir(parents=True)
+        (out / name / "trainer_state.json").write_text('{"step": 1}')
+    flags = "--checkpointing_steps 1 --checkpoints_total_limit 1"
+    trainer.run(script, out, f"{flags} --max_train_steps 3")
+    assert checkpoint_names(out) == ["checkpoint-1-backup", "checkpoint-3", "checkpoint-best"]
+    trainer.run(script, out, f"{flags} --max_train_steps 4 --resume_from_checkpoint latest")
+    assert checkpoint_names(out) == ["checkpoint-1-backup", "checkpoint-4", "checkpoint-best"]
+    for name in ("checkpoint-best", "checkpoint-1-backup"):
+        assert (out / name / "trainer_state.json").read_text() == '{"step": 1}'
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_new_run_does_not_mix_with_an_old_one(trainer, tmp_path, script):
+    """A run that goes on from nothing is refused a folder with checkpoints, and changes nothing in it."""
+    out = trainer.run(script, tmp_path / "out", "--checkpointing_steps 1").out
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run = trainer.run(script, out, "--checkpointing_steps 1 --seed 99", code=2)
+    assert "checkpoint-1, checkpoint-2" in run.stderr and "--resume_from_checkpoint latest" in run.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_of_another_kind_of_run_is_refused(trainer, tmp_path, script):
+    """What would change batches or weights is named, all of it, before training."""
+    out = trainer.run(script, tmp_path / "out", "--checkpointing_steps 2").out
+    flags = "--seed 5 --train_batch_size 1 --train_text_encoder --max_train_steps 4 --resume_from_checkpoint latest"
+    run = trainer.run(script, out, flags, code=1)
+    for words in ("seed: 51 there, 5 here", "train_batch_size: 2 there, 1 here", "train_text_encoder: False there"):
+        assert words in run.stderr
+    assert "Traceback" not in run.text
+    assert len(read_metrics(out)) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_optimizers_state_is_in_checkpoints_only(trainer, tmp_path, script):
+    """What the result's own files hold is no larger than the weights, and none of them is the optimizer's."""
+    out = trainer.run(script, tmp_path / "out", "--checkpointing_steps 2").out
+    files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    assert any(path.name == "optimizer.pt" for path in files)
+    own = [path for path in files if not path.parts[0].startswith("checkpoint-")]
+    assert {path.suffix for path in own} <= {".json", ".jsonl", ".md", ".safetensors", ".txt"}
+    assert not [path for path in own if "optim" in path.name or "state" in path.name]
+    tensors = read_tensors(out)
+    assert not [name for name in tensors if "exp_avg" in name or "moment" in name]
+
+
+# Stopping.
+
+
+def check_stopped(trainer, script: str, out: Path, printed: str) -> None:
+    """Check that a stopped run has saved its last step, says how to go on, and can."""
+    wait_until(lambda: written_steps(out) > 0, "the checkpoint")
+    step = written_steps(out)
+    assert checkpoint_names(out) == [f"checkpoint-{step}"]
+    assert f"Go on by the same command with --resume_from_checkpoint checkpoint-{step}" in printed
+    assert "Traceback" not in printed
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, step + 1))
+    again = f"--max_train_steps {step + 1} --resume_from_checkpoint latest"
+    trainer.run(script, out, again)
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, step + 2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_saves_a_checkpoint(trainer, tmp_path, script, group, number, code):
+    """Ctrl-C and SIGTERM, to the trainer alone or with its data workers, end it with a checkpoint and their code."""
+    job = trainer.start(script, tmp_path / "out", f"{ENDLESS} --dataloader_num_workers 2")
+    wait_until(lambda: job.steps_logged() > 1, "a step")
+    (os.killpg if group else os.kill)(job.pid, number)
+    run = job.finish()
+    assert run.code == code, run.text
+    check_stopped(trainer, script, run.out, run.stderr)
+
+
+@pytest.mark.parametrize(
+    ("how", "script", "send", "number", "code"),
+    [
+        ("python", "full", os.kill, signal.SIGINT, 130),
+        ("accelerate", "lora", os.killpg, signal.SIGINT, None),
+        ("accelerate", "full", os.kill, signal.SIGTERM, None),
+    ],
+    ids=["python", "launcher and trainer", "launcher alone"],
+)
+def test_a_signal_to_what_was_launched_saves_a_checkpoint(trainer, tmp_path, how, script, send, number, code):
+    """Whatever a signal reaches, the trainer saves and ends; nothing is left running."""
+    job = trainer.start(script, tmp_path / "out", ENDLESS, how)
+    wait_until(lambda: job.steps_logged() > 1, "a step")
+    processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    assert len(processes) == (1 if how == "python" else 2)
+    send(job.pid, number)
+    run = job.finish()
+    assert code in (None, run.code), run.text
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    printed = job.printed("stderr")
+    own = [line for line in printed.splitlines() if line.startswith("INFO")]
+    check_stopped(trainer, script, run.out, printed if code else "\n".join(own))
+
+
+# Pictures.
+
+
+@pytest.fixture
+def folder_of_anything(tmp_path) -> Path:
+    """Make a folder of three pictures, one of them further down, among files and folders that are none."""
+    folder = tmp_path / "anything"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "empty").mkdir()
+    for number, name in enumerate(("one.png", "two.JPG", "a/b/three.webp")):
+        draw_picture(SIZE, SIZE, number).save(folder / name)
+    draw_picture(SIZE, SIZE, 9).save(folder / ".hidden" / "four.png")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "one.txt").write_text("a dog")
+    (folder / "table.csv").write_text("a,b")
+    return folder
+
+
+def cut_short(path: Path) -> Path:
+    """Write a picture that ends too early."""
+    draw_picture(SIZE, SIZE, 5).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_files_that_are_no_pictures_are_passed_over(trainer, folder_of_anything, tmp_path, script):
+    """.DS_Store, text files and empty folders do no harm, subfolders are read."""
+    run = trainer.run(script, tmp_path / "out", f"--instance_data_dir {folder_of_anything} --max_train_steps 3")
+    assert "photos ........ 3 of" in run.stdout
+    assert run.stderr.count(".DS_Store") == 1 and "table.csv" in run.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_truncated_photos_are_named_before_training(trainer, folder_of_anything, tmp_path, script):
+    """All unreadable photos are listed at once; with --skip_bad_images the others are learned."""
+    bad = [cut_short(folder_of_anything / name) for name in ("bad.jpg", "a/worse.png")]
+    flags = f"--instance_data_dir {folder_of_anything} --max_train_steps 3"
+    run = trainer.run(script, tmp_path / "out", flags, code=1)
+    assert all(str(path) in run.stderr for path in bad)
+    assert "2 of 5 images" in run.stderr and "--skip_bad_images" in run.stderr
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "out").exists()
+    run = trainer.run(script, tmp_path / "out", f"{flags} --skip_bad_images")
+    assert "photos ........ 3 of" in run.stdout
+    assert all(str(path) in run.stderr for path in bad)
+
+
+def test_only_pictures_count_as_class_images(trainer, folder_of_anything, tmp_path):
+    """What is in the folder beside decodable pictures is not counted: as many are drawn as are really missing."""
+    cut_short(folder_of_anything / "bad.png")
+    before = names(folder_of_anything)
+    flags = f"--with_prior_preservation --class_prompt '{CLASS_PROMPT}' --num_class_images 5 --max_train_steps 3"
+    run = trainer.run("lora", tmp_path / "out", f"{flags} --class_data_dir {folder_of_anything}")
+    assert "Drawing 2 class images" in run.stderr
+    assert "class images .. 5 of" in run.stdout
+    assert sorted(set(names(folder_of_anything)) - set(before)) == ["00000.png", "00001.png"]
+
+
+def test_deep_grey_photos_are_not_white(trainer, tmp_path):
+    """A 16-bit grey photo trains as the 8-bit one that it was made of, and not as a white one."""
+    grey = draw_picture(SIZE, SIZE, 3).convert("L")
+    versions = {
+        "deep": Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
+        "plain": grey,
+        "white": Image.new("L", grey.size, "white"),
+    }
+    runs = {}
+    for name, image in versions.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "photo.png")
+        runs[tmp_path / f"{name} out"] = ("lora", f"--instance_data_dir '{tmp_path / name}'")
+    assert Image.open(tmp_path / "deep" / "photo.png").mode.startswith("I")
+    deep, plain, white = (untimed(out) for out in trainer.run_all(runs))
+    assert deep == plain
+    assert deep[0]["loss"] != white[0]["loss"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_without_photos_is_said_to_be_one(trainer, tmp_path, script):
+    """The message names the flag, the folder, what was looked for and what was found; nothing is written."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    run = trainer.run(script, tmp_path / "out", f"--instance_data_dir {folder}", code=1)
+    assert f"--instance_data_dir {folder} holds no images" in run.stderr and "It is empty." in run.stderr
+    (folder / "notes.txt").write_text("none")
+    run = trainer.run(script, tmp_path / "out", f"--instance_data_dir {folder}", code=1)
+    assert ".jpg" in run.stderr and "Found: notes.txt." in run.stderr
+    assert "num_samples" not in run.text and "Traceback" not in run.text
+    assert not (tmp_path / "out").exists()
+
+
+# Sharing.
+
+
+def test_args_json_has_every_flag_and_no_secret(trainer, tmp_path):
+    """A token given as a flag is in no file and in nothing printed."""
+    secret = "hf_ThisMustNotBeWritten"
+    run = trainer.run(
+        "full", tmp_path / "out", f"--hub_token {secret} --checkpointing_steps 2 --report_to tensorboard"
+    )
+    assert secret not in run.text
+    files = [path for path in run.out.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if secret.encode() in path.read_bytes()]
+    used = json.loads((run.out / "args.json").read_text())
+    assert {"seed", "learning_rate", "instance_prompt", "report_to", "checkpointing_steps"} <= used.keys()
