@@ -4,6 +4,7 @@ Importing torch, diffusers and transformers takes most of a short run. So one pr
 child for each run, which calls the script's `main`; a run that is about processes is launched for real.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -86,9 +87,16 @@ class Job:
         try:
             code = self.process.wait(TIMEOUT) if self.process else int(self.wait_for("code"))
         except (subprocess.TimeoutExpired, TimeoutError):
-            os.kill(self.pid, signal.SIGKILL)
+            self.kill()
             raise
         return Run(code, self.printed("stdout"), self.printed("stderr"), self.out)
+
+    def kill(self) -> None:
+        """End its process and those that it started, if any of them is left."""
+        # The number of a fork may belong to another process once its keeper has seen it end.
+        if self.process or not (self.log / "code").exists():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def printed(self, stream: str) -> str:
         """Return what it has printed so far."""
@@ -106,15 +114,18 @@ class Trainer:
     def __init__(self, home: Path, model: Path, photos: Path):
         """Start the process that forks."""
         self.home, self.model, self.photos, self.count = home, model, photos, 0
+        self.jobs: list[Job] = []
         self.variables = environment(home)
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.runs"], cwd=ROOT, env=self.variables, stdin=subprocess.PIPE, text=True
         )
 
     def close(self) -> None:
-        """End the process that forks."""
+        """End the process that forks, and whatever a failed test has left running."""
         self.server.stdin.close()
         self.server.wait(TIMEOUT)
+        for job in self.jobs:
+            job.kill()
 
     def start(self, script: str, out: Path, flags: str = "", how: str = "fork", **variables: str) -> Job:
         """Start a run.
@@ -139,13 +150,18 @@ class Trainer:
             request = {"script": SCRIPTS[script], "words": words, "log": str(log), "variables": variables}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
-            return Job(log, out, None)
+            return self.remember(Job(log, out, None))
         command = [sys.executable, *HOWS[how].split(), str(ROOT / SCRIPTS[script]), *words]
         with (log / "stdout").open("w") as stdout, (log / "stderr").open("w") as stderr:
             streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
             variables = self.variables | {"PYTHONPATH": str(ROOT)} | variables
             process = subprocess.Popen(command, cwd=log / "cwd", env=variables, start_new_session=True, **streams)
-        return Job(log, out, process)
+        return self.remember(Job(log, out, process))
+
+    def remember(self, job: Job) -> Job:
+        """Keep a run in mind until the end, so that nothing outlives the tests."""
+        self.jobs.append(job)
+        return job
 
     def run(self, script: str, out: Path, flags: str = "", code: int = 0, how: str = "fork", **variables: str) -> Run:
         """Run to the end, and check the exit code."""
