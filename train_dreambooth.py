@@ -6,12 +6,13 @@
 
 A run from top to bottom is `main`. To change an experiment, edit one function:
 
-    which weights train ............ prepare_training         the data and its captions ...... list_examples
-    what the U-Net is fed .......... unet_inputs              crops, flips, pixel values ..... DreamBoothDataset
-    what it is to predict .......... target                   which example comes when ....... StepSampler
-    the weight of each example ..... example_losses           the optimizer .................. make_optimizer
-    instance against class ......... combine                  the schedule ................... learning_rate
-    previews and their sampler ..... make_preview_pipeline    what is kept ................... save_result
+    one training step .............. compute_loss             the data and its captions ...... list_examples
+    which weights train ............ prepare_training         crops, flips, pixel values ..... DreamBoothDataset
+    noise and timesteps ............ draw_noise               which example comes when ....... StepSampler
+    what the U-Net is fed .......... unet_inputs              the optimizer .................. make_optimizer
+    what it is to predict .......... target                   the schedule ................... learning_rate
+    the weight of each example ..... example_losses           previews and their sampler ..... make_preview_pipeline
+    instance against class ......... combine                  what is kept ................... save_result
 
 Letters in shapes: B batch, C channels, H W height and width in pixels, h w in latents, L tokens, D text width,
 T train timesteps, N distinct prompts.
@@ -21,6 +22,7 @@ Papers: DreamBooth arXiv 2208.12242, latent diffusion 2112.10752, velocity predi
 
 import argparse
 import dataclasses
+import datetime
 import enum
 import functools
 import json
@@ -52,7 +54,7 @@ from tqdm.auto import tqdm
 from utils import checkpoints, config_file, devices, hub, images, model_card, model_files, previews
 from utils.errors import InputError, show_input_errors_without_traceback
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
-from utils.metric_log import MetricLog, find_tracker_problems, simple_settings, track_images
+from utils.metric_log import MetricLog, find_tracker_problems, simple_settings, track_images, tracker_names
 from utils.processes import on_main_process
 from utils.seeds import derive_seed, generator
 from utils.stop_request import StopRequest, ignore_signals
@@ -63,6 +65,7 @@ METHOD = "DreamBooth"
 METHOD_TAGS = []
 DEFAULT_OUTPUT_DIR = "dreambooth-model"
 DEFAULT_LEARNING_RATE = 5e-6
+TRAINS_WHOLE_NETWORKS = True
 
 
 class ModelKind(enum.Enum):
@@ -114,6 +117,7 @@ class Plan:
     steps: int  # optimizer steps at the end of the run
     steps_per_epoch: int
     learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
+    noise_offset: float
     frozen_dtype: torch.dtype
     output_dir: Path
     resume_from: Path | None
@@ -132,13 +136,13 @@ class PromptTable:
 
 @dataclasses.dataclass
 class Models:
-    """The networks of the run; `trained` lists those that are optimized, as `accelerate` wraps them."""
+    """The networks of the run; `trained` names those that are optimized, as `accelerate` wraps them."""
 
     unet: nn.Module
     vae: nn.Module
     text_encoder: nn.Module | None
     noise_scheduler: diffusers.DDPMScheduler
-    trained: list[nn.Module] = dataclasses.field(default_factory=list)
+    trained: dict[str, nn.Module]  # "unet" and perhaps "text_encoder"
 
 
 class Loss(NamedTuple):
@@ -157,8 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     base = recognise_model(args)
     examples = list_examples(args, base)
     plan = make_plan(args, accelerator, base, examples)
-    repository = find_repository(args, accelerator, plan)
-    open_output_folder(args, accelerator, plan)
+    repository = open_output(args, accelerator, plan)
 
     with StopRequest() as stop:
         # 2. Draw missing class images; the pipeline that draws them is freed before training models are loaded.
@@ -176,17 +179,18 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. The loop.
         loader = make_loader(args, accelerator, plan, prompts, examples)
-        summary = describe_run(args, accelerator, plan, models)
+        summary = describe_run(args, accelerator, plan, examples, models, optimizer)
         accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
         accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
         finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
 
-        # 6. The result.
+        # 6. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
-            del optimizer, loader
+            optimizer, loader = accelerator.free_memory(optimizer, loader)
             save_result(args, accelerator, plan, models)
-            on_main_process(accelerator, share, args, plan, summary, repository)
         accelerator.end_training()
+        if finished and accelerator.is_main_process:
+            share(args, plan, summary, repository)
         return 0 if finished else stop.exit_code
 
 
@@ -246,7 +250,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_optimizer_args(parser.add_argument_group("loss and optimizer"))
     add_method_args(parser.add_argument_group(METHOD))
     add_device_args(parser.add_argument_group("precision and devices"))
-    add_checkpoint_args(parser.add_argument_group("checkpoints"))
     add_validation_args(parser.add_argument_group("validation"))
     add_result_args(parser.add_argument_group("result and sharing"))
     return parser
@@ -299,16 +302,23 @@ def add_text_args(group) -> None:
 
 
 def add_training_args(group) -> None:
-    """Add the flags that set the length and the randomness of the run."""
+    """Add the flags that set the length, the randomness and the checkpoints of the run."""
     add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
     add("--output_dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR", help="Where everything is written.")
-    add("--seed", type=int, help="Every random number follows from it; unset: drawn, printed and kept in args.json.")
+    add(
+        "--seed",
+        type=int,
+        help="Every batch and preview follows from it; unset: drawn, printed and kept in args.json.",
+    )
     add("--train_batch_size", type=int, default=4, metavar="B", help="Photos per micro-step and process.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimizer step.")
     add("--num_train_epochs", type=int, default=1, help="Length of the run when --max_train_steps is unset.")
     add("--max_train_steps", type=int, help="Length of the run in optimizer steps; wins over --num_train_epochs.")
     switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
     switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
+    add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
+    add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
 
 
 def add_optimizer_args(group) -> None:
@@ -329,7 +339,7 @@ def add_optimizer_args(group) -> None:
     add("--adam_epsilon", type=float, default=1e-8, help="Added to AdamW's denominator.")
     add("--max_grad_norm", type=float, default=1.0, help="Longest gradient; a longer one is scaled down. 0: no limit.")
     add("--snr_gamma", type=float, metavar="GAMMA", help="Min-SNR weighting, usually 5; unset: all timesteps alike.")
-    switch("--offset_noise", help="The same as --noise_offset 0.1.")
+    switch("--offset_noise", help="The same as --noise_offset 0.1, unless that is given too.")
     add("--noise_offset", type=float, help="Strength of noise that is constant over each channel; unset: none.")
 
 
@@ -348,14 +358,6 @@ def add_device_args(group) -> None:
     switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
     switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
     add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
-
-
-def add_checkpoint_args(group) -> None:
-    """Add the flags of checkpoints."""
-    add = group.add_argument
-    add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
-    add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
 
 
 def add_validation_args(group) -> None:
@@ -395,7 +397,7 @@ def find_problems(args: Namespace) -> list[str]:
         *find_out_of_range(vars(args), ranges),
         *find_contradictions(args),
         *find_bad_folders(args),
-        *find_tracker_problems(tracker_names(args)),
+        *find_tracker_problems(tracker_names(args.report_to)),
     ]
 
 
@@ -423,7 +425,11 @@ def find_bad_folders(args: Namespace) -> list[str]:
     ours = [("--output_dir", output), *(("--class_data_dir", folder) for folder in classes)]
     inside = [flag for flag, folder in ours if folder.resolve().is_relative_to(photos.resolve())]
     swallowed = any(photos.resolve().is_relative_to(folder.resolve()) for folder in classes)
-    left = [] if args.resume_from_checkpoint else [path.name for path in checkpoints.list_checkpoints(output)]
+    left = [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
+    if args.resume_from_checkpoint and (
+        args.resume_from_checkpoint != "latest" or checkpoints.list_checkpoints(output)
+    ):
+        left = []
     go_on = "Go on with that run by --resume_from_checkpoint latest, or use another folder."
     nested = args.instance_data_dir and inside
     return problems_that_hold(
@@ -432,7 +438,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
         (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
         (swallowed, f"--class_data_dir holds --instance_data_dir {photos}: the photos would count as class images."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (left, f"--output_dir {output} holds {', '.join(left)} of an earlier run. {go_on}"),
+        (left, f"--output_dir {output} holds {', '.join(path.name for path in left)} of an earlier run. {go_on}"),
     )
 
 
@@ -446,11 +452,6 @@ def find_method_problems(args: Namespace) -> list[str]:
 def class_folder(args: Namespace) -> Path:
     """Return the folder of the class images."""
     return Path(args.class_data_dir) if args.class_data_dir else Path(args.output_dir) / "class_images"
-
-
-def tracker_names(args: Namespace) -> list[str]:
-    """Return the trackers of --report_to."""
-    return [name for name in args.report_to.replace(",", " ").split() if name != "none"]
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -470,13 +471,16 @@ def start(args: Namespace) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=tracker_names(args) or None,
+        log_with=tracker_names(args.report_to) or None,
         project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
+        # One process may load or write gigabytes, or draw a picture more, while the others wait.
+        kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+    engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
         raise InputError(
-            f"{accelerator.distributed_type} is not supported yet: weights are saved from one process, which holds "
-            "all of them only under plain data parallelism. Run `accelerate launch --multi_gpu`."
+            f"accelerate is set to {engine} with torch.compile by {compiler}. Supported are one process or plain data "
+            "parallelism, not compiled: see `accelerate config`, or run `accelerate launch --multi_gpu`."
         )
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -517,9 +521,14 @@ def recognise_model(args: Namespace) -> BaseModel:
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
+    longest, tokens = (
+        read("text_encoder/config.json").get("max_position_embeddings", 77),
+        args.tokenizer_max_length or 0,
+    )
     kind, native_size = ModelKind.STABLE_DIFFUSION, unet["sample_size"] * factor
     if misfits := problems_that_hold(
         (resolution % factor, f"--resolution {resolution} is no multiple of {factor}, the VAE's factor."),
+        (tokens > longest, f"--tokenizer_max_length {tokens}: the text encoder takes at most {longest} tokens."),
         (args.class_labels_conditioning, "--class_labels_conditioning: this model's U-Net has no class labels."),
         (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
     ):
@@ -530,24 +539,21 @@ def recognise_model(args: Namespace) -> BaseModel:
 def why_unsupported(index: dict, unet: dict, vae: dict, prediction_type: str) -> str | None:
     """Return what a checkpoint is if it is none of the supported kinds, else None."""
     channels, pipeline = unet.get("in_channels"), f"a {index.get('_class_name', 'pipeline')}"
-    if not unet:
-        return f"{pipeline} without a U-Net"
-    if "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time":
-        return "a Stable Diffusion XL checkpoint"
-    if not vae:
-        return f"a DeepFloyd IF or other pixel model ({channels} input channels and no VAE)"
-    if channels == 9:
-        return "an inpainting checkpoint (9 input channels)"
-    if channels != 4:
-        return f"{pipeline} with {channels} input channels"
-    if not all(index.get(part, [None])[0] for part in ("text_encoder", "tokenizer")):
-        return f"{pipeline} without a text encoder and a tokenizer"
-    if prediction_type not in ("epsilon", "v_prediction"):
-        return f"{pipeline} that predicts {prediction_type!r}"
+    is_xl = "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time"
+    no_text = not all(index.get(part, [None])[0] for part in ("text_encoder", "tokenizer"))
     classes = unet.get("_class_name"), unet.get("class_embed_type"), vae.get("_class_name")
-    if classes != ("UNet2DConditionModel", None, "AutoencoderKL"):
-        return f"{pipeline} with a {classes[0]}, class embedding {classes[1]}, and a {classes[2]}"
-    return None
+    other = classes != ("UNet2DConditionModel", None, "AutoencoderKL")
+    reasons = problems_that_hold(
+        (not unet, f"{pipeline} without a U-Net"),
+        (is_xl, "a Stable Diffusion XL checkpoint"),
+        (not vae, f"a DeepFloyd IF or other pixel model ({channels} input channels and no VAE)"),
+        (channels == 9, "an inpainting checkpoint (9 input channels)"),
+        (channels != 4, f"{pipeline} with {channels} input channels"),
+        (no_text, f"{pipeline} without a text encoder and a tokenizer"),
+        (prediction_type not in ("epsilon", "v_prediction"), f"{pipeline} that predicts {prediction_type!r}"),
+        (other, f"{pipeline} with a {classes[0]}, class embedding {classes[1]}, and a {classes[2]}"),
+    )
+    return reasons[0] if reasons else None
 
 
 def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
@@ -578,6 +584,7 @@ def list_class_images(args: Namespace) -> list[Path]:
             logger.warning(f"Class image {path} does not count: {reason}")
     if len(present) > wanted:
         logger.warning(f"{folder} holds {len(present)} class images; --num_class_images takes the first {wanted}.")
+    images.check_prompt(folder, args.class_prompt)
     missing = sorted({folder / f"{index:05d}.png" for index in range(wanted)} - set(present))
     return sorted(present[:wanted] + missing[: max(0, wanted - len(present))])
 
@@ -605,7 +612,8 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     fits = {"script": METHOD, "seed": seed, "resolution": base.resolution, "processes": accelerator.num_processes}
-    fits |= {"photos": photos, "class images": priors} | {name: getattr(args, name) for name in FITS}
+    fits |= {"photos": photos, "class images": priors, "precision": accelerator.mixed_precision}
+    fits |= {name: getattr(args, name) for name in FITS}
     plan = Plan(
         base=base,
         seed=seed,
@@ -617,13 +625,18 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
         learning_rates=tuple(rates),
+        noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
         frozen_dtype=precisions[accelerator.mixed_precision],
         output_dir=output_dir,
         resume_from=resume_from,
         fits=fits | method_fits(args),
     )
+    if args.max_train_steps is None and plan.steps < 50:
+        logger.warning(f"{plan.steps} steps will teach little; --max_train_steps of some hundreds is usual.")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.steps:
         logger.warning(f"The warm-up of {args.lr_warmup_steps} steps is as long as the run: see --lr_warmup_steps.")
+    if wanted and resume_from is None:
+        logger.warning(f"{output_dir} holds no complete checkpoint: starting at step 0.")
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], plan.fits)
         checkpoints.warn_of_newer(output_dir, plan.first_step)
@@ -635,14 +648,10 @@ def method_fits(args: Namespace) -> dict:
     return {}
 
 
-def find_repository(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
-    """Create the Hub repository and check that it can be written, so that no training ends in a refusal."""
+def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
+    """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    return on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
-
-
-def open_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> None:
-    """Create the output folder, write args.json, and start the trackers."""
+    repository = on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
     # --config with these would not repeat the run but continue it; the token is a secret.
     left_out = ("config", "resume_from_checkpoint", "hub_token")
     used = {key: value for key, value in vars(args).items() if key not in left_out}
@@ -653,9 +662,9 @@ def open_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) ->
         checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        accelerator.init_trackers(
-            "dreambooth", config=simple_settings(used), init_kwargs={"wandb": {"dir": args.output_dir}}
-        )
+        options = {"wandb": {"dir": args.output_dir}}
+        accelerator.init_trackers("dreambooth", simple_settings(used), options)
+    return repository
 
 
 # ------------------------------------------------------------------------------------------------------ class images
@@ -681,6 +690,7 @@ def draw_class_images(
     pipeline = load_class_pipeline(args, accelerator)
     folder = class_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
+    images.remember_prompt(folder, args.class_prompt)
     for number in tqdm(mine, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
         indices = range(number * size, min((number + 1) * size, args.num_class_images))
         seeds = [generator("class image", index) for index in indices]
@@ -747,15 +757,15 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
         (B, L, D) embeddings in the text encoder's precision.
     """
     if prompts.embeds is not None:
-        return prompts.embeds[rows.to(prompts.embeds.device)]
+        return prompts.embeds[rows.to(prompts.embeds.device, non_blocking=True)]
     distinct, inverse = rows.unique(return_inverse=True)
     chunks = [distinct] if together else distinct.split(1)
     encoded = []
     for chunk in chunks:
-        chosen = chunk.to(prompts.ids.device)
+        chosen = chunk.to(prompts.ids.device, non_blocking=True)
         mask = None if prompts.mask is None else prompts.mask[chosen]
         encoded.append(text_encoder(prompts.ids[chosen], attention_mask=mask)[0])
-    return torch.cat(encoded)[inverse.to(prompts.ids.device)]
+    return torch.cat(encoded)[inverse.to(prompts.ids.device, non_blocking=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -777,52 +787,46 @@ def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
 def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
     """Load the base model's text encoder, frozen, in the given precision."""
     kind = model_files.component_class(base.index, "text_encoder")
-    text_encoder = load(args, kind, "text_encoder", dtype=dtype)
-    longest, asked = getattr(text_encoder.config, "max_position_embeddings", math.inf), args.tokenizer_max_length
-    if asked and asked > longest:
-        raise InputError(f"--tokenizer_max_length {asked}: the text encoder takes at most {longest} tokens.")
-    return text_encoder.requires_grad_(False).eval()
+    return load(args, kind, "text_encoder", dtype=dtype).requires_grad_(False).eval()
 
 
 def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
-    """Load the networks, frozen, on the device; `base_dtype` is the precision of those that will train."""
-    unet = load(args, diffusers.UNet2DConditionModel, "unet", dtype=base_dtype(plan))
+    """Load the networks, frozen, on the device: in float32 if all their weights will train."""
+    trained_dtype = torch.float32 if TRAINS_WHOLE_NETWORKS else plan.frozen_dtype
+    unet = load(args, diffusers.UNet2DConditionModel, "unet", dtype=trained_dtype)
     vae = load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
     for network in (unet, vae):
         network.requires_grad_(False).to(accelerator.device)
     noise_scheduler = diffusers.DDPMScheduler.from_config(plan.base.scheduler)
-    models = Models(unet, vae, None, noise_scheduler, [unet])
+    models = Models(unet, vae, None, noise_scheduler, {"unet": unet})
     if prompts.embeds is None:
-        dtype = base_dtype(plan) if args.train_text_encoder else plan.frozen_dtype
+        dtype = trained_dtype if args.train_text_encoder else plan.frozen_dtype
         models.text_encoder = load_text_encoder(args, plan.base, dtype).to(accelerator.device)
     if args.train_text_encoder:
-        models.trained.append(models.text_encoder)
+        models.trained["text_encoder"] = models.text_encoder
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.gradient_checkpointing and args.train_text_encoder:
-        models.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     return models
-
-
-def base_dtype(plan: Plan) -> torch.dtype:
-    """Return the precision in which networks that train are loaded: float32, because all their weights train."""
-    return torch.float32
 
 
 def prepare_training(args: Namespace, plan: Plan, models: Models) -> None:
     """Let all weights of the U-Net train, and those of the text encoder if it is trained."""
-    for model in models.trained:
+    for model in models.trained.values():
         model.requires_grad_(True).train()
 
 
 def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimizer) -> Optimizer:
-    """Wrap what trains for mixed precision and data parallelism."""
-    *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
-    models.unet = models.trained[0]
-    if len(models.trained) == 2:
-        models.text_encoder = models.trained[1]
+    """Wrap what trains for mixed precision and data parallelism.
+
+    With mixed precision, a wrapped network's `forward` runs under autocast and returns float32.
+    """
+    *wrapped, optimizer = accelerator.prepare(*models.trained.values(), optimizer)
+    models.trained = dict(zip(models.trained, wrapped))
+    models.unet, models.text_encoder = models.trained["unet"], models.trained.get("text_encoder", models.text_encoder)
     return optimizer
 
 
@@ -835,7 +839,8 @@ class DreamBoothDataset(Dataset):
     def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, examples: list[Example]):
         """Remember what is needed to cut pictures; read none."""
         self.examples = examples
-        self.prompt_rows = [prompts.texts.index(example.prompt) for example in examples]
+        rows = {text: row for row, text in enumerate(prompts.texts)}
+        self.prompt_rows = [rows[example.prompt] for example in examples]
         self.seed = plan.seed
         self.resolution = plan.base.resolution
         self.center_crop = args.center_crop
@@ -846,7 +851,7 @@ class DreamBoothDataset(Dataset):
         """Return one example; its crop and flip depend on the seed, the example and the visit alone."""
         example = self.examples[draw.example]
         chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, draw.visit))
-        image = self.cut(images.open_rgb(example.path), chance)
+        image = self.cut(open_resized(example.path, self.resolution, self.resample), chance)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
         return {
             "pixel_values": pixels,
@@ -856,17 +861,22 @@ class DreamBoothDataset(Dataset):
         }
 
     def cut(self, image: Image.Image, chance: random.Random) -> Image.Image:
-        """Shrink the shorter edge to the resolution in one antialiased step, crop to a square, and perhaps mirror."""
-        size = self.resolution
-        scale = size / min(image.size)
-        width, height = (max(size, round(edge * scale)) for edge in image.size)
-        image = image.resize((width, height), self.resample)
+        """Crop a picture whose shorter edge has the resolution to a square, and perhaps mirror it."""
+        size, (width, height) = self.resolution, image.size
         left, top = (width - size) // 2, (height - size) // 2
         if not self.center_crop:
             left, top = chance.randint(0, width - size), chance.randint(0, height - size)
         image = image.crop((left, top, left + size, top + size))
         mirrored = self.random_flip and chance.random() < 0.5
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+@functools.lru_cache(maxsize=256)
+def open_resized(path: Path, size: int, resample: Image.Resampling) -> Image.Image:
+    """Open a picture and resize its shorter edge in one antialiased step; the last ones are remembered."""
+    image = images.open_rgb(path)
+    scale = size / min(image.size)
+    return image.resize(tuple(max(size, round(edge * scale)) for edge in image.size), resample)
 
 
 class StepSampler:
@@ -941,7 +951,7 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
     """Return AdamW over what trains, one group of parameters for the U-Net and one for the text encoder."""
     groups = [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
-        for model, rate in zip(models.trained, plan.learning_rates)
+        for model, rate in zip(models.trained.values(), plan.learning_rates)
     ]
     options = {
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -981,7 +991,11 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
         return
     load_weights(accelerator, plan.resume_from, models)
     state = torch.load(plan.resume_from / "optimizer.pt", map_location="cpu", weights_only=True)
+    flags = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, given in zip(optimizer.param_groups, flags):
+        # The checkpoint's state, but the weight decay and the like of this command.
+        group.update(given)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.")
@@ -993,29 +1007,24 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
 
 
 def compute_loss(
-    args: Namespace,
-    accelerator: Accelerator,
-    plan: Plan,
-    models: Models,
-    prompts: PromptTable,
-    batch: dict[str, Tensor],
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, batch: dict
 ) -> Loss:
     """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
     clean = to_model_space(models.vae, batch["pixel_values"].to(device, non_blocking=True), seeds)
-    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, noise_offset(args))
+    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, plan.noise_offset)
     noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
-    trained = len(models.trained) == 2
-    with torch.set_grad_enabled(trained):
-        embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trained)
+    trains_text = "text_encoder" in models.trained
+    with torch.set_grad_enabled(trains_text):
+        embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trains_text)
     prediction = models.unet(**unet_inputs(plan.base.kind, noisy, timesteps, embeds)).sample.float()
 
     prediction_type = plan.base.prediction_type
     wanted = target(scheduler, prediction_type, clean, noise, timesteps)
-    alphas = scheduler.alphas_cumprod.to(device)[timesteps]
-    losses = example_losses(prediction, wanted, alphas, prediction_type, args.snr_gamma)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    losses = example_losses(prediction, wanted, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     return combine(losses, batch["is_prior"], args.prior_loss_weight)
 
 
@@ -1057,11 +1066,6 @@ def draw_noise(shape: torch.Size, seeds: list[int], num_train_timesteps: int, of
     return noise, torch.stack(steps)
 
 
-def noise_offset(args: Namespace) -> float:
-    """Return the strength of the offset noise; --offset_noise alone means 0.1."""
-    return 0.1 if args.offset_noise and args.noise_offset is None else args.noise_offset or 0.0
-
-
 def unet_inputs(kind: ModelKind, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> dict:
     """Return the U-Net's arguments for a kind of model: what it will be given when it draws."""
     return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
@@ -1077,13 +1081,19 @@ def target(
 
 
 def example_losses(
-    prediction: Tensor, wanted: Tensor, alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None
+    prediction: Tensor,
+    wanted: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    snr_gamma: float | None,
 ) -> Tensor:
     """Return each example's mean squared error, weighted by min-SNR if asked (arXiv 2303.09556, section 3.4).
 
     Args:
         prediction, wanted: (B, C, h, w) float32.
-        alphas_cumprod: (B,) share of signal variance at each example's timestep, in [0, 1].
+        timesteps: (B,) int64 in [0, T).
+        alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
         snr_gamma: Signal-to-noise ratio from which on the weight falls; None: weight 1.
 
     Returns:
@@ -1092,7 +1102,8 @@ def example_losses(
     losses = F.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is None:
         return losses
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    signal = alphas_cumprod[timesteps]
+    snr = signal / (1 - signal)
     if prediction_type == "v_prediction":
         return losses * snr.clamp(max=snr_gamma) / (snr + 1)
     # min(SNR, γ) / SNR in a form that is 1 at SNR = 0, where a zero-terminal-SNR schedule ends.
@@ -1140,10 +1151,11 @@ def train(
             group["lr"] = rate
         for micro_step in range(step * accumulation, done * accumulation):
             torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
-            with accelerator.accumulate(*models.trained):
+            with accelerator.accumulate(*models.trained.values()):
                 loss = compute_loss(args, accelerator, plan, models, prompts, next(batches))
                 accelerator.backward(loss.total)
             losses.append(loss)
+        # Outside of `accumulate`, whose last turn has added up the processes' gradients.
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1152,8 +1164,7 @@ def train(
         values |= dict(zip(("lr", "lr_text_encoder"), rates)) | {"grad_norm": norm}
         metrics.add(done, began, plan.examples_per_step, values)
         stopped = stop.agree() is not None
-        if not stopped and is_validation_due(args, plan, done):
-            metrics.flush()
+        if not stopped:
             validate(args, accelerator, plan, models, prompts, done)
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
@@ -1190,13 +1201,13 @@ def save_checkpoint(
 
 def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
     """Write what trains as diffusers folders: `unet/` and, if it is trained, `text_encoder/`."""
-    for name, model in zip(("unet", "text_encoder"), models.trained):
+    for name, model in models.trained.items():
         accelerator.unwrap_model(model).save_pretrained(folder / name)
 
 
 def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
     """Read what `save_weights` wrote into the models."""
-    for name, wrapped in zip(("unet", "text_encoder"), models.trained):
+    for name, wrapped in models.trained.items():
         model = accelerator.unwrap_model(wrapped)
         model.load_state_dict(type(model).from_pretrained(folder / name, dtype=torch.float32).state_dict())
 
@@ -1204,31 +1215,26 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
 # -------------------------------------------------------------------------------------------------------- validation
 
 
-def is_validation_due(args: Namespace, plan: Plan, step: int) -> bool:
-    """Say whether pictures are drawn after this step: every so often, and after the last."""
-    every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
-    return step % every == 0 or step == plan.steps
-
-
 def validate(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
 ) -> None:
-    """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
+    """If it is due, draw the validation prompt with the live weights and the same seeds, and leave training as it was.
 
     Nothing of the run's randomness is touched: the sampler has generators of its own, and training seeds each
     micro-step. The processes share the pictures. Running out of memory is a warning.
     """
-    if not args.validation_prompt:
+    every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
+    if not args.validation_prompt or (step % every and step != plan.steps):
         return
     folder = plan.output_dir / "samples" / f"step-{step:06d}"
     try:
         draw_previews(args, accelerator, plan, models, prompts, folder)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not devices.is_out_of_memory(error):
             raise
         logger.warning(f"Validation at step {step} ran out of memory; training goes on. {error}")
     finally:
-        for model in models.trained:
+        for model in models.trained.values():
             model.train()
         devices.free_memory()
     accelerator.wait_for_everyone()
@@ -1247,12 +1253,13 @@ def draw_previews(
 ) -> None:
     """Draw this process's share of the pictures; picture i comes from seed + i, as `utils.sample` draws it."""
     rows = torch.tensor([prompts.texts.index(t) for t in (args.validation_prompt, args.validation_negative_prompt)])
-    for model in models.trained:
+    for model in models.trained.values():
         model.eval()
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
         prompt, negative = embed_prompts(prompts, text_encoder, rows, together=False).split(1)
+    with torch.no_grad(), accelerator.autocast():
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
         for index in range(accelerator.process_index, args.num_validation_images, accelerator.num_processes):
             image = pipeline(
@@ -1272,15 +1279,10 @@ def make_preview_pipeline(
 ) -> diffusers.DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
+    unused = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    unet = accelerator.unwrap_model(models.unet)
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=models.vae,
-        text_encoder=None,
-        tokenizer=None,
-        unet=accelerator.unwrap_model(models.unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        vae=models.vae, unet=unet, scheduler=scheduler, **unused, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -1289,43 +1291,42 @@ def make_preview_pipeline(
 # ------------------------------------------------------------------------------------------------------------ result
 
 
-def describe_run(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> dict[str, str]:
+def describe_run(
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    examples: list[Example],
+    models: Models,
+    optimizer: Optimizer,
+) -> dict[str, str]:
     """Return the run in words, for the start-up screen and the model card."""
     networks = [model for model in (models.unet, models.vae, models.text_encoder) if model is not None]
     counts = [(p.numel() / 1e6, p.requires_grad) for model in networks for p in model.parameters()]
     trained, frozen = (sum(count for count, trains in counts if trains is which) for which in (True, False))
-    photos, class_images, accumulation = (
-        plan.fits["photos"],
-        plan.fits["class images"],
-        args.gradient_accumulation_steps,
-    )
-    offset = noise_offset(args)
-    loss = [plan.base.prediction_type]
-    loss += [f"min-SNR {args.snr_gamma:g}"] if args.snr_gamma else []
-    loss += [f"noise offset {offset:g}"] if offset else []
-    loss += [f"prior weight {args.prior_loss_weight:g}"] if class_images else []
+    photos = [example.prompt for example in examples if not example.is_prior]
+    class_images = [example.prompt for example in examples if example.is_prior]
     rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates)
-    optimizer = "8-bit AdamW" if args.use_8bit_adam else "AdamW"
-    batch = f"{args.train_batch_size} x {plan.processes} processes x {accumulation} accumulated"
+    batch = f"{args.train_batch_size} x {plan.processes} processes x {args.gradient_accumulation_steps} accumulated"
+    weights = f"min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}"
     return {
         "model": plan.base.kind.value,
         "resolution": f"{plan.base.resolution} px" + ("" if args.resolution else ", the default for this model"),
         "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
         **{name: str(value) for name, value in method_fits(args).items()},
         "text encoder": "trained" if args.train_text_encoder else "not trained",
-        "photos": f"{photos} of {args.instance_prompt!r}",
-        "class images": f"{class_images} of {args.class_prompt!r}" if class_images else "none",
+        "photos": f"{len(photos)} of {' or '.join(map(repr, sorted(set(photos))[:3]))}",
+        "class images": f"{len(class_images)} of {args.class_prompt!r}" if class_images else "none",
         "batch": f"{batch} = {plan.examples_per_step} pictures a step",
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
-        "loss": ", ".join(loss),
-        "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        "loss": f"{plan.base.prediction_type}, {weights}, prior weight {args.prior_loss_weight:g}",
+        "learning rate": f"{rates}, {args.lr_scheduler}, {type(optimizer.optimizer).__name__}",
         "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
     }
 
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write a pipeline folder: the trained networks and the base model's other parts, all in float32."""
-    trained = dict(zip(("unet", "text_encoder"), map(accelerator.unwrap_model, models.trained)))
+    trained = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
     models.vae = models.text_encoder = None
     if args.skip_save_text_encoder:
         trained["text_encoder"] = None

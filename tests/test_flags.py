@@ -352,7 +352,7 @@ def test_trackers_must_be_known_and_installed(script, needed, capsys):
         f"--report_to {missing} needs its package: pip install {missing}."
     )
     for words, names in (("none", []), ("", []), ("all", ["all"]), ("tensorboard", ["tensorboard"])):
-        assert script.tracker_names(script.parse_args([*needed, "--report_to", words])) == names
+        assert script.tracker_names(script.parse_args([*needed, "--report_to", words]).report_to) == names
 
 
 def test_all_mistakes_are_told_at_once_and_nothing_is_written(script, capsys, tmp_path, monkeypatch):

@@ -53,10 +53,13 @@ def test_a_loss_is_the_mean_square_of_its_own_example(script):
     """Without Min-SNR, no example knows of its neighbours or of its timestep."""
     wanted = torch.zeros(3, 2, 2, 2)
     prediction = torch.stack([torch.full((2, 2, 2), 2.0), torch.zeros(2, 2, 2), torch.arange(8.0).view(2, 2, 2)])
-    losses = script.example_losses(prediction, wanted, torch.tensor([0.0, 0.5, 1.0]), "epsilon", None)
+    losses = script.example_losses(prediction, wanted, torch.arange(3), torch.tensor([0.0, 0.5, 1.0]), "epsilon", None)
     assert losses.tolist() == [4.0, 0.0, 140 / 8]
     assert losses.dtype == torch.float32
-    assert script.example_losses(wanted, prediction, torch.rand(3), "v_prediction", None).tolist() == losses.tolist()
+    assert (
+        script.example_losses(wanted, prediction, torch.arange(3), torch.rand(3), "v_prediction", None).tolist()
+        == losses.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,12 +79,16 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
     alphas = torch.tensor([0.0, 0.2, 0.5, 0.9])
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0])
     prediction = errors.view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    losses = script.example_losses(prediction, torch.zeros(4, 3, 2, 2), alphas, prediction_type, gamma)
+    losses = script.example_losses(
+        prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
+    )
     assert losses.shape == (4,)
     expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     order = [2, 0, 3, 1]
-    turned = script.example_losses(prediction[order], torch.zeros(4, 3, 2, 2), alphas[order], prediction_type, gamma)
+    turned = script.example_losses(
+        prediction[order], torch.zeros(4, 3, 2, 2), torch.tensor(order), alphas, prediction_type, gamma
+    )
     assert turned.tolist() == losses[order].tolist()
 
 
@@ -92,7 +99,12 @@ def test_min_snr_equals_the_definition_at_every_timestep(script, prediction_type
     timesteps = torch.arange(1000)
     snr = compute_snr(scheduler, timesteps)
     losses = script.example_losses(
-        torch.ones(1000, 1, 1, 1), torch.zeros(1000, 1, 1, 1), scheduler.alphas_cumprod, prediction_type, 5.0
+        torch.ones(1000, 1, 1, 1),
+        torch.zeros(1000, 1, 1, 1),
+        timesteps,
+        scheduler.alphas_cumprod,
+        prediction_type,
+        5.0,
     )
     least = torch.minimum(snr, torch.tensor(5.0))
     torch.testing.assert_close(losses, least / (snr if prediction_type == "epsilon" else snr + 1), rtol=1e-4, atol=0)
@@ -103,7 +115,9 @@ def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_typ
     """Neither zero signal nor zero noise gives NaN."""
     prediction = torch.ones(2, 1, 2, 2, requires_grad=True)
     alphas = torch.tensor([0.0, 1.0])
-    losses = script.example_losses(prediction, torch.zeros(2, 1, 2, 2), alphas, prediction_type, 5.0)
+    losses = script.example_losses(
+        prediction, torch.zeros(2, 1, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, 5.0
+    )
     losses.sum().backward()
     assert losses.isfinite().all() and prediction.grad.isfinite().all()
 

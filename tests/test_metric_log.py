@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from utils import metric_log
+from utils.errors import InputError
 from utils.metric_log import MetricLog, simple_settings, track_images
 
 
@@ -20,6 +21,7 @@ class Recorder:
         """Play the main process, or another one."""
         self.device = torch.device("cpu")
         self.is_main_process = self.is_local_main_process = is_main
+        self.scaler = None
         self.logged = []
 
     def log(self, values: dict, step: int) -> None:
@@ -138,15 +140,26 @@ def test_a_new_run_starts_a_new_file(recorder, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_numbers_that_are_not_finite_are_left_out(recorder, tmp_path, kind, value):
-    """An overflow costs its own keys, not the line, and neither file nor trackers get it."""
-    path = tmp_path / "metrics.jsonl"
-    log = MetricLog(recorder, path, 0, 1)
-    add(log, 1, kind(value), grad_norm=kind(value), loss_prior=0.5)
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+def test_a_diverged_step_ends_the_run_before_anything_is_saved(recorder, tmp_path, kind, value, key):
+    """The flush that comes before a save raises, and names the step."""
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1)
+    add(log, 1, **({"loss": 0.5} | {key: kind(value)}))
+    with pytest.raises(InputError, match=f"diverged: {{'{key}': .*}} at step 1"):
+        log.flush()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_overflows_under_a_scaler_is_left_out(recorder, tmp_path, value):
+    """With fp16 it is normal, costs its own key and not the line, and neither file nor trackers get it."""
+    recorder.scaler = object()
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1)
+    add(log, 1, grad_norm=torch.tensor(value), loss_prior=0.5)
     log.close()
-    (line,) = read(path)
-    assert line["loss_prior"] == 0.5 and not {"loss", "grad_norm"} & line.keys()
-    assert not {"loss", "grad_norm"} & recorder.logged[0][1].keys()
+    (line,) = read(tmp_path / "metrics.jsonl")
+    assert line["loss_prior"] == 0.5 and "grad_norm" not in line
+    assert "grad_norm" not in recorder.logged[0][1]
 
 
 def test_only_the_main_process_writes(tmp_path):

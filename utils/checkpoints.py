@@ -98,7 +98,7 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
         f"  {name}: {theirs.get(name)} there, {own} here" for name, own in ours.items() if theirs.get(name) != own
     ]
     if lines:
-        head = f"{checkpoint} cannot be resumed by this command; they differ in"
+        head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
         raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
 
 
@@ -250,7 +250,7 @@ def atomic_write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
+        os.replace(temporary, path)  # Windows renames closed files only
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -277,7 +277,7 @@ def sync_folder(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Call fsync on a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -23,6 +23,8 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".heic", ".heif", ".avif"),
 )
 
+PROMPT_FILE = ".prompt"
+
 # What Pillow may take a file for. A closed list, because the suffix says nothing about the content: Pillow would also
 # run Ghostscript on PostScript that is named photo.jpg.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
@@ -178,6 +180,18 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
     if inspection.transparent:
         notes.append(f"{len(inspection.transparent)} images in {folder} are transparent in parts: put on white.")
     return replace(inspection, notes=tuple(notes))
+
+
+def remember_prompt(folder: Path, prompt: str) -> None:
+    """Write down, beside drawn images, the prompt that they were drawn from."""
+    (folder / PROMPT_FILE).write_text(prompt, encoding="utf-8")
+
+
+def check_prompt(folder: Path, prompt: str) -> None:
+    """Raise InputError if a folder's images were drawn from another prompt."""
+    path = folder / PROMPT_FILE
+    if path.is_file() and (drawn_from := path.read_text(encoding="utf-8")) != prompt:
+        raise InputError(f"The images in {folder} were drawn from {drawn_from!r}, not {prompt!r}. Use another folder.")
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from utils import checkpoints, devices
+from utils.errors import InputError
 
 
 class MetricLog:
@@ -67,6 +68,13 @@ class MetricLog:
         step, values = self.waiting
         self.waiting = None
         numbers = {key: float(value) for key, value in values.items()}
+        # With fp16, a gradient that overflows is normal: the scaler skips that step.
+        watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")
+        if bad := {key: numbers[key] for key in watched if not math.isfinite(numbers.get(key, 0))}:
+            raise InputError(
+                f"Training has diverged: {bad} at step {step}. Nothing is saved from here on; checkpoints of earlier "
+                "steps are good. Lower --learning_rate, or train in bf16 instead of fp16."
+            )
         shown = {key: f"{numbers[key]:.4g}" for key in ("loss", "lr", "seconds")}
         self.progress.set_postfix(shown, refresh=False)
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
@@ -84,6 +92,11 @@ def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image
             tracker.log_images({name: stack}, step, dataformats="NHWC")
         elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
             tracker.log_images({name: pictures}, step)
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """Return the trackers of a list such as "tensorboard,wandb"; none for "none"."""
+    return [name for name in report_to.replace(",", " ").split() if name != "none"]
 
 
 def find_tracker_problems(names: list[str]) -> list[str]:

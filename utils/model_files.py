@@ -29,9 +29,9 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         return content
     except (OSError, ValueError, HfHubHTTPError) as error:
-        what = "is a folder" if is_folder else "is no folder, and as a Hub id it gave nothing,"
+        what = "is a folder without" if is_folder else "is no folder here, and the Hub gave no such model with"
         at = f" at revision {revision}" if revision else ""
-        raise InputError(f"The model {model}{at} {what} without a readable {filename}: {error}") from error
+        raise InputError(f"The model {model}{at} {what} a readable {filename}: {error}") from error
 
 
 def component_class(index: dict, component: str) -> type:
