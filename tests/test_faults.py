@@ -27,6 +27,7 @@ from tests.runs import (
     differing,
     names,
     read_metrics,
+    read_optimizer,
     read_tensors,
     untimed,
     wait_until,
@@ -289,7 +290,7 @@ def test_only_pictures_count_as_class_images(trainer, folder_of_anything, tmp_pa
     run = trainer.run("lora", tmp_path / "out", f"{flags} --class_data_dir {folder_of_anything}")
     assert "Drawing 2 class images" in run.stderr
     assert "class images .. 5 of" in run.stdout
-    assert sorted(set(names(folder_of_anything)) - set(before)) == ["00000.png", "00001.png"]
+    assert sorted(set(names(folder_of_anything)) - set(before)) == [".prompt", "00000.png", "00001.png"]
 
 
 def test_deep_grey_photos_are_not_white(trainer, tmp_path):
@@ -339,3 +340,49 @@ def test_args_json_has_every_flag_and_no_secret(trainer, tmp_path):
     assert files and not [path for path in files if secret.encode() in path.read_bytes()]
     used = json.loads((run.out / "args.json").read_text())
     assert {"seed", "learning_rate", "instance_prompt", "report_to", "checkpointing_steps"} <= used.keys()
+
+
+# Faults of our own first version.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_diverged_run_stops_before_it_saves(trainer, tmp_path, script):
+    """Weights that are no numbers are in no checkpoint and in no result, and the good checkpoint stays."""
+    good = trainer.run(script, tmp_path / "out", "--max_train_steps 2 --checkpointing_steps 2")
+    flags = "--max_train_steps 8 --checkpointing_steps 2 --checkpoints_total_limit 1 --learning_rate 1e30"
+    bad = trainer.run(script, good.out, f"{flags} --resume_from_checkpoint latest", code=1)
+    assert "Training has diverged" in bad.stderr and "Traceback" not in bad.stderr
+    kept = [tensor for path in good.out.glob("checkpoint-*") for tensor in read_tensors(path).values()]
+    assert kept and all(tensor.isfinite().all() for tensor in kept)
+    assert all(tensor.isfinite().all() for tensor in read_tensors(good.out).values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_result_is_not_overwritten_by_another_run(trainer, tmp_path, script):
+    """A second run into the same folder is refused, also if it asks for a checkpoint that is not there."""
+    out = trainer.run(script, tmp_path / "out", "--max_train_steps 1").out
+    before = read_tensors(out)
+    for flags in ("--max_train_steps 1 --seed 8", "--max_train_steps 1 --resume_from_checkpoint latest"):
+        refused = trainer.run(script, out, flags, code=2)
+        assert "of an earlier run" in refused.stderr
+    assert differing(before, read_tensors(out)) == []
+
+
+def test_class_images_of_another_prompt_are_not_used(trainer, tmp_path):
+    """Dogs are not learned as cars."""
+    flags = f"--with_prior_preservation --num_class_images 2 --max_train_steps 1 --class_data_dir {tmp_path / 'class'}"
+    trainer.run("lora", tmp_path / "one", f"{flags} --class_prompt 'a dog'")
+    refused = trainer.run("lora", tmp_path / "two", f"{flags} --class_prompt 'a car'", code=1)
+    assert "were drawn from 'a dog', not 'a car'" in refused.stderr
+    assert not (tmp_path / "two").exists()
+
+
+def test_weight_decay_of_the_resuming_command_counts(trainer, tmp_path):
+    """The checkpoint's moments are restored, not its settings."""
+    out = trainer.run("lora", tmp_path / "out", "--max_train_steps 1 --checkpointing_steps 1").out
+    flags = "--max_train_steps 2 --checkpointing_steps 1 --adam_weight_decay 0.5 --adam_beta1 0.1"
+    trainer.run("lora", out, f"{flags} --resume_from_checkpoint latest")
+    state = read_optimizer(out / "checkpoint-2")
+    assert state["/optimizer/param_groups/0/weight_decay"] == 0.5
+    assert state["/optimizer/param_groups/0/betas"] == (0.1, 0.999)
+    assert all(value == 2 for key, value in state.items() if key.endswith("/step"))

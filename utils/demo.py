@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,14 +81,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(output: Path, shape: str) -> tuple[Path, Path, Path]:
-    """Write the model and the photos that are missing, and return their folders and that of the result."""
-    model, photos = output / "cache" / shape, output / "photos"
+    """Write the model, if it is missing, and the photos; return their folders and that of the result, which is empty.
+
+    Raises:
+        InputError: The result would replace something that is not of this demo.
+    """
+    model, photos, result = output / "cache" / shape, output / "photos", output / "lora"
+    if result.exists() and not (output / "cache").is_dir():
+        raise InputError(f"{output} holds a folder lora that this demo did not write. Use another --output.")
+    shutil.rmtree(result, ignore_errors=True)
     if not (model / "model_index.json").is_file():
         make_model(model, shape)
     photos.mkdir(exist_ok=True)
     for number in range(COUNT):
         images.save_png(draw_photo(number), photos / f"teapot-{number}.png")
-    return model, photos, output / "lora"
+    # The scripts refuse to overwrite a result; this one is the demo's own.
+    shutil.rmtree(output / "lora", ignore_errors=True)
+    return model, photos, result
 
 
 def train(model: Path, photos: Path, result: Path, args: argparse.Namespace) -> None:
