@@ -1337,6 +1337,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
             part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
         with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
+            model_files.write_scheduler_config(folder, plan.base.scheduler)
         logger.info(f"The trained pipeline is in {plan.output_dir}.")
     accelerator.wait_for_everyone()
 

@@ -1457,10 +1457,9 @@ def describe_run(
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write the adapter file and, beside it, the scheduler that the base model draws with."""
     if accelerator.is_main_process:
-        scheduler = model_files.component_class(plan.base.index, "scheduler").from_config(plan.base.scheduler)
         with checkpoints.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
             save_weights(accelerator, folder, models)
-            scheduler.save_pretrained(folder / "scheduler")
+            model_files.write_scheduler_config(folder, plan.base.scheduler)
         logger.info(f"The adapter is {plan.output_dir / WEIGHTS_FILE}.")
     accelerator.wait_for_everyone()
 

@@ -71,6 +71,17 @@ def load(kind: type, model: str, part: str | None, **options) -> Any:
         raise InputError(f"The {part or 'model'} of {model} cannot be loaded: {reason} {advice}.") from error
 
 
+def write_scheduler_config(folder: Path, config: dict) -> None:
+    """Write the base model's scheduler config, as it was read, into a result.
+
+    A scheduler's own `save_pretrained` would write defaults out. Then another sampler that is made from the config
+    takes them over, which it does not from the base model, and draws other pictures.
+    """
+    (folder / "scheduler").mkdir(exist_ok=True)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def public_name(model: str) -> str:
     """Return a model's Hub id, or the last part of its folder's path."""
     return Path(model).resolve().name if Path(model).is_dir() else model

@@ -1,0 +1,73 @@
+"""The demo and the benchmark, from the command line to what they write."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import benchmark, demo
+from utils.benchmark import Measurement
+
+
+def test_the_demo_trains_reloads_and_puts_the_sheet_together(tmp_path, capfd):
+    """All of `make demo` at a tiny size: the sheet has its three rows, and the result is the live model."""
+    (tmp_path / "lora").mkdir()
+    words = ["--output", str(tmp_path), "--steps", "2", "--size", "64"]
+    assert demo.main(words) == 1
+    assert "holds a folder lora that this demo did not write" in capfd.readouterr().err
+    (tmp_path / "lora").rmdir()
+    assert demo.main(words) == 0
+    text, sheet = capfd.readouterr().out, Image.open(tmp_path / "before-after.png")
+    assert sheet.width > 5 * 192 and sheet.height > 3 * 192
+    assert "means of the first and the last tenth" in text and "drawn while training, to the bit" in text
+    assert f"Look at {tmp_path / 'before-after.png'}" in text and f"utils.sample {tmp_path / 'lora'}" in text
+
+
+def test_the_photos_differ_and_fill_their_frame():
+    """Five pictures of one subject in five places."""
+    photos = [np.asarray(demo.draw_photo(number, 64)) for number in range(demo.COUNT)]
+    assert {photo.shape for photo in photos} == {(64, 64, 3)}
+    assert len({photo.tobytes() for photo in photos}) == demo.COUNT
+    red = [(photo[..., 0] > 180) & (photo[..., 1] < 80) for photo in photos]
+    assert all(0.03 < mask.mean() < 0.5 and not mask[[0, -1]].any() for mask in red)
+
+
+def test_the_benchmark_measures_and_tells_of_failures(tmp_path, monkeypatch, capfd):
+    """One run is measured, one fails; both are in the table and in the JSON, and nothing big is left."""
+    runs = {"LoRA, prior, precomputed text": benchmark.CONFIGURATIONS["LoRA, prior, precomputed text"]}
+    monkeypatch.setattr(benchmark, "CONFIGURATIONS", runs | {"no rank": ("LoRA", "--rank=0")})
+    assert benchmark.main(["--shape", "tiny", "--steps", "4", "--output", str(tmp_path)]) == 1
+    table, report = capfd.readouterr().out, json.loads((tmp_path / "benchmark.json").read_text())
+    good, bad = report["measurements"]
+    assert 0 < good["seconds"] < good["start_seconds"] and good["memory_gb"] > 0 and good["problem"] is None
+    assert good["samples_per_second"] == pytest.approx(2 / good["seconds"], rel=0.5)
+    assert "exit status" in bad["problem"] and "--rank 0 is out of range" in bad["problem"]
+    assert "| LoRA, prior, precomputed text |" in table and f"failed: {bad['problem']}" in table
+    assert report["device"] and report["versions"]["torch"]
+    assert not list(tmp_path.glob("runs/*/"))
+
+
+def test_the_benchmarks_table_is_aligned():
+    """Numbers stand below each other, whatever their length."""
+    lines = benchmark.make_table([Measurement("a", 0.5, 2, 1.25, 9), Measurement("longer", 10, 0.1, 16, 30)]).split(
+        "\n"
+    )
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert lines[2].split() == "| a | 0.500 | 2.00 | 1.25 | 9.0 |".split()
+
+
+@pytest.mark.parametrize(
+    ("tool", "words", "message"),
+    [
+        (demo, ["--steps", "0"], "--steps 0 must be 1 or more"),
+        (demo, ["--size", "60"], "--size 60 a multiple of 8"),
+        (benchmark, ["--steps", "2"], "--steps 2 leaves none to count"),
+        (benchmark, ["--only", "fast"], "--only 'fast' is in no name. There are: full, batch 1;"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(tool, words, message, capsys):
+    """Before anything is written."""
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(words)
+    assert message in " ".join(capsys.readouterr().err.split())
