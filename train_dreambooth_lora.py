@@ -466,7 +466,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
         args.resume_from_checkpoint != "latest" or checkpoints.list_checkpoints(output)
     ):
         left = []
-    go_on = "Go on with that run by --resume_from_checkpoint latest, or use another folder."
+    go_on = "Use another folder, or go on from a checkpoint by --resume_from_checkpoint latest."
     nested = args.instance_data_dir and inside
     return problems_that_hold(
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
@@ -1237,9 +1237,10 @@ def train(
 ) -> bool:
     """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
     batches, parameters = iter(loader), [p for group in optimizer.param_groups for p in group["params"]]
-    if plan.first_step == 0:
-        validate(args, accelerator, plan, models, prompts, 0)
     metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps)
+    every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
+    if plan.first_step == 0 and args.validation_prompt:
+        validate(args, accelerator, plan, models, prompts, 0)
     accumulation = args.gradient_accumulation_steps
     for step in range(plan.first_step, plan.steps):
         began, done, losses = time.perf_counter(), step + 1, []
@@ -1261,7 +1262,8 @@ def train(
         values |= dict(zip(("lr", "lr_text_encoder"), rates)) | {"grad_norm": norm}
         metrics.add(done, began, plan.examples_per_step, values)
         stopped = stop.agree() is not None
-        if not stopped:
+        if not stopped and args.validation_prompt and (done % every == 0 or done == plan.steps):
+            metrics.flush()  # trackers take no numbers of a step once they have its pictures
             validate(args, accelerator, plan, models, prompts, done)
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
@@ -1345,14 +1347,11 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
 def validate(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
 ) -> None:
-    """If it is due, draw the validation prompt with the live weights and the same seeds, and leave training as it was.
+    """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
 
     Nothing of the run's randomness is touched: the sampler has generators of its own, and training seeds each
     micro-step. The processes share the pictures. Running out of memory is a warning.
     """
-    every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
-    if not args.validation_prompt or (step % every and step != plan.steps):
-        return
     folder = plan.output_dir / "samples" / f"step-{step:06d}"
     try:
         draw_previews(args, accelerator, plan, models, prompts, folder)
@@ -1444,6 +1443,8 @@ def describe_run(
         "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
         **{name: str(value) for name, value in method_fits(args).items()},
         "text encoder": "trained" if args.train_text_encoder else "not trained",
+        **({"tokens a prompt": str(args.tokenizer_max_length)} if args.tokenizer_max_length else {}),
+        **({"padding": "hidden from the text encoder"} if args.text_encoder_use_attention_mask else {}),
         "photos": f"{len(photos)} of {' or '.join(map(repr, sorted(set(photos))[:3]))}",
         "class images": f"{len(class_images)} of {args.class_prompt!r}" if class_images else "none",
         "batch": f"{batch} = {plan.examples_per_step} pictures a step",
