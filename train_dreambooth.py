@@ -209,7 +209,8 @@ NOT_NEGATIVE = (
 ).split()
 # A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
 FITS = (
-    "pretrained_model_name_or_path train_text_encoder use_8bit_adam train_batch_size gradient_accumulation_steps"
+    "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
+    "gradient_accumulation_steps"
 ).split()
 
 
@@ -420,25 +421,23 @@ def find_contradictions(args: Namespace) -> list[str]:
 
 def find_bad_folders(args: Namespace) -> list[str]:
     """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
-    photos, output = Path(args.instance_data_dir or "."), Path(args.output_dir)
+    photos, output = Path(args.instance_data_dir or os.devnull), Path(args.output_dir)
     classes = [class_folder(args)] if args.with_prior_preservation else []
     ours = [("--output_dir", output), *(("--class_data_dir", folder) for folder in classes)]
     inside = [flag for flag, folder in ours if folder.resolve().is_relative_to(photos.resolve())]
-    swallowed = any(photos.resolve().is_relative_to(folder.resolve()) for folder in classes)
-    left = [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
-    if args.resume_from_checkpoint and (
-        args.resume_from_checkpoint != "latest" or checkpoints.list_checkpoints(output)
-    ):
-        left = []
-    go_on = "Use another folder, or go on from a checkpoint by --resume_from_checkpoint latest."
+    others = [("--instance_data_dir", photos), ("--output_dir", output)]
+    swallowed = [flag for flag, path in others for above in classes if path.resolve().is_relative_to(above.resolve())]
+    resumes = checkpoints.is_of(output, args.resume_from_checkpoint)
+    left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
+    names = ", ".join(path.name for path in left)
     nested = args.instance_data_dir and inside
     return problems_that_hold(
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
         (not photos.exists(), f"--instance_data_dir {photos} does not exist."),
         (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
-        (swallowed, f"--class_data_dir holds --instance_data_dir {photos}: the photos would count as class images."),
+        (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (left, f"--output_dir {output} holds {', '.join(path.name for path in left)} of an earlier run. {go_on}"),
+        (left, f"--output_dir {output} holds {names} of an earlier run. Resume one, or use another folder."),
     )
 
 
@@ -612,7 +611,9 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     fits = {"script": METHOD, "seed": seed, "resolution": base.resolution, "processes": accelerator.num_processes}
-    fits |= {"photos": photos, "class images": priors, "precision": accelerator.mixed_precision}
+    names = [example.path.name for example in examples if not example.is_prior]
+    fits |= {"photos": names, "class images": priors, "precision": accelerator.mixed_precision}
+    fits |= {"base model": model_files.public_name(args.pretrained_model_name_or_path)}
     fits |= {name: getattr(args, name) for name in FITS}
     plan = Plan(
         base=base,
@@ -655,10 +656,9 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     # --config with these would not repeat the run but continue it; the token is a secret.
     left_out = ("config", "resume_from_checkpoint", "hub_token")
     used = {key: value for key, value in vars(args).items() if key not in left_out}
-    used |= {"seed": plan.seed, "resolution": plan.base.resolution}
+    used |= {"seed": plan.seed, "resolution": plan.base.resolution, "mixed_precision": accelerator.mixed_precision}
     if accelerator.is_main_process:
-        plan.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(plan.output_dir)
+        checkpoints.open_folder(plan.output_dir)
         checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.log_with:
@@ -780,7 +780,7 @@ def load(args: Namespace, kind: type, part: str | None = None, **options) -> Any
 def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
     """Load the base model's tokenizer, or the one of --tokenizer_name."""
     if args.tokenizer_name:
-        return transformers.AutoTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
+        return model_files.load(transformers.AutoTokenizer, args.tokenizer_name, None, token=args.hub_token)
     return load(args, model_files.component_class(base.index, "tokenizer"), "tokenizer")
 
 
@@ -1353,7 +1353,8 @@ def usage_snippet(args: Namespace, name: str) -> str:
     """Return Python code that draws a picture with the result, and runs as it stands."""
     encoder_from = args.pretrained_model_name_or_path if args.skip_save_text_encoder else None
     prompt = args.validation_prompt or args.instance_prompt
-    return model_card.pipeline_snippet(name, prompt, encoder_from, args.revision, args.variant)
+    reading = model_card.reading_lines(None, args.skip_save_text_encoder and args.text_encoder_use_attention_mask)
+    return model_card.pipeline_snippet(name, prompt, encoder_from, args.revision, args.variant, reading)
 
 
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:

@@ -87,6 +87,26 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return folder
 
 
+def is_of(output_dir: Path, wanted: str | None) -> bool:
+    """Say whether a checkpoint that a person asked for is one of an output folder's own."""
+    if wanted in (None, "latest"):
+        return wanted is not None and bool(list_checkpoints(output_dir))
+    return Path(output_dir, wanted).exists() or Path(wanted).resolve().parent == Path(output_dir).resolve()
+
+
+def open_folder(output_dir: Path) -> None:
+    """Make a run's output folder, and clear it of what dead runs left half done.
+
+    Raises:
+        InputError: It cannot be made or written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir} cannot be used: {error.strerror}. Use another folder.") from error
+
+
 def read_state(checkpoint: Path) -> dict:
     """Return what a complete checkpoint says of its run: `step`, and `fits`, what a run that resumes it must share."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))

@@ -72,8 +72,8 @@ class MetricLog:
         watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")
         if bad := {key: numbers[key] for key in watched if not math.isfinite(numbers.get(key, 0))}:
             raise InputError(
-                f"Training has diverged: {bad} at step {step}. Nothing is saved from here on; checkpoints of earlier "
-                "steps are good. Lower --learning_rate, or train in bf16 instead of fp16."
+                f"Training has diverged: {bad} at step {step}. Nothing is saved from here on. Go on from a "
+                "checkpoint of well before, with a lower --learning_rate, or train in bf16 instead of fp16."
             )
         shown = {key: f"{numbers[key]:.4g}" for key in ("loss", "lr", "seconds")}
         self.progress.set_postfix(shown, refresh=False)

@@ -100,8 +100,19 @@ def as_code(text: str) -> str:
     return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}" if "\n" in text else f"{fence}{pad}{text}{pad}{fence}"
 
 
+def reading_lines(max_length: int | None, masked: bool) -> tuple[str, ...]:
+    """Return code that lets a pipeline read prompts as training did, where that is not the base model's way."""
+    lines = [f"pipeline.tokenizer.model_max_length = {max_length}"] if max_length else []
+    return (*lines, *(["pipeline.text_encoder.config.use_attention_mask = True"] if masked else []))
+
+
 def pipeline_snippet(
-    result: str, prompt: str, base_model: str | None, revision: str | None = None, variant: str | None = None
+    result: str,
+    prompt: str,
+    base_model: str | None,
+    revision: str | None = None,
+    variant: str | None = None,
+    reading: tuple[str, ...] = (),
 ) -> str:
     """Return code that draws with a pipeline; `base_model` lends its text encoder if it is given."""
     encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}"
@@ -115,13 +126,21 @@ def pipeline_snippet(
             'device = "cuda" if torch.cuda.is_available() else "cpu"',
             *([f"text_encoder = CLIPTextModel.from_pretrained({encoder})"] if base_model else []),
             f"pipeline = DiffusionPipeline.from_pretrained({result!r}{lent})",
+            *reading,
             f"image = pipeline.to(device)({prompt!r}).images[0]",
             'image.save("image.png")',
         ]
     )
 
 
-def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None, variant: str | None = None) -> str:
+def lora_snippet(
+    result: str,
+    prompt: str,
+    base_model: str,
+    revision: str | None,
+    variant: str | None = None,
+    reading: tuple[str, ...] = (),
+) -> str:
     """Return code that draws with a base model and an adapter."""
     at = _options(revision, variant)
     return "\n".join(
@@ -132,6 +151,7 @@ def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None
             'device = "cuda" if torch.cuda.is_available() else "cpu"',
             f"pipeline = DiffusionPipeline.from_pretrained({base_model!r}{at}).to(device)",
             f"pipeline.load_lora_weights({result!r})",
+            *reading,
             f"image = pipeline({prompt!r}).images[0]",
             'image.save("image.png")',
         ]

@@ -8,7 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGHUP = getattr(signal, "SIGHUP", None)
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 GRACE_SECONDS = 1.0
 
@@ -31,7 +32,9 @@ class StopRequest:
         self._first_signal_time: float | None = None  # of a signal that this process itself received
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
         self._group = None
-        self._old_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # `nohup` ignores SIGHUP, and that stays so.
+        heard = [number for number in SIGNALS if number != SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._old_handlers = {number: signal.signal(number, self._receive) for number in heard}
 
     def __enter__(self) -> "StopRequest":
         """Return the request itself; the handlers are already installed."""
