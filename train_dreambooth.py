@@ -429,7 +429,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
     swallowed = [flag for flag, path in others for above in classes if path.resolve().is_relative_to(above.resolve())]
     resumes = checkpoints.is_of(output, args.resume_from_checkpoint)
     left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
-    names = ", ".join(path.name for path in left)
+    held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run"
     nested = args.instance_data_dir and inside
     return problems_that_hold(
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
@@ -437,7 +437,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
         (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
         (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (left, f"--output_dir {output} holds {names} of an earlier run. Resume one, or use another folder."),
+        (left, f"--output_dir {held}. Use another, or --resume_from_checkpoint latest."),
     )
 
 

@@ -386,3 +386,51 @@ def test_weight_decay_of_the_resuming_command_counts(trainer, tmp_path):
     assert state["/optimizer/param_groups/0/weight_decay"] == 0.5
     assert state["/optimizer/param_groups/0/betas"] == (0.1, 0.999)
     assert all(value == 2 for key, value in state.items() if key.endswith("/step"))
+
+
+def test_a_checkpoint_of_elsewhere_does_not_open_a_folder_that_is_taken(trainer, tmp_path):
+    """Going on from another run's checkpoint must not replace the result that lies in the output folder."""
+    flags = "--max_train_steps 2 --checkpointing_steps 1"
+    one = trainer.run("lora", tmp_path / "one", flags).out
+    two = trainer.run("lora", tmp_path / "two", f"{flags} --seed 8").out
+    before = read_tensors(two)
+    refused = trainer.run("lora", two, f"{flags} --resume_from_checkpoint {one / 'checkpoint-1'}", code=2)
+    assert "of an earlier run" in refused.stderr and differing(before, read_tensors(two)) == []
+    elsewhere = trainer.run("lora", tmp_path / "new", f"{flags} --resume_from_checkpoint {one / 'checkpoint-1'}").out
+    assert differing(read_tensors(one), read_tensors(elsewhere)) == []
+
+
+def test_another_subject_is_no_resume(trainer, tmp_path):
+    """The prompt and the photos are part of what must fit."""
+    out = trainer.run("lora", tmp_path / "out", "--max_train_steps 1 --checkpointing_steps 1").out
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(5):
+        draw_picture(SIZE, SIZE, number).save(others / f"cat-{number}.png")
+    flags = (
+        f"--max_train_steps 2 --resume_from_checkpoint latest --instance_data_dir {others} --instance_prompt 'a cat'"
+    )
+    refused = trainer.run("lora", out, flags, code=1)
+    assert "photos:" in refused.stderr and "instance_prompt: a photo of sks dog there, a cat here" in refused.stderr
+
+
+def test_a_closed_terminal_saves_a_checkpoint(trainer, tmp_path):
+    """SIGHUP is a wish to stop like the others."""
+    job = trainer.start("lora", tmp_path / "out", ENDLESS)
+    wait_until(lambda: job.steps_logged() >= 2, "two steps")
+    os.kill(job.pid, signal.SIGHUP)
+    assert job.finish().code == 128 + signal.SIGHUP
+    assert len(checkpoint_names(tmp_path / "out")) == 1
+
+
+def test_previews_are_no_class_images(trainer, tmp_path):
+    """An output folder below the class folder is refused."""
+    flags = f"--with_prior_preservation --class_prompt 'a dog' --num_class_images 1 --class_data_dir {tmp_path}"
+    refused = trainer.run("lora", tmp_path / "out", flags, code=2)
+    assert "--output_dir in --class_data_dir" in refused.stderr
+
+
+def test_the_launchers_precision_is_repeated(trainer, tmp_path):
+    """args.json holds the precision that was used, wherever it came from."""
+    out = trainer.run("lora", tmp_path / "out", "--max_train_steps 1", ACCELERATE_MIXED_PRECISION="bf16").out
+    assert json.loads((out / "args.json").read_text())["mixed_precision"] == "bf16"

@@ -333,8 +333,8 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with(script, needed, capsys
     (out / "checkpoint-best").mkdir()
     sentence = refuse_one(script, needed, capsys)
     assert sentence == (
-        f"--output_dir {out} holds checkpoint-3, checkpoint-20, checkpoint-100 of an earlier run. Resume "
-        "one, or use another folder."
+        f"--output_dir {out} holds checkpoint-3, checkpoint-20, checkpoint-100 of an earlier run. Use "
+        "another, or --resume_from_checkpoint latest."
     )
     assert script.parse_args([*needed, "--resume_from_checkpoint", "latest"]).resume_from_checkpoint == "latest"
 

@@ -91,7 +91,8 @@ def is_of(output_dir: Path, wanted: str | None) -> bool:
     """Say whether a checkpoint that a person asked for is one of an output folder's own."""
     if wanted in (None, "latest"):
         return wanted is not None and bool(list_checkpoints(output_dir))
-    return Path(output_dir, wanted).exists() or Path(wanted).resolve().parent == Path(output_dir).resolve()
+    own = Path(output_dir).resolve()
+    return own in (Path(own, wanted).resolve().parent, Path(wanted).resolve().parent)
 
 
 def open_folder(output_dir: Path) -> None:
