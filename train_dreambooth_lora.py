@@ -72,6 +72,8 @@ UNET_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 TRAINS_WHOLE_NETWORKS = False
+# Same in train_dreambooth.py
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # Same in train_dreambooth.py
@@ -91,6 +93,7 @@ class BaseModel:
     scheduler: dict  # its config
     prediction_type: str  # epsilon or v_prediction
     latent_factor: int  # pixels per latent, along height and along width
+    hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
     native_size: int  # height and width in pixels that the checkpoint draws at
     resolution: int  # height and width in pixels to train at
 
@@ -102,6 +105,7 @@ class Example(NamedTuple):
     path: Path
     prompt: str
     is_prior: bool
+    is_missing: bool = False  # a class image that is still to be drawn
 
 
 # Same in train_dreambooth.py
@@ -194,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. The loop.
         loader = make_loader(args, accelerator, plan, prompts, examples)
-        summary = describe_run(args, accelerator, plan, examples, models, optimizer)
+        summary = describe_run(args, plan, examples, models, optimizer)
         accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
         accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
         finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
@@ -465,7 +469,8 @@ def find_bad_folders(args: Namespace) -> list[str]:
     swallowed = [flag for flag, path in others for above in classes if path.resolve().is_relative_to(above.resolve())]
     resumes = checkpoints.is_of(output, args.resume_from_checkpoint)
     left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
-    held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run"
+    held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
+    held += ", or --resume_from_checkpoint latest" if checkpoints.list_checkpoints(output) else ""
     nested = args.instance_data_dir and inside
     return problems_that_hold(
         (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
@@ -473,7 +478,7 @@ def find_bad_folders(args: Namespace) -> list[str]:
         (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
         (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (left, f"--output_dir {held}. Use another, or --resume_from_checkpoint latest."),
+        (left, f"--output_dir {held}."),
     )
 
 
@@ -514,6 +519,10 @@ def start(args: Namespace) -> Accelerator:
         # One process may load or write gigabytes, or draw a picture more, while the others wait.
         kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise InputError(
+            f"accelerate is set to {accelerator.mixed_precision}: give --mixed_precision bf16, fp16 or no."
+        )
     engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
         raise InputError(
@@ -561,10 +570,9 @@ def recognise_model(args: Namespace) -> BaseModel:
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
-    longest, tokens = (
-        read("text_encoder/config.json").get("max_position_embeddings", 77),
-        args.tokenizer_max_length or 0,
-    )
+    text, tokens = read("text_encoder/config.json"), args.tokenizer_max_length or 0
+    longest = text.get("max_position_embeddings", 77)
+    hides_padding = args.text_encoder_use_attention_mask or bool(text.get("use_attention_mask"))
     kind, native_size = ModelKind.STABLE_DIFFUSION, unet["sample_size"] * factor
     if misfits := problems_that_hold(
         (resolution % factor, f"--resolution {resolution} is no multiple of {factor}, the VAE's factor."),
@@ -573,7 +581,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
     ):
         raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *misfits]))
-    return BaseModel(kind, index, scheduler, prediction_type, factor, native_size, resolution)
+    return BaseModel(kind, index, scheduler, prediction_type, factor, hides_padding, native_size, resolution)
 
 
 # Same in train_dreambooth.py
@@ -611,13 +619,13 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
         logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
     examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos.sizes]
     if args.with_prior_preservation:
-        examples += [Example(path, args.class_prompt, is_prior=True) for path in list_class_images(args)]
+        examples += list_class_images(args)
     return examples
 
 
 # Same in train_dreambooth.py
-def list_class_images(args: Namespace) -> list[Path]:
-    """Return --num_class_images paths: pictures that are there and can be decoded, then names of those to draw."""
+def list_class_images(args: Namespace) -> list[Example]:
+    """Return --num_class_images examples: pictures that are there and can be decoded, and those still to be drawn."""
     folder, wanted = class_folder(args), args.num_class_images
     present = []
     if folder.is_dir():
@@ -629,7 +637,9 @@ def list_class_images(args: Namespace) -> list[Path]:
         logger.warning(f"{folder} holds {len(present)} class images; --num_class_images takes the first {wanted}.")
     images.check_prompt(folder, args.class_prompt)
     missing = sorted({folder / f"{index:05d}.png" for index in range(wanted)} - set(present))
-    return sorted(present[:wanted] + missing[: max(0, wanted - len(present))])
+    missing = set(missing[: max(0, wanted - len(present))])
+    paths = sorted({*present[:wanted], *missing})
+    return [Example(path, args.class_prompt, is_prior=True, is_missing=path in missing) for path in paths]
 
 
 # Same in train_dreambooth.py
@@ -654,7 +664,6 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     rates = [args.learning_rate * scale]
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
-    precisions = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     fits = {"script": METHOD, "seed": seed, "resolution": base.resolution, "processes": accelerator.num_processes}
     names = [example.path.name for example in examples if not example.is_prior]
     fits |= {"photos": names, "class images": priors, "precision": accelerator.mixed_precision}
@@ -672,7 +681,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         steps_per_epoch=steps_per_epoch,
         learning_rates=tuple(rates),
         noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
-        frozen_dtype=precisions[accelerator.mixed_precision],
+        frozen_dtype=PRECISIONS[accelerator.mixed_precision],
         output_dir=output_dir,
         resume_from=resume_from,
         fits=fits | method_fits(args),
@@ -726,10 +735,7 @@ def draw_class_images(
 
     Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i.
     """
-    paths = [example.path for example in examples if example.is_prior]
-    missing = set(paths) - set(images.inspect_images(path for path in paths if path.exists()).sizes)
-    # All must have looked before one begins to draw.
-    accelerator.wait_for_everyone()
+    missing = {example.path for example in examples if example.is_missing}
     if not missing:
         return
     size = args.sample_batch_size
@@ -760,8 +766,7 @@ def draw_class_images(
 def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.DiffusionPipeline:
     """Load the whole base model for drawing, in the precision asked for, without a safety checker."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
-    dtypes = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes[args.prior_generation_precision or default]
+    dtype = PRECISIONS[args.prior_generation_precision or default]
     unchecked = {"safety_checker": None, "requires_safety_checker": False}
     pipeline = load(args, diffusers.DiffusionPipeline, **unchecked, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -786,7 +791,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, exampl
             cut = tokenizer.decode(whole[length - 1 : -1])
             logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
     ids = rows["input_ids"].to(accelerator.device)
-    mask = rows["attention_mask"].to(accelerator.device) if args.text_encoder_use_attention_mask else None
+    mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
     prompts = PromptTable(texts, ids, mask)
     if args.pre_compute_text_embeddings:
         text_encoder = load_text_encoder(args, plan.base, plan.frozen_dtype).to(accelerator.device)
@@ -1421,12 +1426,7 @@ def make_preview_pipeline(
 
 # Same in train_dreambooth.py
 def describe_run(
-    args: Namespace,
-    accelerator: Accelerator,
-    plan: Plan,
-    examples: list[Example],
-    models: Models,
-    optimizer: Optimizer,
+    args: Namespace, plan: Plan, examples: list[Example], models: Models, optimizer: Optimizer
 ) -> dict[str, str]:
     """Return the run in words, for the start-up screen and the model card."""
     networks = [model for model in (models.unet, models.vae, models.text_encoder) if model is not None]
@@ -1436,7 +1436,7 @@ def describe_run(
     class_images = [example.prompt for example in examples if example.is_prior]
     rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates)
     batch = f"{args.train_batch_size} x {plan.processes} processes x {args.gradient_accumulation_steps} accumulated"
-    weights = f"min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}"
+    prior, weights = args.prior_loss_weight, f"min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}"
     return {
         "model": plan.base.kind.value,
         "resolution": f"{plan.base.resolution} px" + ("" if args.resolution else ", the default for this model"),
@@ -1444,14 +1444,14 @@ def describe_run(
         **{name: str(value) for name, value in method_fits(args).items()},
         "text encoder": "trained" if args.train_text_encoder else "not trained",
         **({"tokens a prompt": str(args.tokenizer_max_length)} if args.tokenizer_max_length else {}),
-        **({"padding": "hidden from the text encoder"} if args.text_encoder_use_attention_mask else {}),
+        **({"padding": "hidden from the text encoder"} if plan.base.hides_padding else {}),
         "photos": f"{len(photos)} of {' or '.join(map(repr, sorted(set(photos))[:3]))}",
         "class images": f"{len(class_images)} of {args.class_prompt!r}" if class_images else "none",
         "batch": f"{batch} = {plan.examples_per_step} pictures a step",
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
-        "loss": f"{plan.base.prediction_type}, {weights}, prior weight {args.prior_loss_weight:g}",
+        "loss": f"{plan.base.prediction_type}, {weights}" + (f", prior weight {prior:g}" if class_images else ""),
         "learning rate": f"{rates}, {args.lr_scheduler}, {type(optimizer.optimizer).__name__}",
-        "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
+        "arithmetic": f"{plan.fits['precision']} mixed precision on {models.vae.device.type}, seed {plan.seed}",
     }
 
 

@@ -434,3 +434,23 @@ def test_the_launchers_precision_is_repeated(trainer, tmp_path):
     """args.json holds the precision that was used, wherever it came from."""
     out = trainer.run("lora", tmp_path / "out", "--max_train_steps 1", ACCELERATE_MIXED_PRECISION="bf16").out
     assert json.loads((out / "args.json").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_padding_is_hidden_as_the_models_pipeline_hides_it(trainer, tiny, tmp_path, script):
+    """What the text encoder's own config says counts without a flag, because it counts when the model draws."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "text_encoder" / "config.json").read_text())
+    (model / "text_encoder" / "config.json").write_text(json.dumps(config | {"use_attention_mask": True}))
+    flags = "--max_train_steps 2"
+    told = trainer.run(script, tmp_path / "told", f"{flags} --text_encoder_use_attention_mask").out
+    found = trainer.run(script, tmp_path / "found", f"{flags} --pretrained_model_name_or_path {model}").out
+    plain = trainer.run(script, tmp_path / "plain", flags).out
+    losses = [[line["loss"] for line in read_metrics(out)] for out in (told, found, plain)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_precision_that_is_none_of_ours_is_refused(trainer, tmp_path):
+    """The launcher's fp8 is a message, not a KeyError."""
+    run = trainer.run("lora", tmp_path / "out", code=1, ACCELERATE_MIXED_PRECISION="fp8")
+    assert "accelerate is set to fp8" in run.stderr and "Traceback" not in run.stderr
