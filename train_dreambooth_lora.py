@@ -444,7 +444,8 @@ def find_problems(args: Namespace) -> list[str]:
 def find_contradictions(args: Namespace) -> list[str]:
     """Return a sentence for each flag that lacks or excludes another, a package or a device."""
     prior, text, no_gpu = args.with_prior_preservation, args.train_text_encoder, not devices.has_accelerator()
-    fp16 = no_gpu and (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    fp16 = no_gpu and precision == "fp16"
     fp16_prior = no_gpu and args.prior_generation_precision == "fp16"
     no_bitsandbytes = args.use_8bit_adam and not is_installed("bitsandbytes")
     stale = "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
@@ -452,6 +453,7 @@ def find_contradictions(args: Namespace) -> list[str]:
         (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of dog'."),
         (text and args.pre_compute_text_embeddings, stale),
         (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
+        (precision not in PRECISIONS, f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16."),
         (fp16, "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no."),
         (fp16_prior, "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16."),
         (no_bitsandbytes, "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes."),
@@ -519,10 +521,6 @@ def start(args: Namespace) -> Accelerator:
         # One process may load or write gigabytes, or draw a picture more, while the others wait.
         kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    if accelerator.mixed_precision not in PRECISIONS:
-        raise InputError(
-            f"accelerate is set to {accelerator.mixed_precision}: give --mixed_precision bf16, fp16 or no."
-        )
     engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
         raise InputError(

@@ -452,5 +452,5 @@ def test_padding_is_hidden_as_the_models_pipeline_hides_it(trainer, tiny, tmp_pa
 
 def test_a_precision_that_is_none_of_ours_is_refused(trainer, tmp_path):
     """The launcher's fp8 is a message, not a KeyError."""
-    run = trainer.run("lora", tmp_path / "out", code=1, ACCELERATE_MIXED_PRECISION="fp8")
+    run = trainer.run("lora", tmp_path / "out", code=2, ACCELERATE_MIXED_PRECISION="fp8")
     assert "accelerate is set to fp8" in run.stderr and "Traceback" not in run.stderr
