@@ -454,3 +454,9 @@ def test_a_precision_that_is_none_of_ours_is_refused(trainer, tmp_path):
     """The launcher's fp8 is a message, not a KeyError."""
     run = trainer.run("lora", tmp_path / "out", code=2, ACCELERATE_MIXED_PRECISION="fp8")
     assert "accelerate is set to fp8" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_compiler_set_in_accelerate_is_refused_by_name(trainer, tmp_path):
+    """A compiled network could not be resumed."""
+    run = trainer.run("full", tmp_path / "out", code=1, how="python", ACCELERATE_DYNAMO_BACKEND="eager")
+    assert "torch.compile by EAGER" in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,48 @@
+"""The training commands of the README run as they are written, on tiny models under the names that they give."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+
+from tests.runs import ROOT, SCRIPTS
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(accelerate launch .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+SHA = "89abcdef0123456789abcdef0123456789abcdef"
+# Wins over what the README says: a CPU has no fp16, and a test no hours and no Hub.
+SMALL = "--max_train_steps 1 --resolution 64 --mixed_precision no --num_validation_images 1 --no-push_to_hub"
+SMALL += " --validation_num_inference_steps 1 --num_class_images 2 --checkpointing_steps 1 --report_to none"
+
+
+@pytest.fixture(scope="module")
+def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
+    """Put tiny models into the Hub's cache under the README's names, and photos where its commands look for them."""
+    for name, model in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", tiny),
+        ("stabilityai/stable-diffusion-2-1", tiny_v),
+    ):
+        cached = trainer.home / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(model, cached / "snapshots" / SHA)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(SHA)
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(photos, folder / "photos")
+    return folder
+
+
+def test_the_commands_run_in_their_order(trainer, home):
+    """Each writes its own folder; resuming and repeating find what the first one left."""
+    assert len(BLOCKS) == 10
+    for block in BLOCKS:
+        words = shlex.split(block.replace("\\\n", " "))
+        place = next(index for index, word in enumerate(words) if word in SCRIPTS.values())
+        script = next(name for name, file in SCRIPTS.items() if file == words[place])
+        flags = [*words[place + 1 :], *SMALL.split()]
+        out = home / flags[flags.index("--output_dir") + 1]
+        inside = [str(home / word) if word in ("photos", "class-dog", out.name) else word for word in flags]
+        inside = [str(home / word) if word.startswith("my-dog-lora/") else word for word in inside]
+        run = trainer.start_words(script, out, inside).finish()
+        assert run.code == 0, f"{block}\n{run.text}"
+        assert (out / "metrics.jsonl").read_text().count("\n") == 1
