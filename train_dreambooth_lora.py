@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Teach a Stable Diffusion model one subject from a few photos by training low-rank adapters (LoRA DreamBooth).
+"""Teach Stable Diffusion or DeepFloyd IF one subject from a few photos by low-rank adapters (LoRA DreamBooth).
 
     accelerate launch train_dreambooth_lora.py --pretrained_model_name_or_path MODEL --instance_data_dir photos/ \
         --instance_prompt "a photo of sks dog" --max_train_steps 800 --learning_rate 1e-4
@@ -9,8 +9,8 @@ A run from top to bottom is `main`. To change an experiment, edit one function:
     one training step .............. compute_loss             the data and its captions ...... list_examples
     which weights train ............ prepare_training         crops, flips, pixel values ..... DreamBoothDataset
     noise and timesteps ............ draw_noise               which example comes when ....... StepSampler
-    what the U-Net is fed .......... unet_inputs              the optimizer .................. make_optimizer
-    what it is to predict .......... target                   the schedule ................... learning_rate
+    what stage II is fed ........... stage_two_inputs         the optimizer .................. make_optimizer
+    what is to be predicted ........ target                   the schedule ................... learning_rate
     the weight of each example ..... example_losses           previews and their sampler ..... make_preview_pipeline
     instance against class ......... combine                  what is kept ................... save_result
 
@@ -18,7 +18,7 @@ Letters in shapes: B batch, C channels, H W height and width in pixels, h w in l
 T train timesteps, N distinct prompts.
 
 Papers: DreamBooth arXiv 2208.12242, LoRA 2106.09685, latent diffusion 2112.10752, velocity prediction 2202.00512,
-Min-SNR 2303.09556.
+Min-SNR 2303.09556, cascades 2205.11487, learned variance 2102.09672.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import datetime
 import enum
 import functools
 import json
-import logging
 import math
 import os
 import random
@@ -41,8 +40,6 @@ from typing import Any, NamedTuple
 import accelerate
 import diffusers
 import numpy as np
-import peft
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -50,16 +47,22 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from utils import checkpoints, config_file, devices, hub, images, model_card, model_files, previews
+from utils import adapters, captions, checkpoints, devices, drawing, hub, images, model_card, model_files, schedules
+from utils.config_file import parse_with_config
+from utils.drawing import Preview
+from utils.embedding_cache import open_cache
 from utils.errors import InputError, show_input_errors_without_traceback
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
-from utils.metric_log import MetricLog, find_tracker_problems, simple_settings, track_images, tracker_names
-from utils.processes import on_main_process
-from utils.seeds import derive_seed, generator
+from utils.folder_checks import find_folder_problems
+from utils.geometry import CROP_STYLES, Size, crop_box, find_size_problems, parse_list, quarter
+from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
+from utils.processes import check_engine, on_main_process, set_up_logging
+from utils.seeds import derive_seed, generator, shuffled
 from utils.stop_request import StopRequest, ignore_signals
 
 logger = get_logger(__name__)
@@ -68,11 +71,11 @@ METHOD = "LoRA DreamBooth"
 METHOD_TAGS = ["lora"]
 DEFAULT_OUTPUT_DIR = "lora-dreambooth-model"
 DEFAULT_LEARNING_RATE = 5e-4
+TRAINS_WHOLE_NETWORKS = False
 UNET_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
+IF_LAYERS = (*UNET_LAYERS, "add_k_proj", "add_v_proj")
 TEXT_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
-TRAINS_WHOLE_NETWORKS = False
-# Same in train_dreambooth.py
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -81,21 +84,48 @@ class ModelKind(enum.Enum):
     """The families of checkpoints that this script can train, by the words used in messages."""
 
     STABLE_DIFFUSION = "Stable Diffusion 1.x/2.x"
+    IF_STAGE_1 = "DeepFloyd IF stage I"
+    IF_STAGE_2 = "DeepFloyd IF stage II"
+
+
+KINDS = {  # by the U-Net's input channels, the VAE, and the U-Net's class embedding
+    (4, "AutoencoderKL", None): ModelKind.STABLE_DIFFUSION,
+    (3, None, None): ModelKind.IF_STAGE_1,
+    (6, None, "timestep"): ModelKind.IF_STAGE_2,
+}
+PIPELINES = {  # diffusers' classes that draw previews, by name, because importing them takes time
+    ModelKind.STABLE_DIFFUSION: "StableDiffusionPipeline",
+    ModelKind.IF_STAGE_1: "IFPipeline",
+    ModelKind.IF_STAGE_2: "IFSuperResolutionPipeline",
+}
 
 
 # Same in train_dreambooth.py
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """What the checkpoint's own config files say, and the resolution that follows; no weights."""
+    """What the checkpoint's own config files say, and what follows from its kind; no weights."""
 
     kind: ModelKind
     index: dict  # model_index.json: the library and class of each component
-    scheduler: dict  # its config
+    scheduler: dict  # its config, with the variance that results and previews are drawn with
+    image_noising_scheduler: dict | None  # of stage II
     prediction_type: str  # epsilon or v_prediction
-    latent_factor: int  # pixels per latent, along height and along width
+    size_factor: int  # width and height in pixels are multiples of it
+    learns_variance: bool  # the U-Net puts out twice its image channels
     hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
-    native_size: int  # height and width in pixels that the checkpoint draws at
-    resolution: int  # height and width in pixels to train at
+    precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
+    tokens: int | None  # per prompt; None: the tokenizer's own limit
+    resolution: Size  # in pixels, to train at
+
+    @property
+    def is_if(self) -> bool:
+        """Whether this is a pixel model with a T5 text encoder."""
+        return self.kind is not ModelKind.STABLE_DIFFUSION
+
+    @property
+    def enlarges_from(self) -> Size | None:
+        """The size in pixels of what stage II enlarges to the resolution; None for others."""
+        return quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
 
 
 # Same in train_dreambooth.py
@@ -134,6 +164,7 @@ class Plan:
     learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
     noise_offset: float
     frozen_dtype: torch.dtype
+    previews: list[Preview]  # the pictures of each round of validation
     output_dir: Path
     resume_from: Path | None
     fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
@@ -149,6 +180,10 @@ class PromptTable:
     mask: Tensor | None  # (N, L) int64 attention mask; None when the text encoder sees padding too
     embeds: Tensor | None = None  # (N, L, D); None when embeddings are computed in the loop
 
+    def rows_of(self, *texts: str) -> Tensor:
+        """Return the rows of some prompts, (number of texts,) int64."""
+        return torch.tensor([self.texts.index(text) for text in texts])
+
 
 # Same in train_dreambooth.py
 @dataclasses.dataclass
@@ -156,9 +191,10 @@ class Models:
     """The networks of the run; `trained` names those that are optimized, as `accelerate` wraps them."""
 
     unet: nn.Module
-    vae: nn.Module
+    vae: nn.Module | None  # None for models that work on pixels
     text_encoder: nn.Module | None
     noise_scheduler: diffusers.DDPMScheduler
+    image_noising_scheduler: diffusers.DDPMScheduler | None  # of stage II
     trained: dict[str, nn.Module]  # "unet" and perhaps "text_encoder"
 
 
@@ -183,11 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     repository = open_output(args, accelerator, plan)
 
     with StopRequest() as stop:
-        # 2. Draw missing class images; the pipeline that draws them is freed before training models are loaded.
-        draw_class_images(args, accelerator, plan, examples, stop)
-
-        # 3. Words to tensors; with --pre_compute_text_embeddings the text encoder is freed here.
+        # 2. Words to tensors; a text encoder that the loop does not need is freed here.
         prompts = encode_prompts(args, accelerator, plan, examples)
+
+        # 3. Draw missing class images, and what stage II previews enlarge; the pipelines that draw are freed.
+        missing = {example.path for example in examples if example.is_missing}
+        draw_class_images(args, accelerator, plan, prompts, missing, stop)
+        write_small_images(args, accelerator, plan, prompts, examples)
 
         # 4. Networks, and which of their weights train.
         models = load_models(args, accelerator, plan, prompts)
@@ -215,25 +253,19 @@ def main(argv: list[str] | None = None) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
-# `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
-# Same in train_dreambooth.py
-SWITCH = argparse.BooleanOptionalAction
-# Same in train_dreambooth.py
 AT_LEAST_ONE = (
-    "resolution num_class_images sample_batch_size tokenizer_max_length train_batch_size gradient_accumulation_steps "
+    "num_class_images sample_batch_size tokenizer_max_length train_batch_size gradient_accumulation_steps "
     "num_train_epochs max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit num_validation_images "
-    "validation_steps validation_epochs validation_num_inference_steps"
+    "validation_steps validation_epochs validation_num_inference_steps num_eval_images"
 ).split()
-# Same in train_dreambooth.py
 NOT_NEGATIVE = (
-    "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_power "
+    "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
     "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
 ).split()
 # A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
-# Same in train_dreambooth.py
 FITS = (
     "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
-    "gradient_accumulation_steps"
+    "gradient_accumulation_steps class_labels_conditioning"
 ).split()
 
 
@@ -241,15 +273,7 @@ FITS = (
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
     parser = make_parser()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    if args.config:
-        known = [action for action in parser._actions if action.dest not in ("help", "config")]
-        switches = {action.dest: isinstance(action, SWITCH) for action in known}
-        try:
-            args = parser.parse_args([*config_file.read_flags(args.config, switches), *argv])
-        except InputError as error:
-            parser.error(str(error))
+    args = parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
     if args.hub_token:
         # Trackers copy the command line into their run files.
         sys.argv[:] = [word.replace(args.hub_token, "<token>") for word in sys.argv]
@@ -268,49 +292,49 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="ARGS_JSON", help="Repeat the run of this args.json; other flags win.")
-    add_model_args(parser.add_argument_group("model"))
-    add_data_args(parser.add_argument_group("data"))
-    add_prior_args(parser.add_argument_group("prior preservation"))
-    add_text_args(parser.add_argument_group("text"))
-    add_training_args(parser.add_argument_group("training"))
-    add_optimizer_args(parser.add_argument_group("loss and optimizer"))
-    add_method_args(parser.add_argument_group(METHOD))
-    add_device_args(parser.add_argument_group("precision and devices"))
-    add_validation_args(parser.add_argument_group("validation"))
-    add_result_args(parser.add_argument_group("result and sharing"))
+    learned, trained = (add_model_args, add_data_args), (add_training_args, add_optimizer_args, add_method_args)
+    for add_flags in (*learned, *trained, add_validation_args, add_result_args):
+        group = parser.add_argument_group(add_flags.__doc__.removeprefix("Add the flags of ").rstrip("."))
+        # `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
+        action = argparse.BooleanOptionalAction
+        add, switch = group.add_argument, functools.partial(group.add_argument, action=action, default=False)
+        add_flags(add, switch)
     return parser
 
 
 # Same in train_dreambooth.py
-def add_model_args(group) -> None:
-    """Add the flags that say which model is trained."""
-    add = group.add_argument
+def add_model_args(add, switch) -> None:
+    """Add the flags of the model and its prompts."""
+    kind_decides, precisions = functools.partial(switch, default=None), ["fp32", "fp16", "bf16", "int8"]
     add("--pretrained_model_name_or_path", metavar="MODEL", help="Hub id or folder of the base model (required).")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the weight files, for example fp16.")
+    add("--stage_one_model_name_or_path", metavar="MODEL", help="IF's stage I, to draw what stage II then enlarges.")
+    labels = ["noise_level", "timesteps"]
+    add("--class_labels_conditioning", choices=labels, help="Of stage II: timesteps as published; unset: noise_level.")
     add("--tokenizer_name", help="Hub id or folder of another tokenizer than the model's own.")
+    add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt; unset: the model's own limit.")
+    switch("--train_text_encoder", help="Train the text encoder as well; not T5.")
+    kind_decides("--text_encoder_use_attention_mask", help="Hide padding from it; samplers must, too. IF: always.")
+    kind_decides("--pre_compute_text_embeddings", help="Encode all prompts first, free the text encoder. IF: always.")
+    add("--text_encoder_precision", choices=precisions, help="For precomputing; unset: as --mixed_precision.")
+    add("--cache_dir", metavar="DIR", help="Keeps precomputed embeddings for later runs; unset: ~/.cache/dreambooth.")
 
 
 # Same in train_dreambooth.py
-def add_data_args(group) -> None:
-    """Add the flags that say which pictures are learned, and how they are cut."""
-    modes = [mode.name.lower() for mode in Image.Resampling]
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+def add_data_args(add, switch) -> None:
+    """Add the flags of the photos and class images."""
+    modes, precisions = [mode.name.lower() for mode in Image.Resampling], ["no", "fp32", "fp16", "bf16"]
     add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
     add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog' (required).")
-    add("--resolution", type=int, help="Height and width in pixels to train at; unset: 512, for v-prediction 768.")
-    switch("--center_crop", help="Cut out the centre instead of a random part.")
+    add("--resolution", metavar="SIZE", help="Pixels, as 512 or 512x640 (width x height); unset: the model's own.")
+    add("--crop_style", choices=CROP_STYLES, help="shifted_center: up to a tenth off, as IF had it. Unset: random.")
+    switch("--center_crop", help="The same as --crop_style center.")
     switch("--random_flip", help="Mirror a picture left to right in half of its visits.")
-    add("--image_interpolation_mode", default="lanczos", choices=modes, help="How pictures are resized.")
+    add("--image_interpolation_mode", choices=modes, help="How pictures are resized; unset: lanczos, for IF bicubic.")
     switch("--skip_bad_images", help="Go on without unreadable photos; off: an error that lists them.")
+    add("--caption_dropout", type=float, default=0.0, help="Share of captions replaced by the empty one, in [0, 1).")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that load pictures; 0: the trainer itself.")
-
-
-# Same in train_dreambooth.py
-def add_prior_args(group) -> None:
-    """Add the flags of prior preservation."""
-    precisions = ["no", "fp32", "fp16", "bf16"]
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
     switch("--with_prior_preservation", help="Train on class images beside the photos.")
     add("--class_data_dir", metavar="DIR", help="Folder of class images; unset: class_images in --output_dir.")
     add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
@@ -321,49 +345,38 @@ def add_prior_args(group) -> None:
 
 
 # Same in train_dreambooth.py
-def add_text_args(group) -> None:
-    """Add the flags that say how prompts become embeddings."""
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
-    switch("--train_text_encoder", help="Train the text encoder as well.")
-    switch("--pre_compute_text_embeddings", help="Encode all prompts first and free the text encoder.")
-    add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt; unset: the tokenizer's own limit.")
-    switch("--text_encoder_use_attention_mask", help="Hide the padding from the text encoder; samplers must, too.")
-    add("--class_labels_conditioning", choices=["timesteps"], help="For super-resolution U-Nets only.")
-
-
-# Same in train_dreambooth.py
-def add_training_args(group) -> None:
-    """Add the flags that set the length, the randomness and the checkpoints of the run."""
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
+def add_training_args(add, switch) -> None:
+    """Add the flags of the run, its precision and devices."""
     add("--output_dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR", help="Where everything is written.")
-    add(
-        "--seed",
-        type=int,
-        help="Every batch and preview follows from it; unset: drawn, printed and kept in args.json.",
-    )
+    add("--seed", type=int, help="Batches and previews follow from it; unset: drawn, printed and kept in args.json.")
     add("--train_batch_size", type=int, default=4, metavar="B", help="Photos per micro-step and process.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimizer step.")
     add("--num_train_epochs", type=int, default=1, help="Length of the run when --max_train_steps is unset.")
     add("--max_train_steps", type=int, help="Length of the run in optimizer steps; wins over --num_train_epochs.")
-    switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
-    switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
     add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
     add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
+    precisions = ["no", "fp16", "bf16"]
+    add("--mixed_precision", choices=precisions, help="Of arithmetic and frozen weights; unset: accelerate's setting.")
+    switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
+    switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
+    switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
+    switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
+    switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
+    add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
 
 
 # Same in train_dreambooth.py
-def add_optimizer_args(group) -> None:
+def add_optimizer_args(add, switch) -> None:
     """Add the flags of the loss, the optimizer and the learning rate."""
-    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
     add("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="After the warm-up.")
     add("--text_encoder_lr", type=float, help="Learning rate of the text encoder; unset: --learning_rate.")
     switch("--scale_lr", help="Multiply the rates by accumulation steps x batch size x processes.")
-    add("--lr_scheduler", default="constant", choices=schedules, help="How the learning rate changes.")
-    add("--lr_warmup_steps", type=int, default=500, help="Steps of linear warm-up; 'constant' has none.")
+    add("--lr_scheduler", default="constant", choices=schedules.NAMES, help="How the learning rate changes.")
+    add("--lr_warmup_steps", type=int, default=500, help="Steps of warm-up; 'constant' has none.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    add("--lr_end", type=float, help="Last rate of polynomial, unset: 1e-7, or one_cycle, unset: highest / 250,000.")
     switch("--use_8bit_adam", help="Keep AdamW's state in 8 bits (bitsandbytes).")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's first moment, in [0, 1).")
     add("--adam_beta2", type=float, default=0.999, help="Decay of AdamW's second moment, in [0, 1).")
@@ -373,34 +386,21 @@ def add_optimizer_args(group) -> None:
     add("--snr_gamma", type=float, metavar="GAMMA", help="Min-SNR weighting, usually 5; unset: all timesteps alike.")
     switch("--offset_noise", help="The same as --noise_offset 0.1, unless that is given too.")
     add("--noise_offset", type=float, help="Strength of noise that is constant over each channel; unset: none.")
+    switch("--train_variance", help="Train IF's variance as well; off: what is trained draws with a fixed one.")
 
 
-def add_method_args(group) -> None:
-    """Add the flags that only LoRA has."""
-    add = group.add_argument
+def add_method_args(add, switch) -> None:
+    """Add the flags of LoRA."""
     add("--rank", type=int, default=4, help="Rank of each adapter.")
     add("--lora_alpha", type=int, help="Adapters count alpha / rank times; unset: the rank, so once.")
     add("--lora_dropout", type=float, default=0.0, help="Share of an adapter's inputs that are dropped, in [0, 1).")
-    add("--lora_layers", help=f"Ends of the names of U-Net layers that get one; unset: {','.join(UNET_LAYERS)}.")
+    add("--lora_layers", help="Ends of the names of U-Net layers that get one; unset: all attention projections.")
 
 
 # Same in train_dreambooth.py
-def add_device_args(group) -> None:
-    """Add the flags of precision and devices."""
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
-    precisions = ["no", "fp16", "bf16"]
-    add("--mixed_precision", choices=precisions, help="Of arithmetic and frozen weights; unset: accelerate's setting.")
-    switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
-    switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
-    switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
-    add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
-
-
-# Same in train_dreambooth.py
-def add_validation_args(group) -> None:
+def add_validation_args(add, switch) -> None:
     """Add the flags of the pictures that are drawn during training."""
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
-    add = group.add_argument
     add("--validation_prompt", help="Draw this before the first step, while training, and at the end; unset: nothing.")
     add("--validation_negative_prompt", default="", help="What the pictures are steered away from.")
     add("--num_validation_images", type=int, default=4, help="Pictures per round, with the same seeds in each.")
@@ -409,13 +409,14 @@ def add_validation_args(group) -> None:
     add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
     add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per picture.")
     add("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance; 1: none.")
-    add("--validation_images", nargs="+", metavar="FILE", help="For super-resolution models only.")
+    add("--validation_resolution", metavar="SIZES", help="All pictures at each, as 64,64x96; unset: --resolution.")
+    add("--validation_images", nargs="+", metavar="FILE", help="What stage II enlarges, made a quarter of the size.")
+    add("--num_eval_images", type=int, help="Photos that stage II enlarges, made small, when no other is given.")
 
 
 # Same in train_dreambooth.py
-def add_result_args(group) -> None:
+def add_result_args(add, switch) -> None:
     """Add the flags of logs and of sharing."""
-    add, switch = group.add_argument, functools.partial(group.add_argument, action=SWITCH, default=False)
     add("--report_to", default="tensorboard", help="Trackers: tensorboard, wandb, comet_ml, …, 'a,b', all or none.")
     add("--logging_dir", default="logs", help="Where trackers write, below --output_dir.")
     switch("--push_to_hub", help="Upload the result, its card and the previews.")
@@ -428,14 +429,19 @@ def add_result_args(group) -> None:
 def find_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that both scripts share, a sentence each."""
     ranges = dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
-    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2"), "in [0, 1)")
+    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout"), "in [0, 1)")
     ranges |= dict.fromkeys(NOT_NEGATIVE, "0 or more") | dict.fromkeys(AT_LEAST_ONE, "1 or more")
     needed = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
+    photos, output = args.instance_data_dir and Path(args.instance_data_dir), Path(args.output_dir)
+    classes = class_folder(args) if args.with_prior_preservation else None
     return [
         *(f"--{name} is required." for name in needed if not getattr(args, name)),
         *find_out_of_range(vars(args), ranges),
+        *find_size_problems("--resolution", args.resolution),
+        *find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *find_contradictions(args),
-        *find_bad_folders(args),
+        *find_folder_problems(photos, output, classes, args.resume_from_checkpoint),
+        *images.find_unreadable("--validation_images", args.validation_images or []),
         *find_tracker_problems(tracker_names(args.report_to)),
     ]
 
@@ -443,51 +449,30 @@ def find_problems(args: Namespace) -> list[str]:
 # Same in train_dreambooth.py
 def find_contradictions(args: Namespace) -> list[str]:
     """Return a sentence for each flag that lacks or excludes another, a package or a device."""
-    prior, text, no_gpu = args.with_prior_preservation, args.train_text_encoder, not devices.has_accelerator()
+    prior, text = args.with_prior_preservation, args.train_text_encoder
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    fp16 = no_gpu and precision == "fp16"
-    fp16_prior = no_gpu and args.prior_generation_precision == "fp16"
-    no_bitsandbytes = args.use_8bit_adam and not is_installed("bitsandbytes")
+    precisions = {name: getattr(args, name) for name in ("prior_generation_precision", "text_encoder_precision")}
+    int8 = {"use_8bit_adam": args.use_8bit_adam, "text_encoder_precision int8": "int8" in precisions.values()}
     stale = "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
-    return problems_that_hold(
+    rises = 0 <= args.learning_rate < (args.lr_end or 0) < math.inf
+    has_no_end = args.lr_end is not None and args.lr_scheduler not in ("one_cycle", "polynomial")
+    crops = args.center_crop and args.crop_style not in (None, "center")
+    return devices.find_precision_problems({"mixed_precision": precision, **precisions}, int8) + problems_that_hold(
         (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of dog'."),
         (text and args.pre_compute_text_embeddings, stale),
         (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
         (precision not in PRECISIONS, f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16."),
-        (fp16, "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no."),
-        (fp16_prior, "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16."),
-        (no_bitsandbytes, "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes."),
-    )
-
-
-# Same in train_dreambooth.py
-def find_bad_folders(args: Namespace) -> list[str]:
-    """Return a sentence for each folder that is not there or lies where it would be mistaken for another."""
-    photos, output = Path(args.instance_data_dir or os.devnull), Path(args.output_dir)
-    classes = [class_folder(args)] if args.with_prior_preservation else []
-    ours = [("--output_dir", output), *(("--class_data_dir", folder) for folder in classes)]
-    inside = [flag for flag, folder in ours if folder.resolve().is_relative_to(photos.resolve())]
-    others = [("--instance_data_dir", photos), ("--output_dir", output)]
-    swallowed = [flag for flag, path in others for above in classes if path.resolve().is_relative_to(above.resolve())]
-    resumes = checkpoints.is_of(output, args.resume_from_checkpoint)
-    left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
-    held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
-    held += ", or --resume_from_checkpoint latest" if checkpoints.list_checkpoints(output) else ""
-    nested = args.instance_data_dir and inside
-    return problems_that_hold(
-        (photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
-        (not photos.exists(), f"--instance_data_dir {photos} does not exist."),
-        (nested, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
-        (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
-        (output.is_file(), f"--output_dir {output} is a file. Use another name."),
-        (left, f"--output_dir {held}."),
+        (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {args.lr_scheduler}."),
+        (rises, f"--lr_end {args.lr_end} is above --learning_rate {args.learning_rate}, the highest."),
+        (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
+        (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
     )
 
 
 def find_method_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that only LoRA has."""
     ranges = {"rank": "1 or more", "lora_alpha": "1 or more", "lora_dropout": "in [0, 1)"}
-    empty = "" in method_fits(args)["layers"].split(",")
+    empty = args.lora_layers is not None and "" in map(str.strip, args.lora_layers.split(","))
     message = f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LAYERS)}."
     return find_out_of_range(vars(args), ranges) + problems_that_hold((empty, message))
 
@@ -495,7 +480,7 @@ def find_method_problems(args: Namespace) -> list[str]:
 # Same in train_dreambooth.py
 def class_folder(args: Namespace) -> Path:
     """Return the folder of the class images."""
-    return Path(args.class_data_dir) if args.class_data_dir else Path(args.output_dir) / "class_images"
+    return Path(args.class_data_dir or Path(args.output_dir, "class_images"))
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -504,14 +489,7 @@ def class_folder(args: Namespace) -> Path:
 # Same in train_dreambooth.py
 def start(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if args.deterministic:
-        # cuBLAS reads this once, when CUDA starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    devices.set_arithmetic(args.deterministic, args.allow_tf32)
     logging_dir = str(Path(args.output_dir, args.logging_dir))
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -521,15 +499,8 @@ def start(args: Namespace) -> Accelerator:
         # One process may load or write gigabytes, or draw a picture more, while the others wait.
         kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
-        raise InputError(
-            f"accelerate is set to {engine} with torch.compile by {compiler}. Supported are one process or plain data "
-            "parallelism, not compiled: see `accelerate config`, or run `accelerate launch --multi_gpu`."
-        )
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    set_up_logging(accelerator)
+    check_engine(accelerator)
     for note in idle_flags(args):
         logger.warning(note)
     return accelerator
@@ -537,16 +508,19 @@ def start(args: Namespace) -> Accelerator:
 
 # Same in train_dreambooth.py
 def idle_flags(args: Namespace) -> list[str]:
-    """Return a sentence for each flag that is given and changes nothing in this run."""
-    alone = not args.with_prior_preservation
+    """Return a sentence for each flag that changes nothing in this run, or not what one might think."""
     xformers = args.enable_xformers_memory_efficient_attention and not is_installed("xformers")
+    published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
+    needs = dict.fromkeys(("class_prompt", "class_data_dir"), "with_prior_preservation")
+    needs |= dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
+    lacking = {name: need for name, need in needs.items() if getattr(args, name) and not getattr(args, need)}
     return problems_that_hold(
         (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
         (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
         (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
         (xformers, "xformers is not installed: torch's own attention serves instead."),
-        (alone and args.class_prompt, "--class_prompt has no effect without --with_prior_preservation."),
-        (alone and args.class_data_dir, "--class_data_dir has no effect without --with_prior_preservation."),
+        *((True, f"--{name} has no effect without --{need}.") for name, need in lacking.items()),
+        (args.class_labels_conditioning == "timesteps", published),
     )
 
 
@@ -558,49 +532,74 @@ def recognise_model(args: Namespace) -> BaseModel:
         InputError: The checkpoint is none that this script trains, or flags contradict it.
     """
     name = args.pretrained_model_name_or_path
-    read = functools.partial(model_files.read_config, name, revision=args.revision, token=args.hub_token)
-    index = read("model_index.json")
-    unet, vae = (read(f"{part}/config.json") if index.get(part, [None])[0] else {} for part in ("unet", "vae"))
-    scheduler = read("scheduler/scheduler_config.json") if unet else {}
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    if reason := why_unsupported(index, unet, vae, prediction_type):
+    configs = model_files.read_configs(name, args.revision, args.hub_token)
+    unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
+    kind = KINDS.get((unet.get("in_channels"), vae.get("_class_name"), unet.get("class_embed_type")))
+    is_if, enlarges = kind is not ModelKind.STABLE_DIFFUSION, kind is ModelKind.IF_STAGE_2
+    predictions = ("epsilon",) if is_if else ("epsilon", "v_prediction")
+    if reason := model_files.why_unsupported(configs, kind is not None, predictions):
         supported = ", ".join(kind.value for kind in ModelKind)
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    resolution = args.resolution or (768 if prediction_type == "v_prediction" else 512)
-    text, tokens = read("text_encoder/config.json"), args.tokenizer_max_length or 0
-    longest = text.get("max_position_embeddings", 77)
-    hides_padding = args.text_encoder_use_attention_mask or bool(text.get("use_attention_mask"))
-    kind, native_size = ModelKind.STABLE_DIFFUSION, unet["sample_size"] * factor
-    if misfits := problems_that_hold(
-        (resolution % factor, f"--resolution {resolution} is no multiple of {factor}, the VAE's factor."),
-        (tokens > longest, f"--tokenizer_max_length {tokens}: the text encoder takes at most {longest} tokens."),
-        (args.class_labels_conditioning, "--class_labels_conditioning: this model's U-Net has no class labels."),
-        (args.validation_images, "--validation_images: this model draws from --validation_prompt alone."),
-    ):
-        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *misfits]))
-    return BaseModel(kind, index, scheduler, prediction_type, factor, hides_padding, native_size, resolution)
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    learns_variance = unet.get("out_channels") == 2 * (3 if is_if else 4)
+    if learns_variance and not args.train_variance:
+        # The variance that the U-Net predicts was learned beside other predictions than it will make.
+        scheduler |= {"variance_type": "fixed_small"}
+    factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
+    usual = unet.get("sample_size", 64) if is_if else 768 if prediction_type == "v_prediction" else 512
+    hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
+    base = BaseModel(
+        kind=kind,
+        index=configs.index,
+        scheduler=scheduler,
+        image_noising_scheduler=configs.image_noising_scheduler or None,
+        prediction_type=prediction_type,
+        size_factor=math.lcm(factor, 4) if enlarges else factor,
+        learns_variance=learns_variance,
+        hides_padding=bool(hides_padding),
+        precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
+        tokens=args.tokenizer_max_length or (77 if is_if else None),
+        resolution=Size.parse(args.resolution or usual),
+    )
+    if problems := find_misfits(args, base, configs.text_encoder.get("max_position_embeddings", 77)):
+        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
+    return base
 
 
 # Same in train_dreambooth.py
-def why_unsupported(index: dict, unet: dict, vae: dict, prediction_type: str) -> str | None:
-    """Return what a checkpoint is if it is none of the supported kinds, else None."""
-    channels, pipeline = unet.get("in_channels"), f"a {index.get('_class_name', 'pipeline')}"
-    is_xl = "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time"
-    no_text = not all(index.get(part, [None])[0] for part in ("text_encoder", "tokenizer"))
-    classes = unet.get("_class_name"), unet.get("class_embed_type"), vae.get("_class_name")
-    other = classes != ("UNet2DConditionModel", None, "AutoencoderKL")
-    reasons = problems_that_hold(
-        (not unet, f"{pipeline} without a U-Net"),
-        (is_xl, "a Stable Diffusion XL checkpoint"),
-        (not vae, f"a DeepFloyd IF or other pixel model ({channels} input channels and no VAE)"),
-        (channels == 9, "an inpainting checkpoint (9 input channels)"),
-        (channels != 4, f"{pipeline} with {channels} input channels"),
-        (no_text, f"{pipeline} without a text encoder and a tokenizer"),
-        (prediction_type not in ("epsilon", "v_prediction"), f"{pipeline} that predicts {prediction_type!r}"),
-        (other, f"{pipeline} with a {classes[0]}, class embedding {classes[1]}, and a {classes[2]}"),
+def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
+    """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
+    is_if, enlarges, prompt = base.is_if, base.kind is ModelKind.IF_STAGE_2, args.instance_prompt
+    sizes = base.resolution, *(parse_list(args.validation_resolution) if args.validation_resolution else ())
+    uneven = ", ".join(str(size) for size in sizes if any(edge % base.size_factor for edge in size))
+    sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
+    given = [name for name in sources if getattr(args, name)]
+    unfit = [] if enlarges else given + ["class_labels_conditioning"] * bool(args.class_labels_conditioning)
+    blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
+    precision = args.text_encoder_precision and not base.precomputes_text
+    unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
+    keeps_text = is_if and args.pre_compute_text_embeddings is False
+    packages = captions.find_missing_packages() if is_if else []
+    lost = captions.lost_words(prompt) if is_if and not packages else []
+    cleaned = f"IF's pipelines clean prompts: {prompt!r} becomes {captions.clean(prompt)!r}" if lost else ""
+    words = f"--instance_prompt would lose {', '.join(map(repr, lost))}. {cleaned}. Identifiers that survive: "
+    return problems_that_hold(
+        *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
+        (
+            uneven,
+            f"--resolution or --validation_resolution {uneven}: the model needs multiples of {base.size_factor}.",
+        ),
+        ((base.tokens or 0) > longest, f"--tokenizer_max_length {base.tokens}: the text encoder takes {longest}."),
+        (precision, "--text_encoder_precision needs --pre_compute_text_embeddings."),
+        (args.train_variance and not base.learns_variance, "--train_variance: this U-Net predicts no variance."),
+        (enlarges and args.validation_prompt and not given, blind),
+        (is_if and base.tokens != 77, f"--tokenizer_max_length {base.tokens}: IF's pipelines always give 77 tokens."),
+        (is_if and args.train_text_encoder, "--train_text_encoder: T5 is never trained, but encoded once and freed."),
+        (keeps_text, "--no-pre_compute_text_embeddings: T5 is always freed before the U-Net."),
+        (unmasked, "--no-text_encoder_use_attention_mask: the model's own pipeline hides the padding."),
+        (packages, f"IF's prompts are cleaned with {' and '.join(packages)}: pip install {' '.join(packages)}."),
+        (lost, f"{words}{', '.join(captions.suggest_identifiers())}."),
     )
-    return reasons[0] if reasons else None
 
 
 # Same in train_dreambooth.py
@@ -608,36 +607,25 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
     """List the photos and the class images with their captions; class images still to be drawn are among them.
 
     Raises:
-        InputError: No photos, or unreadable ones without --skip_bad_images.
+        InputError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
     """
     photos = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
     for note in photos.notes:
         logger.info(note)
-    if small := sum(min(size) < base.resolution for size in photos.sizes.values()):
+    width, height = base.resolution
+    if small := sum(size[0] < width or size[1] < height for size in photos.sizes.values()):
         logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
     examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos.sizes]
-    if args.with_prior_preservation:
-        examples += list_class_images(args)
-    return examples
-
-
-# Same in train_dreambooth.py
-def list_class_images(args: Namespace) -> list[Example]:
-    """Return --num_class_images examples: pictures that are there and can be decoded, and those still to be drawn."""
-    folder, wanted = class_folder(args), args.num_class_images
-    present = []
-    if folder.is_dir():
-        inspection = images.inspect_images(images.list_images(folder).images)
-        present = sorted(inspection.sizes)
-        for path, reason in inspection.unreadable.items():
-            logger.warning(f"Class image {path} does not count: {reason}")
-    if len(present) > wanted:
-        logger.warning(f"{folder} holds {len(present)} class images; --num_class_images takes the first {wanted}.")
-    images.check_prompt(folder, args.class_prompt)
-    missing = sorted({folder / f"{index:05d}.png" for index in range(wanted)} - set(present))
-    missing = set(missing[: max(0, wanted - len(present))])
-    paths = sorted({*present[:wanted], *missing})
-    return [Example(path, args.class_prompt, is_prior=True, is_missing=path in missing) for path in paths]
+    if not args.with_prior_preservation:
+        return examples
+    folder = class_folder(args)
+    paths, missing = images.find_drawn(folder, args.class_prompt, args.num_class_images)
+    if missing and base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(paths)} class images, and stage II cannot draw from words alone. "
+            "Give --class_data_dir with enough of them, or --stage_one_model_name_or_path."
+        )
+    return examples + [Example(path, args.class_prompt, is_prior=True, is_missing=path in missing) for path in paths]
 
 
 # Same in train_dreambooth.py
@@ -647,30 +635,32 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     Raises:
         InputError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
     """
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    resume_from = checkpoints.find_checkpoint(output_dir, wanted) if wanted else None
-    state = checkpoints.read_state(resume_from) if resume_from else {"step": 0, "fits": {}}
+    resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
         seed = on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
-    priors = sum(example.is_prior for example in examples)
-    photos, accumulation = len(examples) - priors, args.gradient_accumulation_steps
-    global_batch = args.train_batch_size * accelerator.num_processes
-    epoch_length = math.ceil(max(priors, photos) / global_batch)
+    photos = [example.path.name for example in examples if not example.is_prior]
+    priors, processes = len(examples) - len(photos), accelerator.num_processes
+    accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
+    epoch_length = math.ceil(max(priors, len(photos)) / global_batch)
     steps_per_epoch = math.ceil(epoch_length / accumulation)
     scale = global_batch * accumulation if args.scale_lr else 1
     rates = [args.learning_rate * scale]
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
-    fits = {"script": METHOD, "seed": seed, "resolution": base.resolution, "processes": accelerator.num_processes}
-    names = [example.path.name for example in examples if not example.is_prior]
-    fits |= {"photos": names, "class images": priors, "precision": accelerator.mixed_precision}
-    fits |= {"base model": model_files.public_name(args.pretrained_model_name_or_path)}
-    fits |= {name: getattr(args, name) for name in FITS}
+    fits = {"script": METHOD, "base model": model_files.public_name(args.pretrained_model_name_or_path), "seed": seed}
+    fits |= {"resolution": str(base.resolution), "precision": accelerator.mixed_precision}
+    fits |= {"processes": processes, "photos": photos, "class images": priors}
+    fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base)
+    if resume_from is not None:
+        checkpoints.check_fits(resume_from, state["fits"], fits)
+        checkpoints.warn_of_newer(Path(args.output_dir), state["step"])
+    sizes = parse_list(args.validation_resolution or str(base.resolution))
+    count = len(args.validation_images or []) or min(args.num_eval_images or 0, len(photos))
     plan = Plan(
         base=base,
         seed=seed,
-        processes=accelerator.num_processes,
+        processes=processes,
         global_batch=global_batch,
         examples_per_step=global_batch * accumulation * (2 if priors else 1),
         epoch_length=epoch_length,
@@ -680,26 +670,21 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         learning_rates=tuple(rates),
         noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
         frozen_dtype=PRECISIONS[accelerator.mixed_precision],
-        output_dir=output_dir,
+        previews=drawing.list_previews(sizes, count or args.num_validation_images, seed),
+        output_dir=Path(args.output_dir),
         resume_from=resume_from,
-        fits=fits | method_fits(args),
+        fits=fits,
     )
+    schedules.check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
     if args.max_train_steps is None and plan.steps < 50:
         logger.warning(f"{plan.steps} steps will teach little; --max_train_steps of some hundreds is usual.")
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.steps:
-        logger.warning(f"The warm-up of {args.lr_warmup_steps} steps is as long as the run: see --lr_warmup_steps.")
-    if wanted and resume_from is None:
-        logger.warning(f"{output_dir} holds no complete checkpoint: starting at step 0.")
-    if resume_from is not None:
-        checkpoints.check_fits(resume_from, state["fits"], plan.fits)
-        checkpoints.warn_of_newer(output_dir, plan.first_step)
     return plan
 
 
-def method_fits(args: Namespace) -> dict:
+def method_fits(args: Namespace, base: BaseModel) -> dict:
     """Return what only a LoRA run and its checkpoint must have in common."""
-    layers = args.lora_layers.split(",") if args.lora_layers is not None else UNET_LAYERS
-    layers = ",".join(layer.strip() for layer in layers)
+    layers = args.lora_layers or ",".join(IF_LAYERS if base.is_if else UNET_LAYERS)
+    layers = ",".join(map(str.strip, layers.split(",")))
     return {"rank": args.rank, "alpha": args.lora_alpha or args.rank, "layers": layers}
 
 
@@ -708,95 +693,123 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
     repository = on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
+    used = vars(args) | {"seed": plan.seed, "resolution": str(plan.base.resolution)}
+    used["mixed_precision"] = accelerator.mixed_precision
     # --config with these would not repeat the run but continue it; the token is a secret.
-    left_out = ("config", "resume_from_checkpoint", "hub_token")
-    used = {key: value for key, value in vars(args).items() if key not in left_out}
-    used |= {"seed": plan.seed, "resolution": plan.base.resolution, "mixed_precision": accelerator.mixed_precision}
+    used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
         checkpoints.open_folder(plan.output_dir)
         checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()
-    if accelerator.log_with:
-        options = {"wandb": {"dir": args.output_dir}}
-        accelerator.init_trackers("dreambooth", simple_settings(used), options)
+    start_trackers(accelerator, used, plan.output_dir)
     return repository
-
-
-# ------------------------------------------------------------------------------------------------------ class images
 
 
 # Same in train_dreambooth.py
 def draw_class_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example], stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, missing: set[Path], stop: StopRequest
 ) -> None:
     """Draw the class images that are missing with the base model, all processes sharing the work.
 
-    Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i.
+    Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i. For
+    stage II, stage I draws it small first.
     """
-    missing = {example.path for example in examples if example.is_missing}
     if not missing:
         return
-    size = args.sample_batch_size
-    batches = sorted({int(path.stem) // size for path in missing})
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r} at {plan.base.native_size} px.")
-    pipeline = load_class_pipeline(args, accelerator)
-    folder = class_folder(args)
+    size, folder, base_model = args.sample_batch_size, class_folder(args), args.pretrained_model_name_or_path
+    numbers = sorted({int(path.stem) // size for path in missing})[accelerator.process_index :: plan.processes]
+    batches = [range(number * size, min((number + 1) * size, args.num_class_images)) for number in numbers]
+    logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r}.")
     folder.mkdir(parents=True, exist_ok=True)
     images.remember_prompt(folder, args.class_prompt)
-    for number in tqdm(mine, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
-        indices = range(number * size, min((number + 1) * size, args.num_class_images))
-        seeds = [generator("class image", index) for index in indices]
-        drawn = pipeline([args.class_prompt] * len(indices), generator=seeds).images
-        for index, image in zip(indices, drawn):
-            if folder / f"{index:05d}.png" in missing:
-                images.save_png(image, folder / f"{index:05d}.png")
-        if stop.check() is not None:
-            raise SystemExit(stop.exit_code)
-    del pipeline
-    devices.free_memory()
+    drawn = dict.fromkeys(batches)
+    stages = [args.stage_one_model_name_or_path, base_model]
+    for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
+        pipeline = load_class_pipeline(args, accelerator, plan.base, model)
+        for batch in tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
+            drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch])
+            paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
+            for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
+                images.save_png(image, path)
+            if stop.check() is not None:
+                raise SystemExit(stop.exit_code)
+        del pipeline
+        devices.free_memory()
     accelerator.wait_for_everyone()
     if elsewhere := [path for path in missing if not path.exists()]:
         raise InputError(f"{len(elsewhere)} class images are on another machine: {folder} must be shared by all.")
 
 
 # Same in train_dreambooth.py
-def load_class_pipeline(args: Namespace, accelerator: Accelerator) -> diffusers.DiffusionPipeline:
-    """Load the whole base model for drawing, in the precision asked for, without a safety checker."""
+def draw_class_batch(
+    pipeline: diffusers.DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
+) -> list[Image.Image]:
+    """Draw the class images of some indices, or enlarge them if they are given small."""
+    seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
+    if pipeline.text_encoder is None:
+        embeds = [prompts.embeds[prompts.rows_of(text)].expand(len(batch), -1, -1) for text in (prompt, "")]
+        words = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    else:
+        words = {"prompt": [prompt] * len(batch)}
+    return pipeline(**words, **({"image": small} if small else {}), generator=seeds).images
+
+
+# Same in train_dreambooth.py
+def load_class_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> Any:
+    """Load a whole model for drawing, in the precision asked for, without safety checker, and T5 if it is IF."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
-    dtype = PRECISIONS[args.prior_generation_precision or default]
-    unchecked = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = load(args, diffusers.DiffusionPipeline, **unchecked, dtype=dtype)
+    left_out = ("safety_checker", *(("text_encoder", "tokenizer", "watermarker") if base.is_if else ()))
+    options = dict.fromkeys(left_out) | {"dtype": PRECISIONS[args.prior_generation_precision or default]}
+    pipeline = load(args, diffusers.DiffusionPipeline, None, model, **options, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
 
-# ----------------------------------------------------------------------------------------------------------- prompts
-
-
 # Same in train_dreambooth.py
 def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example]) -> PromptTable:
-    """Tokenise every prompt of the run and, with --pre_compute_text_embeddings, encode them and free the encoder."""
+    """Tokenise every prompt of the run, and encode them here and now if the text encoder is to be freed."""
     texts = [example.prompt for example in examples]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
+    if args.caption_dropout or plan.base.is_if:
+        texts.append("")
     texts = list(dict.fromkeys(texts))
     tokenizer = load_tokenizer(args, plan.base)
-    length = args.tokenizer_max_length or tokenizer.model_max_length
-    rows = tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    for text, whole in zip(texts, tokenizer(texts)["input_ids"]):
-        if len(whole) > length:
-            cut = tokenizer.decode(whole[length - 1 : -1])
-            logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
+    length = plan.base.tokens or tokenizer.model_max_length
+    # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
+    words = [captions.clean(text) for text in texts] if plan.base.is_if else texts
+    rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    for text, cut in captions.find_cut(tokenizer, words, length).items():
+        logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
     ids = rows["input_ids"].to(accelerator.device)
     mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
     prompts = PromptTable(texts, ids, mask)
-    if args.pre_compute_text_embeddings:
-        text_encoder = load_text_encoder(args, plan.base, plan.frozen_dtype).to(accelerator.device)
-        prompts.embeds = embed_prompts(prompts, text_encoder, torch.arange(len(texts)), together=False)
+    if plan.base.precomputes_text:
+        # The first process of a machine fills the cache, the others then find it full.
+        with accelerator.local_main_process_first():
+            prompts.embeds = precompute_embeddings(args, accelerator, plan, prompts)
+    return prompts
+
+
+# Same in train_dreambooth.py
+def precompute_embeddings(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Tensor:
+    """Return the embeddings of all prompts, (N, L, D), from the cache; what it lacks is encoded and added."""
+    precision = args.text_encoder_precision or accelerator.mixed_precision
+    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
+    options = (args.variant, str(PRECISIONS.get(precision, precision)), accelerator.device.type)
+    cache = open_cache(args.cache_dir, source, *options)
+    masks = [None] * len(prompts.texts) if prompts.mask is None else prompts.mask.cpu()
+    embeds = [cache.load(ids, mask) for ids, mask in zip(prompts.ids.cpu(), masks)]
+    if missing := [row for row, known in enumerate(embeds) if known is None]:
+        logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
+        text_encoder = load_text_encoder(args, accelerator, plan, precision)
+        for row in missing:
+            with torch.no_grad():
+                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
+            cache.save(prompts.ids[row].cpu(), masks[row], embeds[row])
         del text_encoder
         devices.free_memory()
-    return prompts
+    return torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
 
 
 # Same in train_dreambooth.py
@@ -827,10 +840,13 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
 
 
 # Same in train_dreambooth.py
-def load(args: Namespace, kind: type, part: str | None = None, **options) -> Any:
-    """Load a part of the base model, or with part None the whole of it."""
-    where = {"revision": args.revision, "token": args.hub_token} | ({"variant": args.variant} if args.variant else {})
-    return model_files.load(kind, args.pretrained_model_name_or_path, part, **where, **options)
+def load(args: Namespace, kind: type, part: str | None = None, model: str | None = None, **options) -> Any:
+    """Load a part of the base model or of another one, or with part None the whole of it."""
+    name = model or args.pretrained_model_name_or_path
+    # Another model's branches have other names, but its weight files the same variants.
+    revision = args.revision if name == args.pretrained_model_name_or_path else None
+    where = {"revision": revision, "token": args.hub_token} | ({"variant": args.variant} if args.variant else {})
+    return model_files.load(kind, name, part, **where, **options)
 
 
 # Same in train_dreambooth.py
@@ -842,25 +858,32 @@ def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
 
 
 # Same in train_dreambooth.py
-def load_text_encoder(args: Namespace, base: BaseModel, dtype: torch.dtype) -> nn.Module:
-    """Load the base model's text encoder, frozen, in the given precision."""
-    kind = model_files.component_class(base.index, "text_encoder")
-    return load(args, kind, "text_encoder", dtype=dtype).requires_grad_(False).eval()
+def load_text_encoder(args: Namespace, accelerator: Accelerator, plan: Plan, precision: str) -> nn.Module:
+    """Load the base model's text encoder, frozen, on the device: in a precision, or in int8."""
+    device, options = accelerator.device, {"dtype": PRECISIONS.get(precision)}
+    if precision == "int8":
+        quantised = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        options = {"quantization_config": quantised, "device_map": {"": device}}
+    kind = model_files.component_class(plan.base.index, "text_encoder")
+    text_encoder = load(args, kind, "text_encoder", **options).requires_grad_(False).eval()
+    return text_encoder if precision == "int8" else text_encoder.to(device)
 
 
 # Same in train_dreambooth.py
 def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
     """Load the networks, frozen, on the device: in float32 if all their weights will train."""
+    base = plan.base
     trained_dtype = torch.float32 if TRAINS_WHOLE_NETWORKS else plan.frozen_dtype
     unet = load(args, diffusers.UNet2DConditionModel, "unet", dtype=trained_dtype)
-    vae = load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
-    for network in (unet, vae):
+    vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
+    for network in filter(None, (unet, vae)):
         network.requires_grad_(False).to(accelerator.device)
-    noise_scheduler = diffusers.DDPMScheduler.from_config(plan.base.scheduler)
-    models = Models(unet, vae, None, noise_scheduler, {"unet": unet})
+    noise, enlarging = base.scheduler, base.image_noising_scheduler
+    schedulers = [config and diffusers.DDPMScheduler.from_config(config) for config in (noise, enlarging)]
+    models = Models(unet, vae, None, *schedulers, {"unet": unet})
     if prompts.embeds is None:
-        dtype = trained_dtype if args.train_text_encoder else plan.frozen_dtype
-        models.text_encoder = load_text_encoder(args, plan.base, dtype).to(accelerator.device)
+        precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else accelerator.mixed_precision
+        models.text_encoder = load_text_encoder(args, accelerator, plan, precision)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
@@ -873,40 +896,18 @@ def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: 
 
 
 def prepare_training(args: Namespace, plan: Plan, models: Models) -> None:
-    """Add float32 adapters to the U-Net, and to the text encoder if it is trained; at first they change nothing.
-
-    Raises:
-        InputError: A layer to adapt occurs in none of the names of the network's layers.
-    """
-    layers = method_fits(args)["layers"].split(",")
+    """Add float32 adapters to the U-Net, and to the text encoder if it is trained; at first they change nothing."""
+    layers = method_fits(args, plan.base)["layers"].split(",")
+    options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
     torch.manual_seed(derive_seed(plan.seed, "adapter"))
     for model, names in zip(models.trained.values(), (layers, TEXT_ENCODER_LAYERS)):
-        there = [f".{name}" for name, _ in model.named_modules()]
-        if missing := [name for name in names if not any(path.endswith(f".{name}") for path in there)]:
-            raise InputError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See --lora_layers.")
-        config = peft.LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=list(names),
-        )
-        try:
-            model.add_adapter(config)
-        except ValueError as error:
-            raise InputError(f"--lora_layers {','.join(names)}: {error}") from error
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        adapters.add(model, names, "--lora_layers", **options)
         model.train()
 
 
 # Same in train_dreambooth.py
 def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimizer) -> Optimizer:
-    """Wrap what trains for mixed precision and data parallelism.
-
-    With mixed precision, a wrapped network's `forward` runs under autocast and returns float32.
-    """
+    """Wrap what trains for data parallelism and, so that `forward` runs under autocast, for mixed precision."""
     *wrapped, optimizer = accelerator.prepare(*models.trained.values(), optimizer)
     models.trained = dict(zip(models.trained, wrapped))
     models.unet, models.text_encoder = models.trained["unet"], models.trained.get("text_encoder", models.text_encoder)
@@ -924,44 +925,28 @@ class DreamBoothDataset(Dataset):
         """Remember what is needed to cut pictures; read none."""
         self.examples = examples
         rows = {text: row for row, text in enumerate(prompts.texts)}
-        self.prompt_rows = [rows[example.prompt] for example in examples]
-        self.seed = plan.seed
-        self.resolution = plan.base.resolution
-        self.center_crop = args.center_crop
-        self.random_flip = args.random_flip
-        self.resample = Image.Resampling[args.image_interpolation_mode.upper()]
+        self.prompt_rows, self.empty_row = [rows[example.prompt] for example in examples], rows.get("")
+        self.caption_dropout, self.random_flip = args.caption_dropout, args.random_flip
+        self.seed, self.size = plan.seed, plan.base.resolution
+        self.crop_style = "center" if args.center_crop else args.crop_style or "random"
+        mode = args.image_interpolation_mode or ("bicubic" if plan.base.is_if else "lanczos")
+        self.resample = Image.Resampling[mode.upper()]
 
     def __getitem__(self, draw: Draw) -> dict:
         """Return one example; its crop and flip depend on the seed, the example and the visit alone."""
         example = self.examples[draw.example]
         chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, draw.visit))
-        image = self.cut(open_resized(example.path, self.resolution, self.resample), chance)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        image = images.open_covering(example.path, self.size, self.resample)
+        image = image.crop(crop_box(image.size, self.size, self.crop_style, chance))
+        if self.random_flip and chance.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        is_nameless = random.Random(derive_seed(draw.seed, "caption dropout")).random() < self.caption_dropout
         return {
-            "pixel_values": pixels,
-            "prompt_rows": self.prompt_rows[draw.example],
+            "pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1,
+            "prompt_rows": self.empty_row if is_nameless else self.prompt_rows[draw.example],
             "is_prior": example.is_prior,
             "seeds": draw.seed,
         }
-
-    def cut(self, image: Image.Image, chance: random.Random) -> Image.Image:
-        """Crop a picture whose shorter edge has the resolution to a square, and perhaps mirror it."""
-        size, (width, height) = self.resolution, image.size
-        left, top = (width - size) // 2, (height - size) // 2
-        if not self.center_crop:
-            left, top = chance.randint(0, width - size), chance.randint(0, height - size)
-        image = image.crop((left, top, left + size, top + size))
-        mirrored = self.random_flip and chance.random() < 0.5
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
-
-
-# Same in train_dreambooth.py
-@functools.lru_cache(maxsize=256)
-def open_resized(path: Path, size: int, resample: Image.Resampling) -> Image.Image:
-    """Open a picture and resize its shorter edge in one antialiased step; the last ones are remembered."""
-    image = images.open_rgb(path)
-    scale = size / min(image.size)
-    return image.resize(tuple(max(size, round(edge * scale)) for edge in image.size), resample)
 
 
 # Same in train_dreambooth.py
@@ -975,9 +960,9 @@ class StepSampler:
 
     def __init__(self, plan: Plan, examples: list[Example], first: int, last: int, rank: int):
         """Cover the micro-steps `first` up to, not including, `last` for process `rank`."""
-        self.seed, self.global_batch, self.rank = plan.seed, plan.global_batch, rank
-        self.batch = plan.global_batch // plan.processes
-        self.first, self.last = first, last
+        self.seed, self.global_batch, self.first, self.last = plan.seed, plan.global_batch, first, last
+        batch = plan.global_batch // plan.processes
+        self.places = range(rank * batch, (rank + 1) * batch)
         instances = [index for index, example in enumerate(examples) if not example.is_prior]
         priors = [index for index, example in enumerate(examples) if example.is_prior]
         self.kinds = {"instance": instances, "class": priors} if priors else {"instance": instances}
@@ -985,11 +970,7 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield this process's draws for each micro-step, instance examples before class examples."""
         for micro_step in range(self.first, self.last):
-            yield [
-                self.draw(kind, micro_step, self.rank * self.batch + place)
-                for kind in self.kinds
-                for place in range(self.batch)
-            ]
+            yield [self.draw(kind, micro_step, place) for kind in self.kinds for place in self.places]
 
     def draw(self, kind: str, micro_step: int, place: int) -> Draw:
         """Return the draw at one place of the global batch."""
@@ -997,13 +978,6 @@ class StepSampler:
         visit, position = divmod(micro_step * self.global_batch + place, len(indices))
         example = indices[shuffled(len(indices), derive_seed(self.seed, "order", kind, visit))[position]]
         return Draw(example, visit, derive_seed(self.seed, "example", kind, micro_step, place))
-
-
-# Same in train_dreambooth.py
-@functools.lru_cache(maxsize=16)
-def shuffled(count: int, seed: int) -> list[int]:
-    """Return the numbers below `count` in an order that depends on the seed alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 # Same in train_dreambooth.py
@@ -1033,9 +1007,6 @@ def make_loader(
     )
 
 
-# --------------------------------------------------------------------------------------------------------- optimizer
-
-
 # Same in train_dreambooth.py
 def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
     """Return AdamW over what trains, one group of parameters for the U-Net and one for the text encoder."""
@@ -1043,11 +1014,8 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
         for model, rate in zip(models.trained.values(), plan.learning_rates)
     ]
-    options = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options["weight_decay"] = args.adam_weight_decay
     if args.use_8bit_adam:
         import bitsandbytes  # takes seconds to import
 
@@ -1057,23 +1025,9 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
 
 # Same in train_dreambooth.py
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step, counted from 0, as diffusers' schedules of the same names have it."""
-    if args.lr_scheduler == "constant":
-        return peak
-    warmup = args.lr_warmup_steps
-    if step < warmup:
-        return peak * step / warmup
-    if args.lr_scheduler == "constant_with_warmup":
-        return peak
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    if args.lr_scheduler == "linear":
-        return peak * (1 - done)
-    if args.lr_scheduler == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    if args.lr_scheduler == "cosine_with_restarts":
-        return 0.0 if done == 1 else peak * 0.5 * (1 + math.cos(math.pi * (args.lr_num_cycles * done % 1)))
-    end = min(1e-7, peak)
-    return end + (peak - end) * (1 - done) ** args.lr_power
+    """Return the learning rate of a step, counted from 0: a function of the step alone."""
+    options = (args.lr_warmup_steps, args.lr_num_cycles, args.lr_power, args.lr_end)
+    return schedules.learning_rate(args.lr_scheduler, step, steps, peak, *options)
 
 
 # Same in train_dreambooth.py
@@ -1090,9 +1044,8 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
         group.update(given)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.")
-    if plan.first_step >= plan.steps:
-        logger.info("Nothing is left to train: raise --max_train_steps to go on.")
+    more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
+    logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -1112,26 +1065,37 @@ def compute_loss(
     trains_text = "text_encoder" in models.trained
     with torch.set_grad_enabled(trains_text):
         embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trains_text)
-    prediction = models.unet(**unet_inputs(plan.base.kind, noisy, timesteps, embeds)).sample.float()
+    inputs = {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
+    if plan.base.kind is ModelKind.IF_STAGE_2:
+        conditioning = args.class_labels_conditioning or "noise_level"
+        inputs |= stage_two_inputs(noisy, timesteps, clean, seeds, models.image_noising_scheduler, conditioning)
+    # A U-Net with twice as many channels puts out the variance behind the prediction.
+    prediction, *variance = models.unet(**inputs).sample.float().split(clean.shape[1], dim=1)
 
     prediction_type = plan.base.prediction_type
     wanted = target(scheduler, prediction_type, clean, noise, timesteps)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     losses = example_losses(prediction, wanted, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
+    if args.train_variance:
+        bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
+        losses = losses + len(alphas_cumprod) / 1000 * bound
     return combine(losses, batch["is_prior"], args.prior_loss_weight)
 
 
 # Same in train_dreambooth.py
-def to_model_space(vae: nn.Module, pixel_values: Tensor, seeds: list[int]) -> Tensor:
-    """Encode pictures to the scaled latents that the U-Net works on (arXiv 2112.10752, section 3.1).
+def to_model_space(vae: nn.Module | None, pixel_values: Tensor, seeds: list[int]) -> Tensor:
+    """Return what noise is added to: the pictures, or their scaled latents (arXiv 2112.10752, section 3.1).
 
     Args:
+        vae: None for models that work on pixels.
         pixel_values: (B, 3, H, W) float32 in [-1, 1].
         seeds: One per picture, for the draw from the VAE's posterior.
 
     Returns:
         (B, C, h, w) float32.
     """
+    if vae is None:
+        return pixel_values
     latents = []
     # One picture at a time: then its latents do not depend on its neighbours, not even in the last bit.
     for pixels, seed in zip(pixel_values.to(vae.dtype).split(1), seeds):
@@ -1143,28 +1107,59 @@ def to_model_space(vae: nn.Module, pixel_values: Tensor, seeds: list[int]) -> Te
 
 
 # Same in train_dreambooth.py
-def draw_noise(shape: torch.Size, seeds: list[int], num_train_timesteps: int, offset: float) -> tuple[Tensor, Tensor]:
+def draw_noise(
+    shape: torch.Size, seeds: list[int], num_train_timesteps: int, offset: float, purpose: str = ""
+) -> tuple[Tensor, Tensor]:
     """Draw each example's noise and timestep from its own seed, on the CPU, so that the device does not matter.
 
     Args:
         shape: (B, C, h, w).
         offset: Strength of a second noise that is constant over each channel; 0: none.
+        purpose: Sets this noise apart from another of the same examples.
 
     Returns:
         (B, C, h, w) float32 noise and (B,) int64 timesteps in [0, T).
     """
-    noise = torch.stack([torch.randn(shape[1:], generator=generator(seed, "noise")) for seed in seeds])
+    noise = torch.stack([torch.randn(shape[1:], generator=generator(seed, f"{purpose}noise")) for seed in seeds])
     if offset:
         constant = [torch.randn(shape[1], 1, 1, generator=generator(seed, "noise offset")) for seed in seeds]
         noise = noise + offset * torch.stack(constant)
-    steps = [torch.randint(num_train_timesteps, (), generator=generator(seed, "timestep")) for seed in seeds]
+    steps = [torch.randint(num_train_timesteps, (), generator=generator(seed, f"{purpose}timestep")) for seed in seeds]
     return noise, torch.stack(steps)
 
 
 # Same in train_dreambooth.py
-def unet_inputs(kind: ModelKind, noisy: Tensor, timesteps: Tensor, embeds: Tensor) -> dict:
-    """Return the U-Net's arguments for a kind of model: what it will be given when it draws."""
-    return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
+def stage_two_inputs(
+    noisy: Tensor,
+    timesteps: Tensor,
+    clean: Tensor,
+    seeds: list[int],
+    scheduler: diffusers.DDPMScheduler,
+    conditioning: str,
+) -> dict[str, Tensor]:
+    """Return the sample and class labels of a super-resolution U-Net (arXiv 2205.11487, section 2.4).
+
+    As when its pipeline draws, a picture of a quarter of the size is enlarged, noise of a random level is added, and
+    the level is the class label. The published examples ("timesteps") feed the noisy picture twice, and its timestep.
+
+    Args:
+        noisy, clean: (B, 3, H, W) float32.
+        timesteps: (B,) int64 in [0, T).
+        scheduler: The image noising scheduler.
+        conditioning: "noise_level" or "timesteps".
+
+    Returns:
+        `sample` (B, 6, H, W) float32; `class_labels` (B,) int64 in [0, T).
+    """
+    if conditioning == "timesteps":
+        return {"sample": torch.cat([noisy, noisy], dim=1), "class_labels": timesteps}
+    height, width = clean.shape[-2:]
+    # Bicubic overshoots; a picture to be enlarged never leaves [-1, 1].
+    low = F.interpolate(clean, (height // 4, width // 4), mode="bicubic", antialias=True).clamp(-1, 1)
+    enlarged = F.interpolate(low, (height, width), mode="bilinear", align_corners=True)
+    drawn = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, 0.0, "low resolution ")
+    noise, levels = (tensor.to(clean.device, non_blocking=True) for tensor in drawn)
+    return {"sample": torch.cat([noisy, scheduler.add_noise(enlarged, noise, levels)], dim=1), "class_labels": levels}
 
 
 # Same in train_dreambooth.py
@@ -1206,6 +1201,43 @@ def example_losses(
         return losses * snr.clamp(max=snr_gamma) / (snr + 1)
     # min(SNR, γ) / SNR in a form that is 1 at SNR = 0, where a zero-terminal-SNR schedule ends.
     return losses * (snr_gamma / snr).clamp(max=1)
+
+
+# Same in train_dreambooth.py
+def variational_bound(
+    noise: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Return each example's term of the variational bound, which teaches the variance (arXiv 2102.09672, section 3.1).
+
+    Args:
+        noise: (B, C, H, W) predicted and detached.
+        variance: (B, C, H, W) in about [-1, 1], from the log variance of the posterior to that of the forward step.
+        clean, noisy: (B, C, H, W) float32, clean in [-1, 1].
+        timesteps: (B,) int64 in [0, T).
+        alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
+
+    Returns:
+        (B,) float32 in bits per dimension.
+    """
+    before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+    beta = 1 - alphas_cumprod / before
+    smallest = beta * (1 - before) / (1 - alphas_cumprod)
+    smallest[0] = smallest[1]  # at t = 0 it is 0, which has no logarithm
+    tables = (alphas_cumprod, before, beta, smallest)
+    signal, before, beta, smallest = (table[timesteps][:, None, None, None] for table in tables)
+    share = (variance + 1) / 2
+    deviation = (0.5 * (share * beta.log() + (1 - share) * smallest.log())).exp()
+    # The mean of x_{t-1} is a mix of x_t and the clean picture, true or predicted (arXiv 2006.11239, equation 7).
+    predicted = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+    of_clean, of_noisy = before.sqrt() * beta / (1 - signal), (1 - beta).sqrt() * (1 - before) / (1 - signal)
+    true_mean, mean = (of_clean * picture + of_noisy * noisy for picture in (clean, predicted))
+    true, model = Normal(true_mean, smallest.sqrt().expand_as(clean)), Normal(mean, deviation)
+    # The last step is scored by the probability of the picture's 256 levels (equation 13 there).
+    above = model.cdf(clean + 1 / 255).where(clean < 0.999, 1.0)
+    below = model.cdf(clean - 1 / 255).where(clean > -0.999, 0.0)
+    surprise = -(above - below).clamp(min=1e-12).log()
+    nats = torch.where((timesteps == 0)[:, None, None, None], surprise, kl_divergence(true, model))
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
 
 
 # Same in train_dreambooth.py
@@ -1261,9 +1293,9 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        values = {"epoch": done * accumulation / plan.epoch_length, **mean_losses(accelerator, losses)}
-        values |= dict(zip(("lr", "lr_text_encoder"), rates)) | {"grad_norm": norm}
-        metrics.add(done, began, plan.examples_per_step, values)
+        values = {"epoch": done * accumulation / plan.epoch_length, "grad_norm": norm}
+        values |= dict(zip(("lr", "lr_text_encoder"), rates))
+        metrics.add(done, began, plan.examples_per_step, losses, values)
         stopped = stop.agree() is not None
         if not stopped and args.validation_prompt and (done % every == 0 or done == plan.steps):
             metrics.flush()  # trackers take no numbers of a step once they have its pictures
@@ -1279,14 +1311,6 @@ def train(
 
 
 # Same in train_dreambooth.py
-def mean_losses(accelerator: Accelerator, losses: list[Loss]) -> dict[str, Tensor]:
-    """Return a step's losses by their names in the log: means over micro-steps and processes, still on the device."""
-    parts = zip(("loss", "loss_instance", "loss_prior"), zip(*losses))
-    means = {name: torch.stack(values).detach().mean() for name, values in parts if values[0] is not None}
-    return accelerator.reduce(means, reduction="mean")
-
-
-# Same in train_dreambooth.py
 def save_checkpoint(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
 ) -> None:
@@ -1295,6 +1319,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(accelerator, folder, models)
+            model_files.write_scheduler_config(folder, plan.base.scheduler)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
             state = {"step": step, "fits": plan.fits}
@@ -1305,45 +1330,34 @@ def save_checkpoint(
 
 def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
     """Write the adapters as one file that `load_lora_weights` reads, with rank and alpha in its metadata."""
-    weights, metadata = {}, {}
-    for name, wrapped in models.trained.items():
-        model = accelerator.unwrap_model(wrapped)
-        config = model.peft_config["default"].to_dict()
-        # A set's order differs from run to run, and so does that of several entries of metadata: equal weights
-        # shall give equal files.
-        config["target_modules"] = sorted(config["target_modules"])
-        metadata |= {f"{name}.{key}": value for key, value in config.items()}
-        # transformers 5 dropped this level of CLIP's names; with it, older versions find the layers as well.
-        level = "text_model." if name == "text_encoder" and not hasattr(model, "text_model") else ""
-        weights |= {f"{name}.{level}{key}": value.contiguous() for key, value in adapter_weights(model).items()}
-    header = {"lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
-    safetensors.torch.save_file(weights, folder / WEIGHTS_FILE, header)
-
-
-def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's tensors under peft's own names."""
-    # Otherwise peft looks for the base model's files, to find out whether its vocabulary was changed.
-    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    unwrapped = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
+    adapters.save(folder / WEIGHTS_FILE, unwrapped)
 
 
 def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
-    """Read what `save_weights` wrote into the adapters.
-
-    Raises:
-        InputError: The file's tensors are not those of the adapters.
-    """
-    state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    for name, wrapped in models.trained.items():
-        model = accelerator.unwrap_model(wrapped)
-        weights = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        if not hasattr(model, "text_model"):
-            weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
-        if weights.keys() != adapter_weights(model).keys():
-            raise InputError(f"{folder / WEIGHTS_FILE} holds other layers of the {name} than this run adapts.")
-        peft.set_peft_model_state_dict(model, weights)
+    """Read what `save_weights` wrote into the adapters."""
+    unwrapped = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
+    adapters.load(folder / WEIGHTS_FILE, unwrapped)
 
 
-# -------------------------------------------------------------------------------------------------------- validation
+# Same in train_dreambooth.py
+def write_small_images(
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
+) -> None:
+    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
+    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_main_process:
+        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
+        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
+        folder = plan.output_dir / "samples" / "small"
+        if paths := args.validation_images or photos:
+            logger.info(f"Previews enlarge {', '.join(map(str, paths))}, cut and shrunk to {small[0].size} px.")
+            drawing.shrink(small, paths, folder)
+        else:
+            pipeline = load_class_pipeline(args, accelerator, plan.base, args.stage_one_model_name_or_path)
+            drawing.draw(pipeline, small, folder, **preview_options(args, prompts, None))
+            del pipeline
+        devices.free_memory()
+    accelerator.wait_for_everyone()
 
 
 # Same in train_dreambooth.py
@@ -1356,52 +1370,44 @@ def validate(
     micro-step. The processes share the pictures. Running out of memory is a warning.
     """
     folder = plan.output_dir / "samples" / f"step-{step:06d}"
-    try:
+    with devices.going_on_without_memory(f"Validation at step {step}"):
         draw_previews(args, accelerator, plan, models, prompts, folder)
-    except (RuntimeError, MemoryError) as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        logger.warning(f"Validation at step {step} ran out of memory; training goes on. {error}")
-    finally:
-        for model in models.trained.values():
-            model.train()
-        devices.free_memory()
+    for model in models.trained.values():
+        model.train()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        paths = [folder / f"{index:02d}.png" for index in range(args.num_validation_images)]
-        drawn = [images.open_rgb(path) for path in paths if path.exists()]
-        if not drawn:
-            return
-        grid = previews.make_grid(drawn, columns=4, title=f"{args.validation_prompt} (step {step})")
-        images.save_png(grid, folder / "grid.png")
-        track_images(accelerator, "validation", drawn, step)
+        names, title = [preview.name for preview in plan.previews], f"{args.validation_prompt} (step {step})"
+        if pictures := drawing.write_grid(names, folder, title):
+            track_images(accelerator, "validation", pictures, step)
 
 
 # Same in train_dreambooth.py
 def draw_previews(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, folder: Path
 ) -> None:
-    """Draw this process's share of the pictures; picture i comes from seed + i, as `utils.sample` draws it."""
-    rows = torch.tensor([prompts.texts.index(t) for t in (args.validation_prompt, args.validation_negative_prompt)])
+    """Draw this process's share of the pictures, as `utils.sample` draws them from the same seeds."""
     for model in models.trained.values():
         model.eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
-        prompt, negative = embed_prompts(prompts, text_encoder, rows, together=False).split(1)
+    text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
+    options = preview_options(args, prompts, text_encoder)
+    small = folder.parent / "small" if plan.base.kind is ModelKind.IF_STAGE_2 else None
+    mine = plan.previews[accelerator.process_index :: plan.processes]
     with torch.no_grad(), accelerator.autocast():
-        pipeline = make_preview_pipeline(args, accelerator, plan, models)
-        for index in range(accelerator.process_index, args.num_validation_images, accelerator.num_processes):
-            image = pipeline(
-                prompt_embeds=prompt,
-                negative_prompt_embeds=negative,
-                generator=torch.Generator().manual_seed((plan.seed + index) % 2**32),
-                height=plan.base.resolution,
-                width=plan.base.resolution,
-                guidance_scale=args.validation_guidance_scale,
-                num_inference_steps=args.validation_num_inference_steps,
-            ).images[0]
-            images.save_png(image, folder / f"{index:02d}.png")
+        drawing.draw(make_preview_pipeline(args, accelerator, plan, models), mine, folder, small, **options)
+
+
+# Same in train_dreambooth.py
+def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Module | None) -> dict[str, Any]:
+    """Return what previews have in common, as a pipeline takes it."""
+    rows = prompts.rows_of(args.validation_prompt, args.validation_negative_prompt)
+    with torch.no_grad():
+        prompt, negative = embed_prompts(prompts, text_encoder, rows, together=False).split(1)
+    return {
+        "prompt_embeds": prompt,
+        "negative_prompt_embeds": negative,
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+    }
 
 
 # Same in train_dreambooth.py
@@ -1409,14 +1415,11 @@ def make_preview_pipeline(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
 ) -> diffusers.DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
+    parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
     scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
-    unused = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     unet = accelerator.unwrap_model(models.unet)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=models.vae, unet=unet, scheduler=scheduler, **unused, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    kind = getattr(diffusers, PIPELINES[plan.base.kind])
+    return drawing.assemble(kind, unet=unet, scheduler=scheduler, **parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ result
@@ -1427,34 +1430,35 @@ def describe_run(
     args: Namespace, plan: Plan, examples: list[Example], models: Models, optimizer: Optimizer
 ) -> dict[str, str]:
     """Return the run in words, for the start-up screen and the model card."""
-    networks = [model for model in (models.unet, models.vae, models.text_encoder) if model is not None]
-    counts = [(p.numel() / 1e6, p.requires_grad) for model in networks for p in model.parameters()]
-    trained, frozen = (sum(count for count, trains in counts if trains is which) for which in (True, False))
-    photos = [example.prompt for example in examples if not example.is_prior]
-    class_images = [example.prompt for example in examples if example.is_prior]
-    rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates)
+    base, prompts = plan.base, [repr(example.prompt) for example in examples if not example.is_prior]
+    trained, frozen = devices.count_parameters(models.unet, models.vae, models.text_encoder)
+    class_images, rates = len(examples) - len(prompts), " and ".join(f"{rate:g}" for rate in plan.learning_rates)
     batch = f"{args.train_batch_size} x {plan.processes} processes x {args.gradient_accumulation_steps} accumulated"
-    prior, weights = args.prior_loss_weight, f"min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}"
+    words = f"{class_images} of {args.class_prompt!r}, prior weight {args.prior_loss_weight:g}"
+    text = "trained" if args.train_text_encoder else "encoded once and freed" if base.precomputes_text else "frozen"
+    text += f", {base.tokens} tokens" * bool(base.tokens) + ", padding hidden" * base.hides_padding
+    text += f", {args.caption_dropout:.0%} of the captions empty" * bool(args.caption_dropout)
+    fed = f", fed by {args.class_labels_conditioning or 'noise_level'}" if base.enlarges_from else ""
+    variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
     return {
-        "model": plan.base.kind.value,
-        "resolution": f"{plan.base.resolution} px" + ("" if args.resolution else ", the default for this model"),
+        "model": base.kind.value + fed,
+        "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
         "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
-        **{name: str(value) for name, value in method_fits(args).items()},
-        "text encoder": "trained" if args.train_text_encoder else "not trained",
-        **({"tokens a prompt": str(args.tokenizer_max_length)} if args.tokenizer_max_length else {}),
-        **({"padding": "hidden from the text encoder"} if plan.base.hides_padding else {}),
-        "photos": f"{len(photos)} of {' or '.join(map(repr, sorted(set(photos))[:3]))}",
-        "class images": f"{len(class_images)} of {args.class_prompt!r}" if class_images else "none",
+        **{name: str(value) for name, value in method_fits(args, base).items()},
+        "text encoder": text,
+        **({"variance": variance} if base.learns_variance else {}),
+        "photos": f"{len(prompts)} of {' or '.join(sorted(set(prompts))[:3])}",
+        "class images": words if class_images else "none",
         "batch": f"{batch} = {plan.examples_per_step} pictures a step",
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
-        "loss": f"{plan.base.prediction_type}, {weights}" + (f", prior weight {prior:g}" if class_images else ""),
+        "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
         "learning rate": f"{rates}, {args.lr_scheduler}, {type(optimizer.optimizer).__name__}",
-        "arithmetic": f"{plan.fits['precision']} mixed precision on {models.vae.device.type}, seed {plan.seed}",
+        "arithmetic": f"{plan.fits['precision']} mixed precision on {models.unet.device.type}, seed {plan.seed}",
     }
 
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
-    """Write the adapter file and, beside it, the scheduler that the base model draws with."""
+    """Write the adapter file and, beside it, the scheduler that the result draws with."""
     if accelerator.is_main_process:
         with checkpoints.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
             save_weights(accelerator, folder, models)
@@ -1463,31 +1467,30 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     accelerator.wait_for_everyone()
 
 
-def usage_snippet(args: Namespace, name: str) -> str:
+def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
     """Return Python code that draws a picture with the result, and runs as it stands."""
-    prompt = args.validation_prompt or args.instance_prompt
-    reading = model_card.reading_lines(args.tokenizer_max_length, args.text_encoder_use_attention_mask)
-    base_model = args.pretrained_model_name_or_path
-    return model_card.lora_snippet(name, prompt, base_model, args.revision, args.variant, reading)
+    prompt, max_length = args.validation_prompt or args.instance_prompt, args.tokenizer_max_length
+    reading = () if base.is_if else model_card.reading_lines(max_length, args.text_encoder_use_attention_mask)
+    places = (args.pretrained_model_name_or_path, args.revision, args.variant, reading)
+    has_scheduler = base.learns_variance and not args.train_variance
+    return model_card.lora_snippet(name, prompt, *places, has_scheduler, base.enlarges_from)
 
 
 # Same in train_dreambooth.py
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
-    base_model = args.pretrained_model_name_or_path
-    grid = f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png"
+    family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
     card = model_card.Card(
         title=repository or plan.output_dir.resolve().name,
-        base_model=base_model,
-        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *METHOD_TAGS],
+        base_model=args.pretrained_model_name_or_path,
+        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", family, *METHOD_TAGS],
         instance_prompt=args.instance_prompt,
         validation_prompt=args.validation_prompt,
-        grid=grid if (plan.output_dir / grid).exists() else None,
+        grid=f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png",
         settings=summary,
-        snippet=usage_snippet(args, repository or str(plan.output_dir)),
+        snippet=usage_snippet(args, plan.base, repository or str(plan.output_dir)),
     )
-    license = model_card.find_license(base_model, args.revision, args.hub_token)
-    checkpoints.atomic_write_text(plan.output_dir / "README.md", model_card.render(card, license))
+    model_card.write(plan.output_dir, card, args.revision, args.hub_token)
     if repository:
         logger.info(f"Uploaded to {hub.upload_result(plan.output_dir, repository, args.hub_token)}")
 

@@ -1,8 +1,14 @@
 """What several test modules share: tiny models, photos, class images, and the process that runs the scripts."""
 
 import os
+import tempfile
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="dreambooth-cache-"),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 from pathlib import Path
 

@@ -271,8 +271,9 @@ def warm_up() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     late = "AutoencoderKL DDPMScheduler DPMSolverMultistepScheduler PNDMScheduler UniPCMultistepScheduler"
-    loaded = [getattr(diffusers, name) for name in f"{late} StableDiffusionPipeline UNet2DConditionModel".split()]
-    loaded += [transformers.CLIPTextModel, transformers.CLIPTokenizer]
+    late += " IFPipeline IFSuperResolutionPipeline StableDiffusionPipeline UNet2DConditionModel"
+    loaded = [getattr(diffusers, name) for name in late.split()]
+    loaded += [transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.T5EncoderModel]
     assert all([*loaded, bitsandbytes, StableDiffusionLoraLoaderMixin, tensorboard])
     Image.init()
     get_checkpoint_conversion_mapping("clip_text_model")

@@ -7,6 +7,7 @@ Another is there because it takes two processes: class images that are the same 
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_what_bf16_training_saves_is_of_one_dtype_and_draws(trainer, tiny, tmp_p
         pipeline.load_lora_weights(out)
     drawn = pipeline("a photo of sks dog", num_inference_steps=2, height=SIZE, width=SIZE, output_type="np").images
     assert np.isfinite(drawn).all() and drawn.std() > 0.01
+
+
+# The schedule.
+
+
+@pytest.mark.parametrize("warmup", [2, 500])
+def test_a_cycle_without_a_way_down_is_refused(trainer, tmp_path, warmup):
+    """A warm-up as long as the run is a mistake for one_cycle, which says what would do, and a warning for others."""
+    flags = f"--lr_scheduler one_cycle --lr_warmup_steps {warmup}"
+    run = trainer.run("lora", tmp_path / "out", flags, code=1)
+    words = f"The warm-up of {warmup} steps is as long as the run of 2: see --lr_warmup_steps."
+    assert f"{words} For one_cycle, a third of the run is usual: 1." in run.stderr and "Traceback" not in run.text
+    assert not (tmp_path / "out").exists()
+    run = trainer.run("lora", tmp_path / "linear", f"--lr_scheduler linear --lr_warmup_steps {warmup}")
+    assert run.stderr.count(words) == 1 and "one_cycle" not in run.stderr
 
 
 # Checkpoints.
@@ -178,6 +194,11 @@ def test_the_optimizers_state_is_in_checkpoints_only(trainer, tmp_path, script):
     assert not [path for path in own if "optim" in path.name or "state" in path.name]
     tensors = read_tensors(out)
     assert not [name for name in tensors if "exp_avg" in name or "moment" in name]
+    base, *saved = (
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        for folder in (trainer.model, out, out / "checkpoint-2")
+    )
+    assert saved == [base, base], "both are drawn with the base model's scheduler"
 
 
 # Stopping.
@@ -229,7 +250,7 @@ def test_a_signal_to_what_was_launched_saves_a_checkpoint(trainer, tmp_path, how
     assert code in (None, run.code), run.text
     assert psutil.wait_procs(processes, timeout=30)[1] == []
     printed = job.printed("stderr")
-    own = [line for line in printed.splitlines() if line.startswith("INFO")]
+    own = re.findall("INFO: .*", printed)  # perhaps behind the progress bar
     check_stopped(trainer, script, run.out, printed if code else "\n".join(own))
 
 
@@ -340,6 +361,7 @@ def test_args_json_has_every_flag_and_no_secret(trainer, tmp_path):
     assert files and not [path for path in files if secret.encode() in path.read_bytes()]
     used = json.loads((run.out / "args.json").read_text())
     assert {"seed", "learning_rate", "instance_prompt", "report_to", "checkpointing_steps"} <= used.keys()
+    assert used["resolution"] == str(SIZE), "a size is a text, which may have two edges"
 
 
 # Faults of our own first version.

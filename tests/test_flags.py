@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from accelerate import tracking
+from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
+from utils import config_file, schedules
+from utils.errors import InputError
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
 
@@ -18,10 +21,10 @@ FULL, LORA = train_dreambooth, train_dreambooth_lora
 EXAMPLES_DEFAULTS = {
     **{"pretrained_model_name_or_path": None, "revision": None, "variant": None, "tokenizer_name": None},
     **{"instance_data_dir": None, "instance_prompt": None, "class_data_dir": None, "class_prompt": None},
-    **{"resolution": None, "center_crop": False, "image_interpolation_mode": "lanczos", "dataloader_num_workers": 0},
+    **{"resolution": None, "center_crop": False, "image_interpolation_mode": None, "dataloader_num_workers": 0},
     **{"with_prior_preservation": False, "prior_loss_weight": 1.0, "num_class_images": 100, "sample_batch_size": 4},
-    **{"prior_generation_precision": None, "train_text_encoder": False, "pre_compute_text_embeddings": False},
-    **{"tokenizer_max_length": None, "text_encoder_use_attention_mask": False, "class_labels_conditioning": None},
+    **{"prior_generation_precision": None, "train_text_encoder": False, "pre_compute_text_embeddings": None},
+    **{"tokenizer_max_length": None, "text_encoder_use_attention_mask": None, "class_labels_conditioning": None},
     **{"seed": None, "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None},
     **{"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "scale_lr": False},
     **{"lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0},
@@ -37,7 +40,9 @@ EXAMPLES_DEFAULTS = {
 OUR_DEFAULTS = {
     **{"config": None, "deterministic": False, "random_flip": False, "skip_bad_images": False, "noise_offset": None},
     **{"text_encoder_lr": None, "validation_guidance_scale": 7.5, "validation_negative_prompt": ""},
-    **{"validation_num_inference_steps": 25, "hub_private_repo": False},
+    **{"validation_num_inference_steps": 25, "hub_private_repo": False, "crop_style": None, "caption_dropout": 0.0},
+    **{"cache_dir": None, "text_encoder_precision": None, "stage_one_model_name_or_path": None, "lr_end": None},
+    **{"validation_resolution": None, "num_eval_images": None, "train_variance": False},
 }
 OWN_DEFAULTS = {
     FULL: {"output_dir": "dreambooth-model", "learning_rate": 5e-6, "skip_save_text_encoder": False},
@@ -48,7 +53,7 @@ OWN_DEFAULTS = {
 }
 
 AT_LEAST_1 = (
-    *("resolution", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
+    *("num_eval_images", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
     *("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps"),
     *("checkpoints_total_limit", "num_validation_images", "validation_steps", "validation_epochs"),
     *("validation_num_inference_steps", "rank", "lora_alpha"),
@@ -56,10 +61,10 @@ AT_LEAST_1 = (
 INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")
 FROM_0 = (
     *("prior_loss_weight", "learning_rate", "text_encoder_lr", "lr_power", "adam_weight_decay", "max_grad_norm"),
-    *("noise_offset", "validation_guidance_scale"),
+    *("noise_offset", "validation_guidance_scale", "lr_end"),
 )
 ABOVE_0 = ("adam_epsilon", "snr_gamma")
-BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout")
+BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout")
 RANGE_CASES = [
     *((name, value, "1 or more") for name in AT_LEAST_1 for value in ("0", "-3")),
     *((name, "-1", "0 or more") for name in INTEGERS_FROM_0),
@@ -67,12 +72,16 @@ RANGE_CASES = [
     *((name, value, "above 0") for name in ABOVE_0 for value in ("0.0", "-1e-08", "nan", "inf")),
     *((name, value, "in [0, 1)") for name in BELOW_1 for value in ("1.0", "-0.1", "nan", "inf")),
 ]
+ALLOWING = ["--train_text_encoder", "--lr_scheduler=polynomial"]  # what some of these flags need beside them
 GOOD_EDGES = [
     *((name, "1") for name in AT_LEAST_1),
     *((name, "0") for name in (*INTEGERS_FROM_0, *FROM_0, *BELOW_1)),
     *((name, "1e-30") for name in ABOVE_0),
     *((name, "0.999999") for name in BELOW_1),
 ]
+
+
+SWITCH = argparse.BooleanOptionalAction
 
 
 @pytest.fixture(params=[FULL, LORA], ids=lambda module: module.__name__)
@@ -96,6 +105,15 @@ def needed(tmp_path):
         *("--pretrained_model_name_or_path", "nobody/nothing", "--instance_data_dir", str(tmp_path / "photos")),
         *("--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "out")),
     ]
+
+
+@pytest.fixture
+def small_images(tmp_path):
+    """Write pictures that may be enlarged, and return their paths."""
+    paths = [tmp_path / name for name in ("one.png", "two b.png", "three.png")]
+    for path in paths:
+        Image.new("RGB", (16, 16)).save(path)
+    return [str(path) for path in paths]
 
 
 def known_flags(script) -> dict[str, argparse.Action]:
@@ -145,10 +163,12 @@ def test_help_tells_of_every_flag(script, capsys):
     for name, action in flags.items():
         assert f"--{name}" in printed and len(action.help or "") > 10, name
     assert len({action.help for action in flags.values()}) == len(flags), "no two flags share a text"
-    assert "(default: lanczos)" in printed and "(default: 500)" in printed
+    assert "(default: polynomial)" not in printed and "(default: constant)" in printed and "(default: 500)" in printed
+    titles = [action.title for action in script.make_parser()._action_groups[2:]]
+    assert len(set(titles)) == len(titles) == 7 and all(f"\n{title}:\n" in printed for title in titles)
 
 
-def test_the_examples_way_of_writing_a_command_is_understood(script, needed):
+def test_the_examples_way_of_writing_a_command_is_understood(script, needed, small_images):
     """A command with the flags of the diffusers examples parses to their values."""
     command = [
         *("--with_prior_preservation", "--class_prompt=a photo of dog", "--resolution=512", "--train_batch_size=1"),
@@ -156,18 +176,19 @@ def test_the_examples_way_of_writing_a_command_is_understood(script, needed):
         *("--learning_rate=2e-6", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--num_class_images=200"),
         *("--max_train_steps=800", "--checkpointing_steps", "250", "--seed=0", "--snr_gamma=5.0"),
         *("--validation_prompt", "A photo of sks dog in a bucket", "--report_to", "none", "--prior_loss_weight=1.0"),
-        *("--validation_images", "one.png", "two.png", "--class_labels_conditioning=timesteps", "--local_rank=0"),
+        *("--validation_images", *small_images, "--class_labels_conditioning=timesteps", "--local_rank=0"),
     ]
     args = script.parse_args([*needed, *command])
     assert args.with_prior_preservation and args.gradient_checkpointing and not args.center_crop
     assert (args.learning_rate, args.max_train_steps, args.checkpointing_steps) == (2e-6, 800, 250)
-    assert args.validation_images == ["one.png", "two.png"] and args.snr_gamma == 5.0 and args.local_rank == 0
+    assert args.validation_images == small_images and args.snr_gamma == 5.0 and args.local_rank == 0
+    assert args.resolution == "512"
 
 
 def test_no_flag_is_accepted_and_ignored(script):
-    """Every flag is read as args.NAME somewhere outside the functions that define flags."""
-    tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    """Every flag is read as args.NAME somewhere outside the functions that define flags, --config by its reader."""
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (script, config_file)]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     readers = [node for node in functions if not (node.name.startswith("add_") and node.name.endswith("_args"))]
     read = {
         node.attr
@@ -176,6 +197,8 @@ def test_no_flag_is_accepted_and_ignored(script):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
     assert sorted(known_flags(script).keys() - read) == []
+    (reader,) = [node for node in functions if node.name == "parse_args"]
+    assert "parse_with_config" in {node.id for node in ast.walk(reader) if isinstance(node, ast.Name)}
 
 
 # ------------------------------------------------------------------------------------------------------------ ranges
@@ -193,7 +216,7 @@ def test_every_number_has_a_range_case(script):
 )
 def test_numbers_out_of_range_are_refused(owner, name, value, words, needed, capsys):
     """Zero, negative, infinite and undefined numbers get the sentence that names the range."""
-    sentence = refuse_one(owner, [*needed, "--train_text_encoder", f"--{name}={value}"], capsys)
+    sentence = refuse_one(owner, [*needed, *ALLOWING, f"--{name}={value}"], capsys)
     assert sentence == f"--{name} {value} is out of range: it must be {words}."
 
 
@@ -202,8 +225,45 @@ def test_the_ends_of_the_ranges_are_accepted(script, needed):
     flags = known_flags(script)
     for name, value in GOOD_EDGES:
         if name in flags:
-            args = script.parse_args([*needed, "--train_text_encoder", f"--{name}={value}"])
+            args = script.parse_args([*needed, *ALLOWING, f"--{name}={value}"])
             assert getattr(args, name) == float(value)
+
+
+SIZE_WORDS = "is no size: give the edge of a square in pixels, such as 512, or WIDTHxHEIGHT, such as 96x64."
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "6.5", "many", "64x", "x64", "0x64", "64x0", "6x6x6", "64,96", "nan"])
+def test_a_resolution_that_is_no_size_is_refused(script, needed, capsys, value):
+    """The sentence names the flag and the text, and says what a size looks like."""
+    sentence = refuse_one(script, [*needed, f"--resolution={value}"], capsys)
+    assert sentence == f"--resolution {value} {SIZE_WORDS}"
+
+
+def test_an_empty_resolution_is_refused(script, needed, capsys):
+    """It is not taken for an unset one."""
+    assert refuse_one(script, [*needed, "--resolution="], capsys) == f"--resolution an empty text {SIZE_WORDS}"
+
+
+@pytest.mark.parametrize(
+    ("value", "part"), [("0", "0"), ("64x", "64x"), ("64,many", "many"), ("64;96", "64;96"), ("64,", "an empty text")]
+)
+def test_a_list_of_resolutions_names_what_is_no_size(script, needed, capsys, value, part):
+    """The sentence has the whole text, the part that is none, and how sizes are listed."""
+    sentence = refuse_one(script, [*needed, f"--validation_resolution={value}"], capsys)
+    assert sentence == f"--validation_resolution {value}: {part} {SIZE_WORDS} Put a comma between two sizes."
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64", (64, 64)), ("96x64", (96, 64)), ("64X96", (64, 96)), (" 64×96 ", (64, 96)), ("1", (1, 1))],
+)
+def test_a_resolution_is_a_text_of_width_and_height(script, needed, tmp_path, text, size):
+    """The flag keeps the text, which a config's number is as well."""
+    assert script.parse_args([*needed, f"--resolution={text}"]).resolution == text
+    assert script.Size.parse(text) == size
+    config = write_config(tmp_path, {"resolution": 64})
+    args = script.parse_args([*needed, *config, f"--validation_resolution={text},8"])
+    assert args.resolution == "64" and args.validation_resolution == f"{text},8"
 
 
 @pytest.mark.parametrize("value", ["1.5", "nan", "inf", "many", ""])
@@ -218,6 +278,7 @@ def test_whole_numbers_must_be_whole(script, needed, capsys, value):
     [
         *(("image_interpolation_mode", "sharp"), ("prior_generation_precision", "fp8"), ("mixed_precision", "fp32")),
         *(("class_labels_conditioning", "noise"), ("lr_scheduler", "zigzag"), ("validation_scheduler", "Euler")),
+        *(("crop_style", "left"), ("text_encoder_precision", "no"), ("text_encoder_precision", "int4")),
     ],
 )
 def test_words_outside_a_closed_set_are_refused(script, needed, capsys, name, value):
@@ -237,12 +298,26 @@ CONTRADICTIONS = {
     ),
     "--text_encoder_lr 1e-6": "--text_encoder_lr needs --train_text_encoder.",
     "--mixed_precision fp16": (
-        "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or no."
+        "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16."
     ),
     "--with_prior_preservation --class_prompt dog --prior_generation_precision fp16": (
-        "--prior_generation_precision fp16 needs a GPU. Use fp32 or bf16."
+        "--prior_generation_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16."
+    ),
+    "--pre_compute_text_embeddings --text_encoder_precision fp16": (
+        "--text_encoder_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16."
+    ),
+    "--pre_compute_text_embeddings --text_encoder_precision int8": (
+        "--text_encoder_precision int8 needs bitsandbytes: pip install bitsandbytes."
     ),
     "--use_8bit_adam": "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.",
+    "--lr_end 1e-6": "--lr_end needs --lr_scheduler one_cycle or polynomial, not constant.",
+    "--lr_end 1e-3 --learning_rate 1e-4 --lr_scheduler one_cycle": (
+        "--lr_end 0.001 is above --learning_rate 0.0001, the highest."
+    ),
+    "--lr_end 0 --lr_scheduler cosine": "--lr_end needs --lr_scheduler one_cycle or polynomial, not cosine.",
+    "--center_crop --crop_style random": "--center_crop excludes --crop_style random.",
+    "--center_crop --crop_style shifted_center": "--center_crop excludes --crop_style shifted_center.",
+    "--num_eval_images 2 --validation_images HERE": "--validation_images excludes --num_eval_images.",
 }
 METHOD_PROBLEMS = [
     (
@@ -270,10 +345,50 @@ def test_a_flag_that_is_needed(script, needed, capsys, name):
 
 
 @pytest.mark.parametrize("flags", CONTRADICTIONS)
-def test_flags_that_lack_or_exclude_something(script, needed, capsys, monkeypatch, flags):
+def test_flags_that_lack_or_exclude_something(script, needed, capsys, monkeypatch, small_images, flags):
     """Each contradiction has a sentence of its own."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert refuse_one(script, [*needed, *flags.split()], capsys) == CONTRADICTIONS[flags]
+    words = [word.replace("HERE", small_images[0]) for word in flags.split()]
+    assert refuse_one(script, [*needed, *words], capsys) == CONTRADICTIONS[flags]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--lr_end 0 --lr_scheduler one_cycle", "--lr_end 1e-6 --lr_scheduler polynomial", "--num_eval_images 2"),
+        *("--center_crop --crop_style center", "--no-center_crop --crop_style random", "--validation_images HERE"),
+        *("--no-pre_compute_text_embeddings --train_text_encoder", "--text_encoder_precision bf16"),
+    ],
+)
+def test_flags_that_go_together(script, needed, small_images, flags):
+    """What is next to a contradiction and none is accepted."""
+    script.parse_args([*needed, *(word.replace("HERE", small_images[0]) for word in flags.split())])
+
+
+def test_pictures_to_enlarge_must_be_there(script, needed, capsys, tmp_path, small_images):
+    """Those that are missing or none are named, each with the reason."""
+    (tmp_path / "none.png").write_text("no picture")
+    paths = [str(tmp_path / "missing.png"), small_images[0], str(tmp_path / "none.png")]
+    head, *problems = refuse(script, [*needed, "--validation_images", *paths], capsys).split("\n")
+    assert head == "the flags do not fit:" and len(problems) == 2
+    assert problems[0] == f"  - --validation_images {paths[0]}: No such file or directory"
+    assert problems[1].startswith(f"  - --validation_images {paths[2]}: ") and len(problems[1]) > len(paths[2]) + 35
+
+
+@pytest.mark.parametrize("warmup", [4, 5, 500])
+def test_one_cycle_needs_steps_after_its_warm_up(warmup, caplog):
+    """Without a way down there is no cycle; other schedules are only warned, and a constant rate has no warm-up."""
+    words = f"The warm-up of {warmup} steps is as long as the run of 4: see --lr_warmup_steps."
+    with pytest.raises(InputError) as refusal:
+        schedules.check_warmup("one_cycle", warmup, 4)
+    assert str(refusal.value) == f"{words} For one_cycle, a third of the run is usual: 2."
+    assert caplog.messages == []
+    schedules.check_warmup("constant", warmup, 4)
+    assert caplog.messages == []
+    schedules.check_warmup("cosine", warmup, 4)
+    assert caplog.messages == [words]
+    schedules.check_warmup("one_cycle", 3, 4)
+    assert len(caplog.messages) == 1
 
 
 def test_fp16_of_accelerates_own_setting_is_refused_too(script, needed, capsys, monkeypatch):
@@ -385,13 +500,14 @@ def write_config(tmp_path, content) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_a_config_repeats_every_kind_of_value(script, needed, tmp_path):
+def test_a_config_repeats_every_kind_of_value(script, needed, tmp_path, small_images):
     """What one run was given, another one reads from its file: numbers, words, switches, lists and unset flags."""
     prompt = '--"sks" dog = ä\n|'
     given = [
         *("--center_crop", "--learning_rate", "3e-7", "--train_batch_size", "2", "--snr_gamma", "5", "--seed", "0"),
         *(f"--validation_prompt={prompt}", "--validation_negative_prompt=-", "--max_train_steps", "7"),
-        *("--validation_images", "a b.png", "c.png", "--report_to", "none", "--local_rank", "-1"),
+        *("--validation_images", *small_images[:2], "--report_to", "none", "--local_rank", "-1"),
+        *("--resolution", "96x64", "--validation_resolution", "64,64x96", "--no-pre_compute_text_embeddings"),
     ]
     first = script.parse_args([*needed, *given])
     config = write_config(tmp_path, {name: value for name, value in vars(first).items() if name != "config"})
@@ -399,20 +515,20 @@ def test_a_config_repeats_every_kind_of_value(script, needed, tmp_path):
     assert vars(script.parse_args(config)) == vars(first) | {"config": config[1]}
 
 
-def test_the_command_line_wins_over_the_config(script, needed, tmp_path):
+def test_the_command_line_wins_over_the_config(script, needed, tmp_path, small_images):
     """Flags beside --config replace those of the file, switches and lists included, wherever they stand."""
     values = {"train_batch_size": 2, "seed": 9, "random_flip": True, "center_crop": False, "push_to_hub": True}
-    config = write_config(tmp_path, values | {"validation_images": ["a.png", "b.png"], "snr_gamma": None})
-    flags = ["--train_batch_size=3", "--no-random_flip", "--center_crop", "--validation_images", "c.png"]
+    config = write_config(tmp_path, values | {"validation_images": small_images[:2], "snr_gamma": None})
+    flags = ["--train_batch_size=3", "--no-random_flip", "--center_crop", "--validation_images", small_images[2]]
     for argv in ([*config, *needed, *flags], [*needed, *flags, *config]):
         args = script.parse_args(argv)
         assert (args.train_batch_size, args.seed, args.random_flip, args.center_crop) == (3, 9, False, True)
-        assert args.validation_images == ["c.png"] and args.snr_gamma is None and args.push_to_hub
+        assert args.validation_images == small_images[2:] and args.snr_gamma is None and args.push_to_hub
 
 
 def test_every_switch_can_be_switched_off(script, needed, tmp_path):
     """`--no-flag` undoes a switch that the config sets."""
-    switches = [name for name, action in known_flags(script).items() if isinstance(action, script.SWITCH)]
+    switches = [name for name, action in known_flags(script).items() if isinstance(action, SWITCH)]
     assert len(switches) > 15
     config = write_config(tmp_path, dict.fromkeys(switches, True))
     args = script.parse_args([*needed, *config, *(f"--no-{name}" for name in switches)])
@@ -491,18 +607,25 @@ IDLE = {
     "--enable_xformers_memory_efficient_attention": "xformers is not installed: torch's own attention serves instead.",
     "--class_prompt=dog": "--class_prompt has no effect without --with_prior_preservation.",
     "--class_data_dir=dogs": "--class_data_dir has no effect without --with_prior_preservation.",
+    "--validation_images=HERE": "--validation_images has no effect without --validation_prompt.",
+    "--num_eval_images=2": "--num_eval_images has no effect without --validation_prompt.",
+    "--validation_resolution=64,96": "--validation_resolution has no effect without --validation_prompt.",
+    "--class_labels_conditioning=timesteps": (
+        "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
+    ),
 }
 
 
 @pytest.mark.parametrize("flag", IDLE)
-def test_a_flag_without_work_says_so(script, needed, monkeypatch, flag):
+def test_a_flag_without_work_says_so(script, needed, monkeypatch, small_images, flag):
     """Each such flag has one sentence, and without it there is none."""
     monkeypatch.setitem(sys.modules, "xformers", None)
     assert script.idle_flags(script.parse_args(needed)) == []
-    assert script.idle_flags(script.parse_args([*needed, flag])) == [IDLE[flag]]
+    assert script.idle_flags(script.parse_args([*needed, flag.replace("HERE", small_images[0])])) == [IDLE[flag]]
 
 
 def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
-    """With prior preservation, the class images' flags are no news."""
+    """With prior preservation, the class images' flags are no news, nor are those of previews with a prompt."""
     flags = ["--with_prior_preservation", "--class_prompt=dog", "--class_data_dir=dogs"]
+    flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
     assert script.idle_flags(script.parse_args([*needed, *flags])) == []

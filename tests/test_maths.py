@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
+from utils.geometry import Size
 from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
-from utils.seeds import derive_seed, generator
+from utils.seeds import derive_seed, generator, shuffled
 
 # The seeds of a run's examples, as far as statistics are concerned.
 SEEDS = [derive_seed(0, "example", number) for number in range(4000)]
@@ -266,6 +267,13 @@ def test_latents_are_float32_whatever_the_precision_of_the_vae(script):
 # ----------------------------------------------------------------------------------------------------- learning rate
 
 
+def rates(script, steps, peak, schedule, warmup, **flags):
+    """Return a run's learning rates."""
+    defaults = {"lr_num_cycles": 1, "lr_power": 1.0, "lr_end": None}
+    args = Namespace(lr_scheduler=schedule, lr_warmup_steps=warmup, **(defaults | flags))
+    return [script.learning_rate(args, step, steps, peak) for step in range(steps)]
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 7, 20, 50])
 @pytest.mark.parametrize(
     ("schedule", "cycles", "power"),
@@ -286,8 +294,7 @@ def test_learning_rates_are_those_of_diffusers(script, schedule, cycles, power, 
     steps, peak = 20, 3e-4
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     theirs = get_scheduler(schedule, optimizer, None, warmup, steps, num_cycles=cycles, power=power)
-    args = Namespace(lr_scheduler=schedule, lr_warmup_steps=warmup, lr_num_cycles=cycles, lr_power=power)
-    ours = [script.learning_rate(args, step, steps, peak) for step in range(steps)]
+    ours = rates(script, steps, peak, schedule, warmup, lr_num_cycles=cycles, lr_power=power)
     assert ours == pytest.approx([peak * theirs.lr_lambdas[0](step) for step in range(steps)], rel=1e-9, abs=1e-15)
     assert ours[0] == optimizer.param_groups[0]["lr"]
     assert max(ours) <= peak and (schedule == "constant" or warmup == 0 or ours[0] == 0)
@@ -295,8 +302,64 @@ def test_learning_rates_are_those_of_diffusers(script, schedule, cycles, power, 
 
 def test_polynomial_never_rises_to_its_end(script):
     """A rate below the end of the schedule, where diffusers refuses, stays as it is."""
-    args = Namespace(lr_scheduler="polynomial", lr_warmup_steps=0, lr_num_cycles=1, lr_power=1.0)
-    assert [script.learning_rate(args, step, 10, 1e-8) for step in range(10)] == pytest.approx([1e-8] * 10)
+    assert rates(script, 10, 1e-8, "polynomial", 0) == pytest.approx([1e-8] * 10)
+    assert rates(script, 10, 1e-5, "polynomial", 0, lr_end=1e-4) == pytest.approx([1e-5] * 10)
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-5, 2e-4])
+@pytest.mark.parametrize("power", [1.0, 2.5])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_polynomial_falls_to_the_end_asked_for(script, warmup, power, end):
+    """At every step, to --lr_end as diffusers' lr_end."""
+    steps, peak = 20, 3e-4
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    theirs = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=end, power=power)
+    wanted = [peak * theirs.lr_lambdas[0](step) for step in range(steps + 1)]
+    ours = rates(script, steps, peak, "polynomial", warmup, lr_power=power, lr_end=end)
+    assert ours == pytest.approx(wanted[:-1], rel=1e-9, abs=1e-15) and wanted[-1] == pytest.approx(end, abs=1e-15)
+
+
+def one_cycle_of_torch(steps, peak, warmup, end):
+    """Return the rates of torch's OneCycleLR, to a last one if that is given."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    last = {} if end is None else {"final_div_factor": peak / 25 / end if end else math.inf}
+    options = {"pct_start": warmup / steps, "anneal_strategy": "cos", "cycle_momentum": False}
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, **options, **last)
+    found = [theirs.get_last_lr()[0]]
+    for _ in range(steps - 1):
+        optimizer.step()
+        theirs.step()
+        found.append(theirs.get_last_lr()[0])
+    return found
+
+
+@pytest.mark.parametrize("end", [None, 0.0, 1e-6, 2e-4])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(3, 2), (5, 2), (5, 4), (20, 2), (20, 7), (20, 10), (20, 19), (1000, 2), (1000, 500)]
+)
+def test_one_cycle_is_torchs(script, steps, warmup, end):
+    """At every step, from torch's own first rate over the peak to --lr_end or, without it, torch's own last."""
+    peak = 3e-4
+    ours = rates(script, steps, peak, "one_cycle", warmup, lr_end=end)
+    assert ours == pytest.approx(one_cycle_of_torch(steps, peak, warmup, end), rel=1e-9, abs=1e-15)
+    assert ours[0] == pytest.approx(peak / 25) and ours[warmup - 1] == peak == max(ours)
+    assert ours[-1] == pytest.approx(peak / 25e4 if end is None else end, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("end", [None, 1e-6])
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_one_cycle_without_a_way_up_starts_at_the_peak(script, steps, warmup, end):
+    """A warm-up of one step, which torch cannot divide by, and none at all: the rest is torch's way down."""
+    peak = 3e-4
+    ours = rates(script, steps, peak, "one_cycle", warmup, lr_end=end)
+    assert ours[0] == peak
+    assert ours[1:] == pytest.approx(one_cycle_of_torch(steps, peak, 1 + 1e-12, end)[1:], rel=1e-8, abs=1e-15)
+
+
+def test_one_cycle_of_one_step_is_its_peak(script):
+    """There is no step left to fall in."""
+    assert rates(script, 1, 3e-4, "one_cycle", 0) == [3e-4]
 
 
 # ------------------------------------------------------------------------------------------- which example comes when
@@ -327,16 +390,16 @@ def test_every_photo_comes_once_a_pass(script, photos, batch):
 
 def test_all_orders_come_equally_often(script):
     """Over many seeds, each of the six orders of three photos comes in about a sixth of the passes."""
-    orders = Counter(tuple(script.shuffled(3, seed)) for seed in SEEDS)
+    orders = Counter(tuple(shuffled(3, seed)) for seed in SEEDS)
     assert len(orders) == 6 and all(abs(count - len(SEEDS) / 6) < 100 for count in orders.values())
 
 
 def test_a_shuffle_depends_on_its_seed_alone(script):
     """The same numbers come in the same order again, whatever was shuffled in between, and each of them once."""
-    first = list(script.shuffled(50, 1))
+    first = list(shuffled(50, 1))
     assert sorted(first) == list(range(50)) and first != list(range(50))
-    others = [script.shuffled(50, seed) for seed in range(2, 40)]
-    assert script.shuffled(50, 1) == first and first not in others
+    others = [shuffled(50, seed) for seed in range(2, 40)]
+    assert shuffled(50, 1) == first and first not in others
 
 
 @pytest.mark.parametrize("priors", [0, 11])
@@ -452,8 +515,9 @@ def test_gradients_reach_a_text_encoder_that_trains(script, tiny, prompts):
 def make_dataset(script, paths, resolution=16, seed=0, **flags):
     """Make a dataset of photos."""
     examples = [script.Example(path, "a photo of sks dog", False) for path in paths]
-    args = Namespace(**{"center_crop": False, "random_flip": False, "image_interpolation_mode": "lanczos"} | flags)
-    plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=resolution))
+    defaults = {"center_crop": False, "crop_style": None, "random_flip": False, "caption_dropout": 0.0}
+    args = Namespace(**defaults | {"image_interpolation_mode": None} | flags)
+    plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=Size.parse(resolution), is_if=False))
     return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=["", "a photo of sks dog"]), examples)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils import metric_log
 from utils.errors import InputError
-from utils.metric_log import MetricLog, simple_settings, track_images
+from utils.metric_log import MetricLog, start_trackers, track_images
 
 
 class Recorder:
@@ -23,6 +23,12 @@ class Recorder:
         self.is_main_process = self.is_local_main_process = is_main
         self.scaler = None
         self.logged = []
+        self.elsewhere = {}  # what another process has, by name; without an entry it has the same
+
+    def reduce(self, values: dict, reduction: str) -> dict:
+        """Average with another process."""
+        assert reduction == "mean"
+        return {name: (value + self.elsewhere.get(name, value)) / 2 for name, value in values.items()}
 
     def log(self, values: dict, step: int) -> None:
         """Keep what accelerate would hand to the trackers."""
@@ -35,9 +41,15 @@ def recorder():
     return Recorder()
 
 
-def add(log, step, loss=0.5, **values):
-    """Log a step of half a second and 8 examples."""
-    log.add(step, time.perf_counter() - 0.5, 8, {"epoch": step / 4, "loss": loss, "lr": 1e-4} | values)
+def micro_step(total, instance, prior=None) -> tuple:
+    """Return the losses of a micro-step as training has them."""
+    return tuple(None if part is None else torch.as_tensor(part) for part in (total, instance, prior))
+
+
+def add(log, step, loss=0.5, prior=None, **values):
+    """Log a step of one micro-step, half a second and 8 examples."""
+    losses = [micro_step(loss, 0.25, prior)]
+    log.add(step, time.perf_counter() - 0.5, 8, losses, {"epoch": step / 4, "lr": 1e-4} | values)
 
 
 def read(path) -> list[dict]:
@@ -69,11 +81,11 @@ def test_a_line_holds_its_own_steps_values(recorder, tmp_path):
     """Tensors become numbers; time, speed and memory are added; trackers get the same numbers."""
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(recorder, path, 0, 2)
-    add(log, 1, torch.tensor(0.25), loss_prior=torch.tensor(3.0, dtype=torch.bfloat16), grad_norm=2)
+    add(log, 1, torch.tensor(0.25), torch.tensor(3.0, dtype=torch.bfloat16), grad_norm=torch.tensor(2.0))
     add(log, 2, 0.125)
     log.close()
     first, second = read(path)
-    names = {"step", "epoch", "loss", "lr", "seconds", "samples_per_second", "memory_gb"}
+    names = {"step", "epoch", "loss", "loss_instance", "lr", "seconds", "samples_per_second", "memory_gb"}
     assert set(first) == names | {"loss_prior", "grad_norm"} and set(second) == names
     assert (first["epoch"], first["loss"], first["loss_prior"], first["lr"], first["grad_norm"]) == (
         0.25,
@@ -82,11 +94,26 @@ def test_a_line_holds_its_own_steps_values(recorder, tmp_path):
         1e-4,
         2,
     )
-    assert (second["step"], second["epoch"], second["loss"]) == (2, 0.5, 0.125)
+    assert (second["step"], second["epoch"], second["loss"], second["loss_instance"]) == (2, 0.5, 0.125, 0.25)
     assert 0.5 <= first["seconds"] < 5
     assert first["samples_per_second"] == pytest.approx(8 / first["seconds"])
     assert 0.05 < first["memory_gb"] < 1000
     assert recorder.logged == [(line.pop("step"), line) for line in (first, second)]
+
+
+def test_losses_are_means_over_micro_steps_and_processes(recorder, tmp_path):
+    """Each part is averaged on its own; what is kept until it is written holds no graph."""
+    recorder.elsewhere = {"loss_prior": 8.0}
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 2)
+    weight = torch.tensor(1.0, requires_grad=True)
+    losses = [micro_step(weight * total, total / 2, total * 2) for total in (1.0, 2.0, 6.0)]
+    log.add(1, time.perf_counter(), 8, losses, {"lr": 1e-4})
+    assert not any(value.requires_grad for value in log.waiting[1].values() if isinstance(value, torch.Tensor))
+    log.add(2, time.perf_counter(), 8, [micro_step(1.0, 1.0), micro_step(4.0, 2.0)], {"lr": 1e-4})
+    log.close()
+    first, second = read(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["loss_instance"], first["loss_prior"]) == (3, 1.5, 7)
+    assert (second["loss"], second["loss_instance"]) == (2.5, 1.5) and "loss_prior" not in second
 
 
 def test_a_flush_writes_what_waits_to_the_disk(recorder, tmp_path, monkeypatch):
@@ -155,7 +182,7 @@ def test_a_gradient_that_overflows_under_a_scaler_is_left_out(recorder, tmp_path
     """With fp16 it is normal, costs its own key and not the line, and neither file nor trackers get it."""
     recorder.scaler = object()
     log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1)
-    add(log, 1, grad_norm=torch.tensor(value), loss_prior=0.5)
+    add(log, 1, prior=0.5, grad_norm=torch.tensor(value))
     log.close()
     (line,) = read(tmp_path / "metrics.jsonl")
     assert line["loss_prior"] == 0.5 and "grad_norm" not in line
@@ -200,7 +227,29 @@ def test_pictures_go_to_those_trackers_that_take_them():
     assert wandb == "wandb" and listed == {"validation": pictures}
 
 
-def test_settings_that_a_tracker_cannot_store_are_left_out():
-    """Numbers, words and switches stay."""
+def test_pictures_of_several_sizes_are_told_apart():
+    """Those of another size than the first have it in their name, because a stack has one size."""
+    taken = []
+    trackers = [
+        SimpleNamespace(name=name, log_images=lambda values, step, **options: taken.append((values, step)))
+        for name in ("tensorboard", "wandb")
+    ]
+    sizes = [(4, 2), (2, 6), (4, 2)]
+    pictures = [Image.new("RGB", size, (10 * number, 0, 0)) for number, size in enumerate(sizes)]
+    track_images(SimpleNamespace(trackers=trackers), "validation", pictures, 3)
+    first, second, third, fourth = (values for values, step in taken if step == 3)
+    assert [list(values) for values in (first, second, third, fourth)] == [["validation"], ["validation 2x6"]] * 2
+    assert first["validation"].shape == (2, 2, 4, 3) and first["validation"][:, 0, 0, 0].tolist() == [0, 20]
+    assert second["validation 2x6"].shape == (1, 6, 2, 3)
+    assert third["validation"] == [pictures[0], pictures[2]] and fourth["validation 2x6"] == [pictures[1]]
+
+
+def test_settings_that_a_tracker_cannot_store_are_left_out(tmp_path):
+    """Numbers, words and switches stay; without trackers nothing is started."""
     settings = {"a": 1, "b": 0.5, "c": "x", "d": True, "e": None, "f": [1], "g": {}}
-    assert simple_settings(settings) == {"a": 1, "b": 0.5, "c": "x", "d": True}
+    started = []
+    for trackers in (["wandb"], [], None):
+        accelerator = SimpleNamespace(log_with=trackers, init_trackers=lambda *values: started.append(values))
+        start_trackers(accelerator, settings, tmp_path)
+    kept = {"a": 1, "b": 0.5, "c": "x", "d": True}
+    assert started == [("dreambooth", kept, {"wandb": {"dir": str(tmp_path)}})]

@@ -11,7 +11,8 @@ import yaml
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils.model_card import Card, find_license, lora_snippet, pipeline_snippet, render
+from utils.geometry import Size
+from utils.model_card import Card, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -216,12 +217,52 @@ def test_the_snippets_name_what_they_load():
     assert "revision" not in lora_snippet("some/dog", "a dog", "some/base", None)
 
 
+def test_the_snippets_draw_as_training_read_and_enlarged():
+    """Prompts are read as in training, pictures enlarged from the size that it knew, and the scheduler is its own."""
+    assert reading_lines(None, False) == ()
+    reading = reading_lines(20, True)
+    assert reading == (
+        "pipeline.tokenizer.model_max_length = 20",
+        "pipeline.text_encoder.config.use_attention_mask = True",
+    )
+    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", Size(64, 48))
+    adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, Size(64, 48))
+    for code in (pipeline, adapter):
+        lines = code.splitlines()
+        drawn = next(number for number, line in enumerate(lines) if line.startswith("image = "))
+        assert all(line in lines[:drawn] for line in reading)
+        assert "image=Image.open('small.png').convert('RGB').resize((64, 48))" in lines[drawn]
+    assert "T5EncoderModel.from_pretrained('some/base', subfolder='text_encoder')" in pipeline
+    assert "pipeline.scheduler = DDPMScheduler.from_pretrained('some/dog', subfolder='scheduler')" in adapter
+    assert "scheduler" not in lora_snippet("some/dog", "a dog", "some/base", None)
+
+
+def test_a_card_shows_the_grid_only_if_it_was_drawn(card, tmp_path):
+    """A written card has the base model's licence, and no picture that is not beside it."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    card = dataclasses.replace(card, base_model=str(base))
+    (out / "samples" / "step-000500").mkdir(parents=True)
+    for drawn in (False, True):
+        write(out, card, None, None)
+        header, markdown = split((out / "README.md").read_text(encoding="utf-8"))
+        assert header["license"] == "mit" and ("widget" in header) == ("![samples]" in markdown) == drawn
+        (out / "samples" / "step-000500" / "grid.png").touch()
+    write(out, dataclasses.replace(card, grid=None), None, None)
+    assert "![" not in (out / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "code",
     [
         pipeline_snippet("some/dog", "a dog", None),
         pipeline_snippet("some/dog", "a dog", "some/base"),
+        pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", small=Size(64, 48)),
+        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), small=Size(64, 64)),
         lora_snippet("some/dog", "a dog", "some/base", "v1"),
+        lora_snippet("some/dog", "a dog", "some/base", "v1", reading=reading_lines(20, True)),
+        lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, small=Size(64, 48)),
     ],
 )
 def test_the_snippets_use_only_what_they_import(code):
@@ -245,6 +286,17 @@ def test_the_snippet_stands_in_the_card_as_code(card):
     assert re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1] == code
 
 
+def recognised(script, **changes):
+    """Return what a script makes of a Stable Diffusion model's configs, without any."""
+    fields = {field.name: None for field in dataclasses.fields(script.BaseModel)} | {
+        "kind": script.ModelKind.STABLE_DIFFUSION,
+        "index": {"text_encoder": ["transformers", "CLIPTextModel"]},
+        "learns_variance": False,
+        "resolution": Size(64, 64),
+    }
+    return script.BaseModel(**fields | changes)
+
+
 SAME_BASE = [
     (train_dreambooth, ["--skip_save_text_encoder"]),
     (train_dreambooth_lora, []),
@@ -256,9 +308,10 @@ def test_the_snippet_loads_the_base_model_as_the_run_did(script, flags, tmp_path
     """What the base model lends comes from the same revision and from the files of the same variant."""
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
     needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
-    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), "some/dog"))
+    base = recognised(script)
+    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), base, "some/dog"))
     for flag, value in (("revision", "v1"), ("variant", "fp16")):
-        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), "some/dog")
+        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), base, "some/dog")
         calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
         given = [ast.unparse(call) for call in calls if "'some/base'" in map(ast.unparse, call.args)]
         assert len(given) == 1 and f"{flag}={value!r}" in given[0]
@@ -270,4 +323,5 @@ def test_the_snippet_draws_the_validation_prompt_if_there_is_one(script, tmp_pat
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
     needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
     for flags, prompt in (([], "a photo of sks dog"), (["--validation_prompt", "sks on Mars"], "sks on Mars")):
-        assert prompt in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), "some/dog"))
+        code = script.usage_snippet(script.parse_args([*needed, *flags]), recognised(script), "some/dog")
+        assert prompt in strings_in(code) and "small.png" not in code and "scheduler" not in code

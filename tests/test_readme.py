@@ -3,10 +3,13 @@
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import ROOT, SCRIPTS
+from utils.make_model import make_model
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(accelerate launch .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
@@ -16,12 +19,26 @@ SMALL = "--max_train_steps 1 --resolution 64 --mixed_precision no --num_validati
 SMALL += " --validation_num_inference_steps 1 --num_class_images 2 --checkpointing_steps 1 --report_to none"
 
 
+def with_variant(folder: Path, shape: str) -> Path:
+    """Write a model whose weights are there in float32 and, as another variant, in float16, as DeepFloyd has them."""
+    model = make_model(folder / shape, shape)
+    half = make_model(folder / f"{shape}-fp16", shape, dtype=torch.float16, variant="fp16")
+    for path in half.rglob("*.fp16.*"):
+        shutil.copy(path, model / path.relative_to(half))
+    return model
+
+
 @pytest.fixture(scope="module")
 def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
     """Put tiny models into the Hub's cache under the README's names, and photos where its commands look for them."""
+    made = tmp_path_factory.mktemp("models")
+    stages = {f"if{number}": with_variant(made, f"tiny-if{number}") for number in (1, 2)}
     for name, model in (
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", tiny),
         ("stabilityai/stable-diffusion-2-1", tiny_v),
+        ("DeepFloyd/IF-I-XL-v1.0", stages["if1"]),
+        ("DeepFloyd/IF-I-L-v1.0", stages["if1"]),
+        ("DeepFloyd/IF-II-L-v1.0", stages["if2"]),
     ):
         cached = trainer.home / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(model, cached / "snapshots" / SHA)
@@ -34,7 +51,7 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
 
 def test_the_commands_run_in_their_order(trainer, home):
     """Each writes its own folder; resuming and repeating find what the first one left."""
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 14
     for block in BLOCKS:
         words = shlex.split(block.replace("\\\n", " "))
         place = next(index for index, word in enumerate(words) if word in SCRIPTS.values())

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from utils import sample
+from utils import results, sample
 from utils.errors import InputError
 from utils.make_model import make_model
 
@@ -125,7 +125,7 @@ def test_the_base_model_draws_the_first_previews(outputs, base):
 @pytest.mark.parametrize("run", ADAPTERS)
 def test_every_tensor_of_an_adapter_loads(outputs, base, run):
     """Plain diffusers reads the file: every tensor to the bit, and the alpha."""
-    saved = safetensors.torch.load_file(outputs[run] / sample.ADAPTER)
+    saved = safetensors.torch.load_file(outputs[run] / results.ADAPTER)
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.load_lora_weights(outputs[run])
     loaded = loaded_adapter(pipeline)
@@ -214,9 +214,16 @@ def test_the_command_writes_pictures_and_a_grid(outputs, tmp_path, monkeypatch, 
 # What goes wrong is said.
 
 
+def test_words_that_are_too_many_are_said(base, tmp_path, caplog):
+    """The text encoder does not see what comes after 77 tokens."""
+    flags = ["--num_inference_steps", "1", "--output", str(tmp_path)]
+    assert sample.main([str(base), "--prompt", "dog " * 80 + "zebra", *flags]) == 0
+    assert "truncated" in caplog.text
+
+
 def test_a_layer_that_the_model_lacks_is_an_error(adapter, base):
     """Diffusers loads the other layers and warns."""
-    path = adapter / sample.ADAPTER
+    path = adapter / results.ADAPTER
     state = safetensors.torch.load_file(path)
     state |= {
         key.replace("mid_block", "end_block"): value.clone() for key, value in state.items() if "mid_block" in key
@@ -228,7 +235,7 @@ def test_a_layer_that_the_model_lacks_is_an_error(adapter, base):
 
 def test_an_adapter_of_another_shape_is_an_error(adapter, base):
     """Layers of the same names and other widths do not fit."""
-    path = adapter / sample.ADAPTER
+    path = adapter / results.ADAPTER
     state = safetensors.torch.load_file(path)
     state = {key: value if "lora_B" in key else torch.cat([value, value], 1) for key, value in state.items()}
     safetensors.torch.save_file(state, path)
@@ -254,7 +261,7 @@ def test_flags_that_do_not_fit_are_errors(outputs, run, options, message):
 def test_a_stopped_runs_folder_points_to_its_checkpoints(outputs, tmp_path):
     """A run without a result has checkpoints."""
     folder = shutil.copytree(outputs["lora"], tmp_path / "stopped")
-    (folder / sample.ADAPTER).unlink()
+    (folder / results.ADAPTER).unlink()
     with pytest.raises(InputError, match=r"It has checkpoint-1, checkpoint-2: name one of them, as .*checkpoint-2"):
         sample.load_pipeline(folder)
 

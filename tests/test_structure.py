@@ -176,12 +176,18 @@ def calls(tree: ast.AST) -> list[ast.Call]:
 
 def short_names(tree: ast.Module) -> dict[str, list[ast.keyword]]:
     """Return other names of `add_argument` (`add, switch = group.add_argument, partial(…)`) and what they preset."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            names, values = (getattr(side, "elts", [side]) for side in (node.targets[0], node.value))
-            found |= {ast.unparse(n): getattr(v, "keywords", []) for n, v in zip(names, values) if is_adder(v)}
-    return found
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    sides = [[getattr(side, "elts", [side]) for side in (node.targets[0], node.value)] for node in assigned]
+    pairs = [(ast.unparse(name), value) for names, values in sides for name, value in zip(names, values)]
+    found = {name: getattr(value, "keywords", []) for name, value in pairs if is_adder(value)}
+    partials = [(name, value) for name, value in pairs if is_partial_of(value, found)]
+    return found | {name: [*found[ast.unparse(value.args[0])], *value.keywords] for name, value in partials}
+
+
+def is_partial_of(node: ast.AST, names: dict) -> bool:
+    """Tell whether an expression is `partial(…)` of one of these names."""
+    is_partial = isinstance(node, ast.Call) and ast.unparse(node.func) in ("partial", "functools.partial")
+    return is_partial and bool(node.args) and ast.unparse(node.args[0]) in names
 
 
 def is_adder(node: ast.AST) -> bool:
@@ -338,6 +344,7 @@ BREACHES = [
     (find_unreadable_flags, "parser.add_argument(f'--{name}')"),
     (find_unreadable_flags, "add = group.add_argument\nadd(*names)"),
     (find_unreadable_flags, "def add_data_args(group):\n    switch(group, '--x')"),
+    (find_unreadable_flags, "def add_data_args(add):\n    unset = partial(switch, default=None)\n    unset('--x')"),
     (find_training, "accelerator.backward(loss)"),
     (find_training, "unet = accelerator.prepare(unet)"),
     (find_flags_in_nouns, "import argparse"),
@@ -360,6 +367,10 @@ KEPT = [
     (find_asserts_and_bare_excepts, "try:\n    pass\nexcept OSError:\n    pass"),
     (find_imports_of_scripts, "import torch\nfrom utils import images"),
     (find_unreadable_flags, "parser.add_argument('-x', '--x', type=int)\nadd(name)"),
+    (
+        find_unreadable_flags,
+        "def add_x_args(add):\n  unset = partial(add, default=None)\n  unset('--x')\nadd = group.add_argument",
+    ),
     (find_training, "scheduler.step(noise, t, sample)\npipeline.prepare_latents()"),
     (find_flags_in_nouns, "import argparse\ndef f(args): pass\nif __name__ == '__main__':\n    f()"),
     (find_flags_in_nouns, "def f(*args): pass"),
@@ -382,10 +393,15 @@ def test_flags_are_read_with_their_meaning():
     """Flags are found under every spelling of the call; how their text is broken into lines does not matter."""
     names = "add, switch = group.add_argument, partial(group.add_argument, action=SWITCH, default=False)\n"
     one = flags(
-        ast.parse(names + "add('--a', type=int, default=1, help='One ' 'line.')\nswitch('--b')\nadd('-c', '--c')")
+        ast.parse(
+            f"{names}add('--a', type=int, default=1, help='One ' 'line.')\nswitch('--b')\nadd('-c', '--c')\n"
+            "unset = partial(switch, default=None)\nunset('--d', help='Or not.')"
+        )
     )
     two = flags(ast.parse("group.add_argument('--a', default=2, help='One line.', type=int)\nother.add('--d')"))
-    assert one == {"--a": {"type": "int", "help": "'One line.'"}, "--b": {"action": "SWITCH"}, "--c": {}}
+    assert one == {"--a": {"type": "int", "help": "'One line.'"}, "--b": {"action": "SWITCH"}, "--c": {}} | {
+        "--d": {"action": "SWITCH", "help": "'Or not.'"}
+    }
     assert set(two) == {"--a"} and differing_flags(one, two) == []
     assert len(differing_flags(one, {"--a": {"type": "float", "help": "'One line.'"}})) == 1
     assert len(differing_flags(one, {"--a": {"type": "int"}})) == 1

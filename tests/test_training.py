@@ -290,14 +290,18 @@ def test_the_pinned_loss_is_right(models, photos, class_images, name):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    "schedule",
+    ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "one_cycle"],
 )
 def test_learning_rates_are_those_of_diffusers(trainer, tmp_path, schedule):
-    """Each schedule's rates equal those of the diffusers schedule of that name, to float precision."""
+    """Each schedule's rates equal those of the diffusers schedule of that name, or torch's, to float precision."""
     flags = f"--lr_scheduler {schedule} --lr_warmup_steps 2 --lr_num_cycles 2 --lr_power 2 --max_train_steps 7"
     outs = trainer.run_all({tmp_path / script: (script, flags) for script in SCRIPTS})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=7, num_cycles=2, power=2)
+    if schedule == "one_cycle":
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, 7, pct_start=2 / 7, cycle_momentum=False)
+    else:
+        theirs = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=7, num_cycles=2, power=2)
     wanted = []
     for _ in range(7):
         wanted.append(theirs.get_last_lr()[0])

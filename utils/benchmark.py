@@ -89,7 +89,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m utils.benchmark", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="small", help="sizes of the networks; default: small")
+    add(
+        "--shape",
+        choices=[name for name, shape in SHAPES.items() if shape["family"] == "sd"],
+        default="small",
+        help="sizes of the networks; default: small",
+    )
     add("--size", type=int, help="height and width in pixels; default: what the shape is made for")
     add("--steps", type=int, default=6, help=f"steps of each run, the first {WARM_UP} not counted; default: 6")
     add("--only", metavar="TEXT", default="", help="only the configurations with this in their name; default: all")

@@ -113,10 +113,25 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
+def find_state(output_dir: Path, wanted: str | None) -> tuple[Path | None, dict]:
+    """Return the checkpoint to go on from and what it says of its run, or None and the state of a run's start.
+
+    Raises:
+        InputError: The checkpoint that a person asked for does not exist or is incomplete.
+    """
+    checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
+    if checkpoint is not None:
+        return checkpoint, read_state(checkpoint)
+    if wanted:
+        logger.warning("%s holds no complete checkpoint: starting at step 0.", output_dir)
+    return None, {"step": 0, "fits": {}}
+
+
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
+    there = {name: theirs.get(name) for name in ours}
     lines = [
-        f"  {name}: {theirs.get(name)} there, {own} here" for name, own in ours.items() if theirs.get(name) != own
+        f"  {name}: {there[name]} there, {own} here" for name, own in ours.items() if str(there[name]) != str(own)
     ]
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"

@@ -3,8 +3,22 @@
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 from utils.errors import InputError
+
+
+def parse_with_config(parser, argv: list[str]) -> Any:
+    """Parse a command line over the file that its --config names, if it names one; mistakes end in `parser.error`."""
+    args = parser.parse_args(argv)
+    if not args.config:
+        return args
+    known = [action for action in parser._actions if action.dest not in ("help", "config")]
+    switches = {action.dest: any(word.startswith("--no-") for word in action.option_strings) for action in known}
+    try:
+        return parser.parse_args([*read_flags(args.config, switches), *argv])
+    except InputError as error:
+        return parser.error(str(error))
 
 
 def read_flags(path: str, switches: dict[str, bool]) -> list[str]:

@@ -73,7 +73,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where to; default: demo-output")
     add("--steps", type=int, default=300, help="training steps; default: 300")
     add("--size", type=int, default=128, help="height and width of the pictures in pixels; default: 128")
-    add("--shape", choices=SHAPES, default="tiny", help="sizes of the networks; default: tiny")
+    add(
+        "--shape",
+        choices=[name for name, shape in SHAPES.items() if shape["family"] == "sd"],
+        default="tiny",
+        help="sizes of the networks; default: tiny",
+    )
     args = parser.parse_args(argv)
     if args.steps < 1 or args.size < 1 or args.size % 8:
         parser.error(f"--steps {args.steps} must be 1 or more, and --size {args.size} a multiple of 8.")

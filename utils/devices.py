@@ -1,16 +1,34 @@
 """What differs between devices: whether there is a GPU, how much memory was used, what running out looks like."""
 
+import contextlib
 import gc
+import logging
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch import nn
+
+from utils.flag_checks import is_installed
+
+logger = logging.getLogger(__name__)
 
 
 def has_accelerator() -> bool:
     """Say whether training will run on a GPU or the like, as `accelerate` will decide it."""
     told_to_use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
     return torch.accelerator.is_available() and not told_to_use_cpu
+
+
+def set_arithmetic(deterministic: bool, allow_tf32: bool) -> None:
+    """Choose between exact repetition and speed on GPUs; must come before CUDA starts."""
+    if deterministic:
+        # cuBLAS reads this once, when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -27,6 +45,12 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def count_parameters(*networks: nn.Module | None) -> tuple[float, float]:
+    """Return how many million parameters train, and how many are frozen."""
+    counts = [(p.numel() / 1e6, p.requires_grad) for network in networks if network for p in network.parameters()]
+    return sum(count for count, trains in counts if trains), sum(count for count, trains in counts if not trains)
+
+
 def free_memory() -> None:
     """Give back memory that nothing refers to any more."""
     gc.collect()
@@ -34,6 +58,33 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def find_precision_problems(precisions: dict[str, str | None], eight_bit: dict[str, bool]) -> list[str]:
+    """Return a sentence for each flag whose precision this machine cannot compute in.
+
+    Args:
+        precisions: By flag.
+        eight_bit: Whether a flag, by its name and value, asks for 8-bit numbers.
+    """
+    lacks_fp16, lacks_8bit = not has_accelerator(), not is_installed("bitsandbytes")
+    fp16 = [f"--{flag} fp16" for flag, precision in precisions.items() if precision == "fp16" and lacks_fp16]
+    missing = [f"--{flag}" for flag, is_wanted in eight_bit.items() if is_wanted and lacks_8bit]
+    sentences = [f"{flag} needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16." for flag in fp16]
+    return sentences + [f"{flag} needs bitsandbytes: pip install bitsandbytes." for flag in missing]
+
+
+@contextlib.contextmanager
+def going_on_without_memory(what: str) -> Iterator[None]:
+    """Make running out of memory a warning that `what` did so, and give back what memory is not used."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("%s ran out of memory; the run goes on. %s", what, error)
+    finally:
+        free_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ An opened image is always mode "RGB": 8 bits, upright, sRGB, on white where it w
 
 import functools
 import io
+import logging
 import os
 import secrets
 import unicodedata
@@ -17,11 +18,14 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from utils.errors import InputError
+from utils.geometry import Size, cover
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".heic", ".heif", ".avif"),
 )
+
+logger = logging.getLogger(__name__)
 
 PROMPT_FILE = ".prompt"
 
@@ -134,6 +138,13 @@ def open_rgb(path: Path) -> Image.Image:
     return rgb
 
 
+@functools.lru_cache(maxsize=256)
+def open_covering(path: Path, size: Size, resample: Image.Resampling) -> Image.Image:
+    """Open a picture and resize it in one antialiased step until it just covers a size; the last are remembered."""
+    image = open_rgb(path)
+    return image.resize(cover(image.size, size), resample)
+
+
 def inspect_images(paths: Iterable[Path]) -> Inspection:
     """Decode every image once to learn its size, whether it is readable, and whether it is transparent.
 
@@ -150,6 +161,11 @@ def inspect_images(paths: Iterable[Path]) -> Inspection:
         if is_transparent:
             transparent.append(path)
     return Inspection(sizes, unreadable, tuple(transparent))
+
+
+def find_unreadable(flag: str, paths: Iterable[str]) -> list[str]:
+    """Return a sentence for each of a flag's files that is no picture."""
+    return [f"{flag} {path}: {reason}" for path, reason in inspect_images(map(Path, paths)).unreadable.items()]
 
 
 def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
@@ -180,6 +196,28 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
     if inspection.transparent:
         notes.append(f"{len(inspection.transparent)} images in {folder} are transparent in parts: put on white.")
     return replace(inspection, notes=tuple(notes))
+
+
+def find_drawn(folder: Path, prompt: str, wanted: int) -> tuple[list[Path], set[Path]]:
+    """Return the paths of as many images as are wanted, and those among them that are still to be drawn.
+
+    Pictures that are there and can be decoded come first; `00000.png`, `00001.png`, … fill up.
+
+    Raises:
+        InputError: What is there was drawn from another prompt.
+    """
+    check_prompt(folder, prompt)
+    inspection = inspect_images(list_images(folder).images if folder.is_dir() else [])
+    present = sorted(inspection.sizes)
+    for path, reason in inspection.unreadable.items():
+        logger.warning("Class image %s does not count: %s", path, reason)
+    if len(present) > wanted:
+        logger.warning(
+            "%s holds %d class images; --num_class_images takes the first %d.", folder, len(present), wanted
+        )
+    names = sorted({folder / f"{index:05d}.png" for index in range(wanted)} - set(present))
+    missing = set(names[: max(0, wanted - len(present))])
+    return sorted({*present[:wanted], *missing}), missing
 
 
 def remember_prompt(folder: Path, prompt: str) -> None:

@@ -1,28 +1,41 @@
-"""Write a Stable Diffusion pipeline folder with random weights: small ones for tests, real sizes for measurements.
+"""Write a pipeline folder with random weights: small ones for tests, real sizes for measurements.
 
     python -m utils.make_model /tmp/tiny --shape tiny
 
-No download is needed: the tokenizer's vocabulary is built here too. To add a shape, add an entry to `SHAPES`; to add a
-model family, add a builder beside `build_pipeline`.
+There are shapes of Stable Diffusion, of both stages of DeepFloyd IF and of the x4 upscaler. No download is needed: the
+tokenizers' vocabularies are built too. To add a shape, add an entry to `SHAPES`; to add a model family, add a builder
+beside `build_pipeline` and its name to `BUILDERS`.
+
+The text encoder of a real IF, T5 v1.1 XXL, holds 4.76 billion parameters. The IF shapes of real size get one thin
+layer of its width instead, so that the U-Net takes its embeddings; `--full_text_encoder` writes the real one.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from utils.errors import InputError
 from utils.seeds import derive_seed
+from utils.small_tokenizers import END, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = (  # one token each; other words become one token a letter
-    "an the of in on with and photo picture painting dog cat person man woman toy teapot backpack sks red green blue "
-    "black white sitting running beach snow forest house table grass"
-)
 
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -33,15 +46,33 @@ NOISE_SCHEDULE = {
     "set_alpha_to_one": False,
     "clip_sample": False,  # unused by PNDM, but a DDPM scheduler read from the same file needs it
 }
+IF_SCHEDULE = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+}
+X4_SCHEDULE = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 PNDM = (PNDMScheduler, {**NOISE_SCHEDULE, "skip_prk_steps": True})
 DDIM = (DDIMScheduler, NOISE_SCHEDULE)
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+T5_THIN = {"d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 1}
+T5_TINY = {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+TINY_IF_UNET = {
+    "widths": (16, 24, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "addition_embed_type_num_heads": 4,
+}
 
 # Widths count from the highest resolution down. In a U-Net, all levels but the lowest attend to the text. A text
-# encoder without `vocab_size` takes the tokenizer's.
+# encoder without `vocab_size` takes the tokenizer's. In an IF U-Net, the `attending` lowest levels attend to the text.
 SHAPES = {
     "tiny": {  # for tests: a step takes milliseconds, the folder less than 3 MB
+        "family": "sd",
         "scheduler": PNDM,
         "prediction_type": "epsilon",
         "pad_token": END,
@@ -56,6 +87,7 @@ SHAPES = {
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     },
     "small": {  # for benchmarks: at 256 pixels, encoding costs about as much as the U-Net's step
+        "family": "sd",
         "scheduler": PNDM,
         "prediction_type": "epsilon",
         "pad_token": END,
@@ -64,6 +96,7 @@ SHAPES = {
         "text": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
     },
     "sd15": {  # the published configuration of Stable Diffusion 1.5
+        "family": "sd",
         "scheduler": PNDM,
         "prediction_type": "epsilon",
         "pad_token": END,
@@ -72,6 +105,7 @@ SHAPES = {
         "text": {**CLIP_L, "vocab_size": 49408, "projection_dim": 768},
     },
     "sd21": {  # the published configuration of Stable Diffusion 2.1 for 768 pixels
+        "family": "sd",
         "scheduler": DDIM,
         "prediction_type": "v_prediction",
         "pad_token": "!",
@@ -86,6 +120,69 @@ SHAPES = {
         "vae": {"widths": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768},
         "text": {**OPEN_CLIP_H, "vocab_size": 49408, "projection_dim": 512, "hidden_act": "gelu"},
     },
+    "tiny-if1": {  # for tests: image sides are multiples of 4
+        "family": "if1",
+        "unet": {**TINY_IF_UNET, "attending": 2, "sample_size": 16},
+        "text": T5_TINY,
+    },
+    "tiny-if2": {  # for tests, together with tiny-if1, whose text encoder it shares
+        "family": "if2",
+        "unet": {**TINY_IF_UNET, "attending": 1, "sample_size": 64},
+        "text": T5_TINY,
+    },
+    "tiny-x4": {  # for tests, behind tiny-if2
+        "family": "x4",
+        "unet": {
+            "widths": (16, 24, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "attention_head_dim": 4,
+            "sample_size": 16,
+        },
+        "vae": {"widths": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
+        "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+    "small-if1": {  # for benchmarks: 64 pixels
+        "family": "if1",
+        "unet": {"widths": (64, 128, 192, 256), "layers_per_block": 2, "attending": 3, "sample_size": 64},
+        "text": {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4},
+    },
+    # The published configurations of DeepFloyd IF.
+    "if1-m": {
+        "family": "if1",
+        "unet": {"widths": (192, 384, 576, 768), "layers_per_block": 3, "attending": 3, "sample_size": 64},
+        "text": T5_XXL,
+    },
+    "if1-l": {
+        "family": "if1",
+        "unet": {"widths": (320, 640, 960, 1280), "layers_per_block": 3, "attending": 3, "sample_size": 64},
+        "text": T5_XXL,
+    },
+    "if1-xl": {
+        "family": "if1",
+        "unet": {"widths": (704, 1408, 2112, 2816), "layers_per_block": 3, "attending": 3, "sample_size": 64},
+        "text": T5_XXL,
+    },
+    "if2-m": {
+        "family": "if2",
+        "unet": {
+            "widths": (96, 192, 384, 576, 768),
+            "layers_per_block": (2, 2, 3, 5, 5),
+            "attending": 1,
+            "sample_size": 256,
+        },
+        "text": T5_XXL,
+    },
+    "if2-l": {
+        "family": "if2",
+        "unet": {
+            "widths": (160, 320, 640, 960, 1280),
+            "layers_per_block": (2, 2, 3, 5, 5),
+            "attending": 2,
+            "sample_size": 256,
+        },
+        "text": T5_XXL,
+    },
 }
 
 
@@ -98,9 +195,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights; default: 0")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights; default: fp32")
     parser.add_argument("--variant", help="put this into the weights' file names, as in model.fp16.safetensors")
+    parser.add_argument(
+        "--full_text_encoder",
+        action="store_true",
+        help="if1-* and if2-*: write T5 v1.1 XXL, 4.76 billion parameters; default: one thin layer of its width",
+    )
     args = parser.parse_args(argv)
+    dtype = DTYPES[args.dtype]
     try:
-        make_model(args.out, args.shape, args.prediction_type, args.seed, DTYPES[args.dtype], args.variant)
+        make_model(args.out, args.shape, args.prediction_type, args.seed, dtype, args.variant, args.full_text_encoder)
     except InputError as error:
         parser.error(str(error))
     megabytes = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
@@ -114,8 +217,9 @@ def make_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    full_text_encoder: bool = False,
 ) -> Path:
-    """Write a Stable Diffusion pipeline folder with random weights, the same for the same arguments.
+    """Write a pipeline folder with random weights, the same for the same arguments.
 
     Args:
         folder: where to; must not exist or be empty.
@@ -124,18 +228,28 @@ def make_model(
         seed: of the weights; the global random state is neither used nor changed.
         dtype: of all weights.
         variant: goes into the weights' file names, for example "fp16".
+        full_text_encoder: write T5 v1.1 XXL in full, instead of one thin layer of its width; only for shapes that have
+            it. It is 19 GB in float32.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: The folder already holds files.
+        InputError: The folder already holds files, or the shape has no large text encoder.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists and is not an empty folder. Name another one or remove it.")
-    pipeline = build_pipeline(SHAPES[shape], prediction_type, seed, dtype)
+    recipe = SHAPES[shape]
+    has_large_text_encoder = recipe["text"] is T5_XXL
+    if full_text_encoder and not has_large_text_encoder:
+        raise InputError(f"--full_text_encoder is for if1-* and if2-*, not for --shape {shape}. Leave it out.")
+    if has_large_text_encoder and not full_text_encoder:
+        recipe = {**recipe, "text": T5_THIN}
+    pipeline = BUILDERS[recipe["family"]](recipe, prediction_type, seed, dtype)
     pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
+    if isinstance(pipeline.tokenizer, T5Tokenizer):
+        write_t5_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -145,16 +259,12 @@ def build_pipeline(
     """Build a Stable Diffusion pipeline of an entry of `SHAPES`, on the CPU, without safety checker."""
     tokenizer = build_tokenizer(shape["pad_token"])
     scheduler_class, schedule = shape["scheduler"]
-    networks = {}
-    for name, build, config in (
-        ("unet", build_unet, {**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
-        ("vae", build_vae, shape["vae"]),
-        ("text_encoder", build_text_encoder, {"vocab_size": len(tokenizer), **shape["text"]}),
-    ):
-        # Only the CPU's generator is seeded, because that is the only one which fork_rng(devices=[]) restores.
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(derive_seed(seed, "make_model", name))
-            networks[name] = torch.nn.Module.to(build(config), dtype).eval()  # diffusers' own `to` warns about nothing
+    recipes = {
+        "unet": (build_unet, {**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
+        "vae": (build_vae, shape["vae"]),
+        "text_encoder": (build_text_encoder, {"vocab_size": len(tokenizer), **shape["text"]}),
+    }
+    networks = build_networks(recipes, seed, dtype)
     return StableDiffusionPipeline(
         **networks,
         tokenizer=tokenizer,
@@ -165,6 +275,92 @@ def build_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def build_if_pipeline(
+    shape: dict, prediction_type: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> IFPipeline | IFSuperResolutionPipeline:
+    """Build a DeepFloyd IF pipeline of an entry of `SHAPES`, on the CPU, without safety checker and watermark."""
+    tokenizer = build_t5_tokenizer()
+    upscales = shape["family"] == "if2"
+    recipes = {
+        "unet": (
+            build_if2_unet if upscales else build_if1_unet,
+            {**shape["unet"], "encoder_hid_dim": shape["text"]["d_model"]},
+        ),
+        "text_encoder": (build_t5_encoder, {"vocab_size": len(tokenizer), **shape["text"]}),
+    }
+    with default_dtype(dtype):  # the largest U-Net takes 17 GB in float32, so it is never built in that first
+        networks = build_networks(recipes, seed, dtype)
+    parts = {
+        **networks,
+        "tokenizer": tokenizer,
+        "scheduler": DDPMScheduler(
+            **IF_SCHEDULE, sample_max_value=1.0 if upscales else 1.5, prediction_type=prediction_type or "epsilon"
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    if upscales:
+        noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        return IFSuperResolutionPipeline(**parts, image_noising_scheduler=noising)
+    return IFPipeline(**parts)
+
+
+def build_x4_pipeline(
+    shape: dict, prediction_type: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> StableDiffusionUpscalePipeline:
+    """Build a Stable Diffusion x4 upscaler of an entry of `SHAPES`, on the CPU, without safety checker."""
+    tokenizer = build_tokenizer("!")
+    recipes = {
+        "unet": (build_x4_unet, {**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
+        "vae": (build_vae, {**shape["vae"], "scaling_factor": 0.08333}),
+        "text_encoder": (build_text_encoder, {"vocab_size": len(tokenizer), **shape["text"]}),
+    }
+    return StableDiffusionUpscalePipeline(
+        **build_networks(recipes, seed, dtype),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**X4_SCHEDULE, prediction_type=prediction_type or "v_prediction"),
+        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        max_noise_level=350,
+    )
+
+
+BUILDERS: dict[str, Callable[..., DiffusionPipeline]] = {
+    "sd": build_pipeline,
+    "if1": build_if_pipeline,
+    "if2": build_if_pipeline,
+    "x4": build_x4_pipeline,
+}
+
+
+def build_networks(
+    recipes: dict[str, tuple[Callable[[dict], torch.nn.Module], dict]], seed: int, dtype: torch.dtype
+) -> dict[str, torch.nn.Module]:
+    """Build each network from its builder and configuration, with a random seed that depends on its name."""
+    networks = {}
+    for name, (build, config) in recipes.items():
+        # Only the CPU's generator is seeded, because that is the only one which fork_rng(devices=[]) restores.
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(derive_seed(seed, "make_model", name))
+            networks[name] = torch.nn.Module.to(build(config), dtype).eval()  # diffusers' own `to` warns about nothing
+    return networks
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of this dtype, and of the previous one again afterwards."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def build_unet(config: dict) -> UNet2DConditionModel:
@@ -180,16 +376,74 @@ def build_unet(config: dict) -> UNet2DConditionModel:
     )
 
 
+def build_x4_unet(config: dict) -> UNet2DConditionModel:
+    """Build the upscaler's U-Net, which takes 4 latent and 3 image channels and a noise level as a class."""
+    config = dict(config)
+    widths = config.pop("widths")
+    attending = len(widths) - 1
+    return UNet2DConditionModel(
+        in_channels=7,
+        out_channels=4,
+        num_class_embeds=1000,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attending,
+        up_block_types=("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",),
+        only_cross_attention=(True,) * attending + (False,),
+        use_linear_projection=True,
+        **config,
+    )
+
+
+def build_if1_unet(config: dict) -> UNet2DConditionModel:
+    """Build a U-Net of IF's stage I, whose lowest levels attend to the text."""
+    config = dict(config)
+    widths, attending = config.pop("widths"), config.pop("attending")
+    plain = len(widths) - attending
+    return UNet2DConditionModel(
+        **{
+            "in_channels": 3,
+            "out_channels": 6,  # noise, and how much of the variance's range
+            "block_out_channels": widths,
+            "down_block_types": ("ResnetDownsampleBlock2D",) * plain + ("SimpleCrossAttnDownBlock2D",) * attending,
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D",) * attending + ("ResnetUpsampleBlock2D",) * plain,
+            "cross_attention_dim": widths[-1],
+            "cross_attention_norm": "group_norm",
+            "attention_head_dim": 64,
+            "encoder_hid_dim_type": "text_proj",
+            "addition_embed_type": "text",
+            "resnet_time_scale_shift": "scale_shift",
+            "act_fn": "gelu",
+            **config,
+        }
+    )
+
+
+def build_if2_unet(config: dict) -> UNet2DConditionModel:
+    """Build a U-Net of IF's stage II, which also takes an upscaled image and the level of the noise added to it."""
+    return build_if1_unet(
+        {
+            "in_channels": 6,
+            "class_embed_type": "timestep",
+            "time_embedding_dim": config["widths"][-1],
+            "time_embedding_act_fn": "gelu",
+            "resnet_skip_time_act": True,
+            "resnet_out_scale_factor": 1 / 0.7071,  # the published digits, not quite the square root of 2
+            "mid_block_scale_factor": 1 / 0.7071,
+            **config,
+        }
+    )
+
+
 def build_vae(config: dict) -> AutoencoderKL:
     """Build an autoencoder that shrinks images by 2 between levels, so by 8 with four widths."""
-    config = dict(config)
+    config = {"scaling_factor": 0.18215, **config}
     widths = config.pop("widths")
     return AutoencoderKL(
         block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         latent_channels=4,
-        scaling_factor=0.18215,
         **config,
     )
 
@@ -202,51 +456,9 @@ def build_text_encoder(config: dict) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(**{"hidden_act": "quick_gelu", **token_ids, **config}))
 
 
-def build_tokenizer(pad_token: str = END) -> CLIPTokenizer:
-    """Build a byte-level CLIP tokenizer that knows `WORDS`, and everything else letter by letter."""
-    merges = find_merges(WORDS.split())
-    letters = byte_letters()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=merges,
-        pad_token=pad_token,
-        model_max_length=77,
-    )
-
-
-def byte_letters() -> list[str]:
-    """Return the 256 characters for which byte-level tokenizers let the bytes stand, printable ASCII first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
-
-
-def find_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Return byte-pair merges, in order of use, that make each word one token.
-
-    A word is first split by the merges of the words before it and then joined from the left. So no earlier merge can
-    ever tear a later word apart: it was already applied when the later word's own merges were chosen.
-    """
-    merges = []
-    for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:
-            parts = apply_merge(parts, pair)
-        while len(parts) > 1:
-            merges.append((parts[0], parts[1]))
-            parts = apply_merge(parts, merges[-1])
-    return merges
-
-
-def apply_merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join each adjacent occurrence of the pair, from the left."""
-    joined = []
-    for part in parts:
-        if joined and (joined[-1], part) == pair:
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
+def build_t5_encoder(config: dict) -> T5EncoderModel:
+    """Build the encoder of a T5 v1.1."""
+    return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **config))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,12 @@ class MetricLog:
             checkpoints.truncate_metrics(path, first_step)
             self.file = path.open("a" if first_step else "w", encoding="utf-8")
 
-    def add(self, step: int, began: float, examples: int, values: dict[str, float | torch.Tensor]) -> None:
+    def add(self, step: int, began: float, examples: int, losses: list[tuple], values: dict[str, Any]) -> None:
         """Take a step's values and write the step before.
 
         Args:
+            losses: For each micro-step its total, instance and prior loss, or None for the last; their means over
+                micro-steps and processes are written.
             began: `time.perf_counter()` at the start of the step.
             examples: How many examples all processes worked on in the step.
             values: Numbers, or tensors of one number that may still be on their way.
@@ -44,6 +46,7 @@ class MetricLog:
         self._write()
         seconds = time.perf_counter() - began
         speed = {"seconds": seconds, "samples_per_second": examples / seconds}
+        values = self._mean(losses) | values
         self.waiting = step, values | speed | {"memory_gb": devices.peak_memory_gb(self.device)}
         self.progress.update()
 
@@ -60,6 +63,12 @@ class MetricLog:
         self.progress.close()
         if self.file:
             self.file.close()
+
+    def _mean(self, losses: list[tuple]) -> dict[str, torch.Tensor]:
+        """Return a step's losses by their names, still on the device."""
+        parts = zip(("loss", "loss_instance", "loss_prior"), zip(*losses))
+        means = {name: torch.stack(values).detach().mean() for name, values in parts if values[0] is not None}
+        return self.accelerator.reduce(means, reduction="mean")
 
     def _write(self) -> None:
         """Write the step that waits; numbers that are not finite are left out, since JSON has no word for them."""
@@ -85,13 +94,16 @@ class MetricLog:
 
 
 def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
-    """Send pictures of one size to those trackers that take pictures."""
+    """Send pictures to those trackers that take pictures, those of another size than the first under its name."""
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            stack = np.stack([np.array(picture) for picture in pictures])
-            tracker.log_images({name: stack}, step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
-            tracker.log_images({name: pictures}, step)
+        for size in dict.fromkeys(picture.size for picture in pictures):
+            title = name if size == pictures[0].size else f"{name} {size[0]}x{size[1]}"
+            alike = [picture for picture in pictures if picture.size == size]
+            if tracker.name == "tensorboard":
+                stack = np.stack([np.array(picture) for picture in alike])
+                tracker.log_images({title: stack}, step, dataformats="NHWC")
+            elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
+                tracker.log_images({title: alike}, step)
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -108,6 +120,8 @@ def find_tracker_problems(names: list[str]) -> list[str]:
     return problems + [f"--report_to {name} is unknown. Known are {listed}." for name in sorted(missing - known)]
 
 
-def simple_settings(settings: dict[str, Any]) -> dict[str, int | float | str]:
-    """Keep those settings that every tracker can store."""
-    return {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+def start_trackers(accelerator: Accelerator, settings: dict[str, Any], output_dir: Path) -> None:
+    """Start the trackers of a run, if there are any, with those of its settings that every tracker can store."""
+    if accelerator.log_with:
+        simple = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("dreambooth", simple, {"wandb": {"dir": str(output_dir)}})

@@ -9,7 +9,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils import model_files
+from utils import checkpoints, model_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Card:
     grid: str | None
     settings: dict[str, Any]
     snippet: str
+
+
+def write(folder: Path, card: Card, revision: str | None, token: str | None) -> None:
+    """Write README.md of a result, with the base model's licence, and with the grid if it is there."""
+    card = dataclasses.replace(card, grid=card.grid if card.grid and (folder / card.grid).exists() else None)
+    text = render(card, find_license(card.base_model, revision, token))
+    checkpoints.atomic_write_text(folder / "README.md", text)
 
 
 def find_license(base_model: str, revision: str | None, token: str | None) -> dict[str, str]:
@@ -113,21 +120,31 @@ def pipeline_snippet(
     revision: str | None = None,
     variant: str | None = None,
     reading: tuple[str, ...] = (),
+    encoder_class: str = "CLIPTextModel",
+    small: tuple[int, int] | None = None,
 ) -> str:
-    """Return code that draws with a pipeline; `base_model` lends its text encoder if it is given."""
+    """Return code that draws with a pipeline.
+
+    Args:
+        base_model: What lends its text encoder, None if the pipeline has one.
+        reading: Of `reading_lines`.
+        encoder_class: Of the text encoder, in transformers.
+        small: Width and height of the picture that the pipeline enlarges; None: it draws from words alone.
+    """
     encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}"
     lent = ", text_encoder=text_encoder" if base_model else ""
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline",
-            *(["from transformers import CLIPTextModel"] if base_model else []),
+            *(["from transformers import " + encoder_class] if base_model else []),
+            *_imports(small),
             "",
             'device = "cuda" if torch.cuda.is_available() else "cpu"',
-            *([f"text_encoder = CLIPTextModel.from_pretrained({encoder})"] if base_model else []),
+            *([f"text_encoder = {encoder_class}.from_pretrained({encoder})"] if base_model else []),
             f"pipeline = DiffusionPipeline.from_pretrained({result!r}{lent})",
             *reading,
-            f"image = pipeline.to(device)({prompt!r}).images[0]",
+            f"image = pipeline.to(device)({prompt!r}{_image(small)}).images[0]",
             'image.save("image.png")',
         ]
     )
@@ -140,22 +157,41 @@ def lora_snippet(
     revision: str | None,
     variant: str | None = None,
     reading: tuple[str, ...] = (),
+    has_scheduler: bool = False,
+    small: tuple[int, int] | None = None,
 ) -> str:
-    """Return code that draws with a base model and an adapter."""
-    at = _options(revision, variant)
+    """Return code that draws with a base model and an adapter.
+
+    Args:
+        has_scheduler: Whether the adapter is drawn with another scheduler than the base model, which lies beside it.
+        small: As for `pipeline_snippet`.
+    """
+    at, scheduler = _options(revision, variant), f"DDPMScheduler.from_pretrained({result!r}, subfolder='scheduler')"
     return "\n".join(
         [
             "import torch",
-            "from diffusers import DiffusionPipeline",
+            "from diffusers import DiffusionPipeline" + (", DDPMScheduler" if has_scheduler else ""),
+            *_imports(small),
             "",
             'device = "cuda" if torch.cuda.is_available() else "cpu"',
             f"pipeline = DiffusionPipeline.from_pretrained({base_model!r}{at}).to(device)",
             f"pipeline.load_lora_weights({result!r})",
+            *([f"pipeline.scheduler = {scheduler}"] if has_scheduler else []),
             *reading,
-            f"image = pipeline({prompt!r}).images[0]",
+            f"image = pipeline({prompt!r}{_image(small)}).images[0]",
             'image.save("image.png")',
         ]
     )
+
+
+def _imports(small: tuple[int, int] | None) -> list[str]:
+    """Return what code needs that opens a small picture."""
+    return ["from PIL import Image"] if small else []
+
+
+def _image(small: tuple[int, int] | None) -> str:
+    """Return a further argument as code: the picture that is to be enlarged."""
+    return f", image=Image.open('small.png').convert('RGB').resize({tuple(small)})" if small else ""
 
 
 def _options(revision: str | None, variant: str | None) -> str:

@@ -1,7 +1,7 @@
 """A base model's files before its weights are loaded: configs and the classes that they name."""
 
+import dataclasses
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from utils.errors import InputError
+from utils.flag_checks import problems_that_hold
 
 
 def read_config(model: str, filename: str, revision: str | None = None, token: str | None = None) -> dict:
@@ -32,6 +33,61 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
         what = "is a folder without" if is_folder else "is no folder here, and the Hub gave no such model with"
         at = f" at revision {revision}" if revision else ""
         raise InputError(f"The model {model}{at} {what} a readable {filename}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """The configs of a model's parts, empty for a part that it does not have."""
+
+    index: dict  # model_index.json: the library and class of each component
+    unet: dict
+    vae: dict
+    text_encoder: dict
+    scheduler: dict
+    image_noising_scheduler: dict
+
+
+def read_configs(model: str, revision: str | None = None, token: str | None = None) -> Configs:
+    """Read what a model's own files say of it.
+
+    Raises:
+        InputError: There is no such model, or a config that its index promises.
+    """
+    index = read_config(model, "model_index.json", revision, token)
+    parts = {field.name: {} for field in dataclasses.fields(Configs) if field.name != "index"}
+    for part in parts:
+        if index.get(part, [None])[0]:
+            filename = "scheduler_config.json" if part.endswith("scheduler") else "config.json"
+            parts[part] = read_config(model, f"{part}/{filename}", revision, token)
+    return Configs(index, **parts)
+
+
+def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[str, ...]) -> str | None:
+    """Return what a checkpoint is if a script cannot train it, else None.
+
+    Args:
+        is_known: Whether the script knows a kind of such channels, VAE and class embedding.
+        prediction_types: That it can train of this kind.
+    """
+    unet, vae, index = configs.unet, configs.vae, configs.index
+    channels, name = unet.get("in_channels"), index.get("_class_name", "pipeline")
+    pipeline = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    is_xl = "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time"
+    no_text = not (configs.text_encoder and index.get("tokenizer", [None])[0])
+    embedding, prediction_type = unet.get("class_embed_type"), configs.scheduler.get("prediction_type", "epsilon")
+    other = f"{pipeline} with a {unet.get('_class_name')}, {channels} input channels, class embedding {embedding}, and"
+    reasons = problems_that_hold(
+        (not unet, f"{pipeline} without a U-Net"),
+        (is_xl, "a Stable Diffusion XL checkpoint"),
+        (channels == 9, "an inpainting checkpoint (9 input channels)"),
+        (no_text, f"{pipeline} without a text encoder and a tokenizer"),
+        (not is_known or unet.get("_class_name") != "UNet2DConditionModel", f"{other} VAE {vae.get('_class_name')}"),
+        (unet.get("num_class_embeds") is not None, f"{pipeline} whose U-Net takes numbered classes"),
+        (not configs.scheduler, f"{pipeline} without a scheduler"),
+        (channels == 6 and not configs.image_noising_scheduler, f"{pipeline} without an image_noising_scheduler"),
+        (prediction_type not in prediction_types, f"{pipeline} that predicts {prediction_type!r}"),
+    )
+    return reasons[0] if reasons else None
 
 
 def component_class(index: dict, component: str) -> type:

@@ -1,8 +1,12 @@
 """Work that one of several processes does for all."""
 
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -24,3 +28,25 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments) ->
     if refusal is not None:
         raise InputError(refusal)
     return value
+
+
+def set_up_logging(accelerator: Accelerator) -> None:
+    """Write messages to stderr, those of utils from the main process only, and none of the libraries' own."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product in 8 bits
+    if not accelerator.is_main_process:
+        logging.getLogger("utils").setLevel(logging.ERROR)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise InputError if accelerate is set to more than one process or plain data parallelism."""
+    engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
+        raise InputError(
+            f"accelerate is set to {engine} with torch.compile by {compiler}. Supported are one process or plain data "
+            "parallelism, not compiled: see `accelerate config`, or run `accelerate launch --multi_gpu`."
+        )

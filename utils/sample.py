@@ -3,69 +3,63 @@
     python -m utils.sample dreambooth-model/checkpoint-500 --prompt "a photo of sks dog in the snow" --seed 0 1 2
 
 The picture of a prompt and a seed is the preview that training drew of them (preview i has the run's seed + i): in
-float32 and with --batch_size 1, to the bit. An adapter and a checkpoint need the base model, which args.json names.
+float32, with --batch_size 1 and the preview's sampler, steps and guidance, to the bit. An adapter and a checkpoint
+need the base model, which args.json names.
+
+DeepFloyd IF draws in up to three stages, each a base model or a result, loaded and freed in turn:
+
+    python -m utils.sample my-dog-if --prompt "a photo of sks dog" --stage_two DeepFloyd/IF-II-L-v1.0 \
+      --stage_two_prompt "a photo of a dog" --upscaler stabilityai/stable-diffusion-x4-upscaler --dtype fp16
+
+The last stage's pictures lie in the output folder, those of earlier ones in stage-1/ and stage-2/ below it. A stage II
+or the upscaler as RESULT enlarges --images, for example those.
 """
 
 import argparse
-import dataclasses
-import json
 import re
 import sys
-import textwrap
-from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
-import huggingface_hub
-import peft
-import safetensors.torch
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from tqdm.auto import tqdm
 
-from utils import checkpoints, images, model_files, previews
+from utils import checkpoints, images, previews, results, stages
 from utils.errors import InputError
 from utils.flag_checks import find_out_of_range
-from utils.hub import ADAPTER, PIPELINE
+from utils.geometry import Size
+from utils.results import SAVED, SCHEDULERS, load_pipeline
+from utils.stages import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage
+
+__all__ = ["draw", "load_pipeline", "main", "silence_loading"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAVED = "saved"
-SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
+# Which flag names a stage's model, by the prefix of the stage's other flags.
+MODEL_FLAGS = {"": "result", "stage_two_": "stage_two", "upscaler_": "upscaler"}
+KINDS = {"stage_two_": STAGE_TWO, "upscaler_": UPSCALER}
+NOISE_LEVELS = {STAGE_TWO: "stage_two_noise_level", UPSCALER: "upscaler_noise_level"}
 RANGES = {
-    **dict.fromkeys(("num_inference_steps", "batch_size", "height", "width"), "1 or more"),
-    **dict.fromkeys(("guidance_scale", "lora_scale"), "0 or more"),
+    **dict.fromkeys(("batch_size", "height", "width"), "1 or more"),
+    **dict.fromkeys((f"{prefix}num_inference_steps" for prefix in MODEL_FLAGS), "1 or more"),
+    **dict.fromkeys((f"{prefix}guidance_scale" for prefix in MODEL_FLAGS), "0 or more"),
+    **dict.fromkeys(("lora_scale", "stage_two_lora_scale", *NOISE_LEVELS.values()), "0 or more"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A folder or Hub repository to draw from, and the flags of the run that wrote it."""
-
-    name: str
-    kind: str  # PIPELINE, ADAPTER or "unet", after the file or folder that it is recognised by
-    settings: dict  # of args.json; empty if there is none
+SHEET_PIXELS = 256  # smaller pictures are shown enlarged on the sheet
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw every prompt from every seed, say where the pictures are, and return the exit status."""
     args = parse_args(argv)
     try:
-        folder = draw_to_folder(args)
+        folders, count = draw_to_folder(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"Wrote {len(args.prompt) * len(args.seed)} pictures and grid.png to {folder}")
+    *earlier, last = folders
+    rest = f", and those of earlier stages to {' and '.join(map(str, earlier))}" if earlier else ""
+    print(f"Wrote {count} pictures and grid.png to {last}{rest}")
     return 0
 
 
@@ -78,54 +72,125 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("result", metavar="RESULT", help="a result or checkpoint-N folder, a base model's folder, or a Hub id")
     add("--prompt", nargs="+", required=True, help="what to draw: one text or several")
     add("--seed", nargs="+", type=int, default=[0], help="draw each prompt from each of these; default: 0")
-    add("--negative_prompt", default="", help="what the pictures are steered away from")
+    add("--negative_prompt", default="", help="what the pictures are steered away from, in every stage")
+    add(
+        "--images", nargs="+", type=Path, metavar="FILE", help="what RESULT enlarges: one for all prompts, or one each"
+    )
     add("--base_model", help="model that RESULT was trained from, if args.json does not name it or it has moved")
     add("--revision", help="branch, tag or commit of the base model, or of RESULT if that is a whole pipeline")
     add("--variant", help="variant of the same model's weight files, for example fp16")
-    add("--lora_scale", type=float, default=1.0, help="strength of an adapter; 0: none, default: 1, as trained")
-    add("--scheduler", choices=(SAVED, *SCHEDULERS), default=SCHEDULERS[0], help=f"sampler; default: {SCHEDULERS[0]}")
-    add("--num_inference_steps", type=int, default=25, help="sampling steps per picture; default: 25")
-    add("--guidance_scale", type=float, default=7.5, help="classifier-free guidance; 1: none, default: 7.5")
+    add("--lora_scale", type=float, help="strength of an adapter; 0: none, default: 1, as trained")
+    add("--scheduler", choices=(SAVED, *SCHEDULERS), help=f"sampler; default: {SCHEDULERS[0]}, for IF the saved one")
+    add("--num_inference_steps", type=int, help="steps per picture; default: 25, IF: 100, stage II: 50, upscaler: 75")
+    add("--guidance_scale", type=float, help="1: none; default: 7.5, IF: 7, stage II: 4, upscaler: 9")
     add("--height", type=int, help="pixels; default: the resolution of the training, else the model's own")
     add("--width", type=int, help="pixels; default: as for --height")
     add("--batch_size", type=int, default=1, help="pictures drawn at a time: faster, and not the same in every bit")
     add("--dtype", choices=DTYPES, default="fp32", help="precision; default: fp32")
     add("--device", help="for example cuda:1 or cpu; default: the best there is")
     add("--output", type=Path, metavar="DIR", help="where to write; default: samples/ and the name of RESULT")
+    add_cascade_args(parser.add_argument_group("further stages of DeepFloyd IF"))
     args = parser.parse_args(argv)
     problems = find_out_of_range(vars(args), RANGES)
-    if problems := problems + [f"--seed {seed} is negative." for seed in args.seed if seed < 0]:
+    problems += [f"--seed {seed} is negative." for seed in args.seed if seed < 0]
+    if problems := problems + find_idle_flags(vars(args)):
         parser.error(" ".join(problems))
     return args
 
 
-def draw_to_folder(args: argparse.Namespace) -> Path:
-    """Load, draw and write, a prompt at a time, and return the folder of the pictures."""
+def add_cascade_args(group) -> None:
+    """Add the flags of the stages after RESULT."""
+    add = group.add_argument
+    add("--stage_two", metavar="RESULT", help="IF's stage II for a stage I as RESULT: a base model or a result")
+    add(
+        "--stage_two_prompt",
+        nargs="+",
+        help="one for all or one each; leave out the subject's word if stage II was not trained; default: the prompt",
+    )
+    add("--stage_two_base_model", help="as --base_model")
+    add("--stage_two_variant", help="as --variant")
+    add("--stage_two_lora_scale", type=float, help="as --lora_scale")
+    add("--stage_two_scheduler", choices=(SAVED, *SCHEDULERS), help="default: the saved one")
+    add("--stage_two_num_inference_steps", type=int, help="default: 50")
+    add("--stage_two_guidance_scale", type=float, help="default: 4")
+    add(
+        "--stage_two_noise_level",
+        type=int,
+        help="noise added to what stage II enlarges, here or as RESULT; default: 250 of 999",
+    )
+    add("--upscaler", metavar="MODEL", help="Stable Diffusion's x4 upscaler, for the pictures of the stage before it")
+    add("--upscaler_prompt", nargs="+", help="default: that of the stage before")
+    add("--upscaler_variant", help="as --variant")
+    add("--upscaler_scheduler", choices=(SAVED, *SCHEDULERS), help="default: the saved one")
+    add("--upscaler_num_inference_steps", type=int, help="default: 75")
+    add("--upscaler_guidance_scale", type=float, help="default: 9")
+    add(
+        "--upscaler_noise_level",
+        type=int,
+        help="noise added to what it enlarges, here or as RESULT; default: 100 of 350",
+    )
+
+
+def find_idle_flags(values: dict) -> list[str]:
+    """Return a sentence for each flag of a stage that the command does not have."""
+    return [
+        f"--{name} has no effect without --{model}."
+        for prefix, model in MODEL_FLAGS.items()
+        for name, value in values.items()
+        if prefix and name.startswith(prefix) and name not in NOISE_LEVELS.values()
+        if value is not None and values[model] is None
+    ]
+
+
+def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
+    """Check everything, then draw and write a stage at a time; return the stages' folders and pictures per stage."""
     silence_loading()
-    where = {"base_model": args.base_model, "revision": args.revision, "variant": args.variant}
-    how = {"scheduler": args.scheduler, "lora_scale": args.lora_scale, "dtype": DTYPES[args.dtype]}
-    pipeline = load_pipeline(args.result, **where, **how, device=args.device)
+    dtype = DTYPES[args.dtype]
+    device = results.choose_device(args.device, dtype)
+    drawing = Drawing(args.seed, args.negative_prompt, args.batch_size, dtype, device)
+    rows = max(len(args.prompt), len(args.images or []))
+    chain = list_stages(args, rows)
+    stages.check_stages(chain)
+    paths = spread(args.images, rows, "--images") if args.images else []
+    pictures = [images.open_rgb(path) for path in paths]
+    sizes = stages.plan_sizes(chain, args.width, args.height, pictures)
+    output = args.output or Path("samples", default_name(args.result))
+    folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
+    small = [make_small(*row) for row in zip(paths, pictures, sizes[0])]
     diffusers.utils.logging.set_verbosity_warning()  # says which words of a prompt are too many
-    default = recognise(args.result, args.revision).settings.get("resolution")
-    folder = args.output or Path("samples", default_name(args.result))
+    embeds = stages.embed_prompts(chain, drawing)
+    drawn = [[picture] * len(args.seed) for picture in small] or None
+    for stage, own_sizes, folder in zip(chain, sizes, folders):
+        drawn = write_rows(args, stages.draw_rows(stage, own_sizes, drawing, embeds, drawn), folder)
+    return folders, rows * len(args.seed)
+
+
+def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], folder: Path) -> list[list[Image.Image]]:
+    """Write rows of pictures as they come, then all of them on one sheet, and return them."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, options = [], (args.negative_prompt, args.num_inference_steps, args.guidance_scale)
-    size = (args.height or default, args.width or default)
-    for number, prompt in enumerate(args.prompt):
-        pictures = draw(pipeline, [prompt], args.seed, *options, size, args.batch_size)
-        for seed, picture in zip(args.seed, pictures):
-            images.save_png(picture, folder / file_name(number, prompt, seed))
-        drawn += pictures
-    one = len(args.prompt) == 1
+    several = len(args.images or []) > 1
+    texts = [path.stem for path in args.images] if several else args.prompt
+    written = []
+    for number, row in enumerate(rows):
+        for seed, picture in zip(args.seed, row):
+            images.save_png(picture, folder / file_name(number, texts[number], seed))
+        written.append(row)
+    one = len(written) == 1
     grid = previews.make_grid(
-        drawn,
+        [enlarge_for_sheet(picture) for row in written for picture in row],
         columns=len(args.seed),
-        labels=[f"seed {seed}" for seed in args.seed] * len(args.prompt),
-        title=args.prompt[0] if one else None,
-        row_labels=None if one else args.prompt,
+        labels=[f"seed {seed}" for seed in args.seed] * len(written),
+        title=texts[0] if one else None,
+        row_labels=None if one else texts,
     )
     images.save_png(grid, folder / "grid.png")
-    return folder
+    return written
+
+
+def enlarge_for_sheet(picture: Image.Image) -> Image.Image:
+    """Enlarge a picture of few pixels by a whole number, so that it can be seen beside its labels."""
+    times = max(1, SHEET_PIXELS // max(picture.size))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def silence_loading() -> None:
@@ -143,10 +208,88 @@ def default_name(result: str) -> str:
     return folder.name if checkpoints.step_of(folder) is None else f"{folder.parent.name}-{folder.name}"
 
 
-def file_name(number: int, prompt: str, seed: int) -> str:
-    """Return a picture's file name: the prompt's number keeps those apart whose letters and digits are the same."""
-    words = re.sub("[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
+def file_name(number: int, text: str, seed: int) -> str:
+    """Return a picture's file name: the row's number keeps those apart whose letters and digits are the same."""
+    words = re.sub("[^a-z0-9]+", "-", text.lower())[:60].strip("-")
     return "-".join(filter(None, (f"{number:02d}", words, f"seed{seed}"))) + ".png"
+
+
+# ---------------------------------------------------------------------------------------------------- rows and stages
+
+
+def list_stages(args: argparse.Namespace, rows: int) -> list[Stage]:
+    """Recognise RESULT and the stages after it.
+
+    Raises:
+        InputError: They do not follow each other, or a flag is not for them.
+    """
+    chain = [make_stage(args, "", spread(args.prompt, rows, "--prompt"))]
+    for prefix, flag in list(MODEL_FLAGS.items())[1:]:
+        if vars(args)[flag] is not None:
+            prompts = vars(args)[f"{prefix}prompt"]
+            own = spread(prompts, rows, f"--{prefix}prompt") if prompts else chain[-1].prompts
+            chain.append(make_stage(args, prefix, own))
+    check_order(args, chain)
+    return chain
+
+
+def make_stage(args: argparse.Namespace, prefix: str, prompts: list[str]) -> Stage:
+    """Gather the flags of a stage, which start with its prefix, and what is usual for its kind.
+
+    Raises:
+        InputError: It is of another kind than its flag is for.
+    """
+    own = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
+    flag, wanted = MODEL_FLAGS[prefix], KINDS.get(prefix)
+    where = {name: own.get(name) for name in ("base_model", "revision", "variant")}
+    try:
+        # Stage I has the text encoder for stage II.
+        origin = results.locate(vars(args)[flag], **where, reads_text=wanted is not STAGE_TWO)
+        results.check_strength(origin.result, 1.0 if own.get("lora_scale") is None else own["lora_scale"])
+    except InputError as error:
+        raise InputError(re.sub("--(base_model|lora_scale)", rf"--{prefix}\1", str(error))) from error
+    kind = stages.kind_of(origin)
+    if wanted not in (None, kind):
+        raise InputError(f"--{flag} {origin.result.name} is {kind.name}, not {wanted.name}.")
+    given = {name: own.get(name) for name in ("num_inference_steps", "guidance_scale", "scheduler", "lora_scale")}
+    given["noise_level"] = vars(args).get(NOISE_LEVELS.get(kind))
+    chosen = {name: getattr(kind, name) if value is None else value for name, value in given.items()}
+    return Stage(origin, kind, prompts, **chosen)
+
+
+def check_order(args: argparse.Namespace, chain: Sequence[Stage]) -> None:
+    """Raise InputError if RESULT is of the wrong kind for what comes before or after it, or a flag has no stage."""
+    name, kind = chain[0].name, chain[0].kind
+    if args.stage_two and kind is not STAGE_ONE:
+        raise InputError(f"--stage_two enlarges what {STAGE_ONE.name} draws, and {name} is {kind.name}.")
+    if args.upscaler and kind is UPSCALER:
+        raise InputError(f"{name} is {kind.name} itself: leave out --upscaler.")
+    if kind.noise_level is None and args.images:
+        raise InputError(f"--images are for models that enlarge: {name} is {kind.name}, which draws from noise.")
+    if kind.noise_level is not None and not args.images:
+        hint = f", or draw by a stage I as RESULT with --stage_two {name}" if kind is STAGE_TWO else ""
+        raise InputError(f"{name} is {kind.name}, which enlarges pictures: give them by --images{hint}.")
+    for enlarger, flag in NOISE_LEVELS.items():
+        if vars(args)[flag] is not None and enlarger not in [stage.kind for stage in chain]:
+            raise InputError(f"--{flag} has no effect without {enlarger.name}.")
+
+
+def spread(values: Sequence, rows: int, flag: str) -> list:
+    """Return a value for each row of pictures: the values themselves, or the only one again and again."""
+    if len(values) not in (1, rows):
+        raise InputError(
+            f"{flag} has {len(values)} values for {rows} rows of pictures: give one, or one for each row."
+        )
+    return list(values) * (rows // len(values))
+
+
+def make_small(path: Path, picture: Image.Image, size: Size) -> Image.Image:
+    """Make a picture a quarter of what it is enlarged to, and say so."""
+    small = stages.make_small(picture, size)
+    if picture.size != small.size:
+        cut = "" if picture.width * small.height == picture.height * small.width else "its middle "
+        print(f"{path}, {picture.width} x {picture.height} pixels: {cut}resized to {small.width} x {small.height}")
+    return small
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
@@ -162,7 +305,7 @@ def draw(
     size: tuple[int | None, int | None] = (None, None),
     batch_size: int = 1,
 ) -> list[Image.Image]:
-    """Draw each prompt from each seed; the noise of a picture depends on its seed alone.
+    """Draw each prompt from each seed with a pipeline that draws from noise.
 
     Args:
         size: Height and width in pixels; None takes the model's own.
@@ -170,208 +313,14 @@ def draw(
 
     Returns:
         One picture for each pair, those of the first prompt first.
-
-    Raises:
-        InputError: The model cannot draw that size.
     """
-    factor = getattr(pipeline, "vae_scale_factor", 1)
-    for flag, pixels in zip(("height", "width"), size):
-        if pixels is not None and pixels % factor:
-            raise InputError(f"--{flag} {pixels} is no multiple of {factor}, the VAE's factor.")
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    drawn = []
-    for start in tqdm(range(0, len(pairs), batch_size), desc="pictures", disable=len(pairs) == 1):
-        batch = pairs[start : start + batch_size]
-        drawn += pipeline(
-            prompt=[prompt for prompt, _ in batch],
-            negative_prompt=[negative_prompt] * len(batch),
-            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-            height=size[0],
-            width=size[1],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).images
-    return drawn
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
-def load_pipeline(
-    result: str | Path,
-    base_model: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    scheduler: str = SCHEDULERS[0],
-    lora_scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    device: str | None = None,
-) -> diffusers.DiffusionPipeline:
-    """Load a result, or a base model with what a result changes of it, ready to draw and without a safety checker.
-
-    Args:
-        result: Folder or Hub id of a pipeline or an adapter, or the folder of a checkpoint.
-        base_model: What an adapter or a checkpoint was trained from; None: what args.json says.
-        revision: Of the base model, or of `result` if that is a pipeline; None: what args.json says.
-        variant: Of the same.
-        scheduler: One of `SCHEDULERS` with the saved settings, or "saved" for the one that they are of.
-
-    Raises:
-        InputError: There is nothing to draw from in `result`, no base model, or the two do not fit together.
-    """
-    device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
-    if dtype is torch.float16 and device.type == "cpu":
-        raise InputError("--dtype fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or fp32.")
-    found = recognise(str(result), revision)
-    source, places = find_sources(found, base_model, {"revision": revision, "variant": variant})
-    parts = load_parts(found, source, places, dtype)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(**source, **parts, dtype=dtype)
-    if found.kind == ADAPTER:
-        load_adapter(pipeline, found, lora_scale)
-    elif lora_scale != 1:
-        raise InputError(f"--lora_scale {lora_scale:g}: {found.name} is no adapter.")
-    set_scheduler(pipeline, found, scheduler)
-    # Otherwise prompts would not be read in the way that was trained.
-    if length := found.settings.get("tokenizer_max_length"):
-        pipeline.tokenizer.model_max_length = length
-    if found.settings.get("text_encoder_use_attention_mask"):
-        pipeline.text_encoder.config.use_attention_mask = True
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def recognise(result: str, revision: str | None = None) -> Result:
-    """Tell what a folder or Hub repository holds.
-
-    Raises:
-        InputError: It is nothing that this tool draws from.
-    """
-    if find_file(result, PIPELINE, revision):
-        return Result(result, PIPELINE, read_settings([Path(result)]))
-    kind = next((name for name in (ADAPTER, "unet/config.json") if find_file(result, name)), None)
-    if kind is None:
-        there = [path.name for path in checkpoints.list_checkpoints(Path(result))]
-        hint = f" It has {', '.join(there)}: name one of them, as {Path(result, there[-1])}." if there else ""
-        what = "holds" if Path(result).is_dir() else "is no folder, and as a Hub id it gave"
-        raise InputError(f"{result} {what} neither {PIPELINE} nor {ADAPTER} nor a unet folder.{hint}")
-    return Result(result, kind.partition("/")[0], read_settings([Path(result), Path(result).resolve().parent]))
-
-
-def find_file(model: str, filename: str, revision: str | None = None) -> Path | None:
-    """Return the path of a folder's or a Hub repository's file, None if there is none."""
-    if Path(model).exists():
-        return Path(model, filename) if Path(model, filename).is_file() else None
-    try:
-        return Path(huggingface_hub.hf_hub_download(model, filename, revision=revision))
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
-
-
-def read_settings(folders: list[Path]) -> dict:
-    """Return the content of the first args.json in the folders, nothing if none has one."""
-    path = next((folder / "args.json" for folder in folders if (folder / "args.json").is_file()), None)
-    if path is None:
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def find_sources(found: Result, base_model: str | None, given: dict[str, str | None]) -> tuple[dict, dict[str, dict]]:
-    """Return where the pipeline is loaded from, and those of its parts that are elsewhere, for `from_pretrained`.
-
-    Args:
-        given: `revision` and `variant`.
-
-    Raises:
-        InputError: A base model is needed and unknown, or given and not needed.
-    """
-    own = {"pretrained_model_name_or_path": found.name}
-    if found.kind != PIPELINE:
-        trained = [name for name in ("unet", "text_encoder") if Path(found.name, name).is_dir()]
-        return find_base(found, base_model, given), dict.fromkeys(trained if found.kind != ADAPTER else [], own)
-    index = model_files.read_config(found.name, PIPELINE, given["revision"])
-    if index.get("text_encoder") == [None, None]:  # written with --skip_save_text_encoder
-        return own | given, {"text_encoder": find_base(found, base_model, {})}
-    if base_model:
-        raise InputError(f"{found.name} is a whole pipeline: --base_model {base_model} would have no effect.")
-    return own | given, {}
-
-
-def find_base(found: Result, base_model: str | None, given: dict[str, str | None]) -> dict[str, str | None]:
-    """Return the base model of a result as arguments of `from_pretrained`.
-
-    Raises:
-        InputError: Neither the caller nor args.json names it, or it is not there.
-    """
-    known = {"pretrained_model_name_or_path": str(base_model)} if base_model else found.settings
-    source = {key: known.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
-    source |= {key: value for key, value in given.items() if value is not None}
-    name = source["pretrained_model_name_or_path"]
-    if not name:
-        raise InputError(f"{found.name} needs its base model, and no args.json names it. Give it by --base_model.")
-    if not find_file(name, PIPELINE, source["revision"]):
-        whose = "--base_model" if base_model else "its args.json: if it has moved, use --base_model"
-        raise InputError(f"{found.name} needs its base model, and {name} has no {PIPELINE} (from {whose}).")
-    return source
-
-
-def load_parts(found: Result, source: dict, places: dict[str, dict], dtype: torch.dtype) -> dict[str, Any]:
-    """Load what the pipeline shall not take from its own source, and leave out the safety checker."""
-    parts = {}
-    for name, place in places.items():
-        # Only a model_index.json names the class of a text encoder; a checkpoint has none.
-        owner = place if "revision" in place else source
-        index = model_files.read_config(owner["pretrained_model_name_or_path"], PIPELINE, owner["revision"])
-        kind = model_files.component_class(index, name)
-        parts[name] = kind.from_pretrained(**place, subfolder=name, dtype=dtype).eval()
-    index = model_files.read_config(source["pretrained_model_name_or_path"], PIPELINE, source["revision"])
-    if "safety_checker" in index:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    if tokenizer := found.settings.get("tokenizer_name"):
-        parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    return parts
-
-
-def load_adapter(pipeline: diffusers.DiffusionPipeline, found: Result, scale: float) -> None:
-    """Load an adapter, and make sure that all of it arrived: diffusers only warns of layers that it does not find.
-
-    Raises:
-        InputError: The base model lacks layers of the adapter, or has others in their place.
-    """
-    path = find_file(found.name, ADAPTER)
-    misfit = f"{path} does not fit the base model {pipeline.config._name_or_path}"
-    try:
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="result")
-    except (RuntimeError, ValueError, KeyError) as error:
-        # The whole of it has a line for each layer.
-        raise InputError(f"{misfit}: {textwrap.shorten(str(error), 300, placeholder=' …')}") from error
-    in_file = count_layers(safetensors.torch.load_file(path))
-    arrived = Counter()
-    for name in ("unet", "text_encoder"):
-        network = getattr(pipeline, name)
-        if "result" in getattr(network, "peft_config", {}):
-            state = peft.get_peft_model_state_dict(network, adapter_name="result", save_embedding_layers=False)
-            arrived += count_layers(f"{name}.{key}" for key in state)
-    if lost := sorted(in_file - arrived):
-        raise InputError(f"{misfit}: it lacks {len(lost)} of {len(in_file)} layers, the first being {lost[0]}.")
-    if scale != 1:
-        pipeline.set_adapters("result", scale)
-
-
-def count_layers(keys) -> Counter:
-    """Count the tensors of each layer that has an adapter, under the layers' names in the present transformers."""
-    layers = (key.partition(".lora")[0] for key in keys if not key.endswith(".alpha"))
-    return Counter(layer.replace("text_encoder.text_model.", "text_encoder.") for layer in layers)
-
-
-def set_scheduler(pipeline: diffusers.DiffusionPipeline, found: Result, name: str) -> None:
-    """Give the pipeline a sampler with the settings that were saved with the result, if any, else the base model's."""
-    path = find_file(found.name, "scheduler/scheduler_config.json") if found.kind == ADAPTER else None
-    config = json.loads(path.read_text(encoding="utf-8")) if path else pipeline.scheduler.config
-    kind = getattr(diffusers, name if name != SAVED else config["_class_name"], type(pipeline.scheduler))
-    pipeline.scheduler = kind.from_config(config)
+    own = {"prompt": [prompt for prompt, _ in pairs], "negative_prompt": [negative_prompt] * len(pairs)}
+    common = {"height": size[0], "width": size[1], "guidance_scale": guidance_scale}
+    pair_seeds = [seed for _, seed in pairs]
+    return stages.draw_batches(
+        pipeline, pair_seeds, batch_size, own, **common, num_inference_steps=num_inference_steps
+    )
 
 
 if __name__ == "__main__":

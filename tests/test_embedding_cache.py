@@ -1,0 +1,421 @@
+"""Cached embeddings: the saved bits or nothing, whatever happens to the files and to those who write them."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+
+from utils import embedding_cache
+from utils.embedding_cache import EmbeddingCache, default_folder, model_identity
+from utils.errors import InputError
+
+IDENTITY = {"model": "owner/name", "commits": [["text_encoder", "abc"]], "precision": "fp32", "device": "cpu"}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None  # a new Python would take seconds
+
+
+def prompt(number: int, dtype: torch.dtype = torch.float32, length: int = 7):
+    """Return ids, mask and embeddings that belong together and to no other number."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(0, 1000, (length,), generator=generator)
+    return ids, (torch.arange(length) < 5).long(), torch.randn(length, 8, generator=generator).to(dtype)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors are the same, NaN and the sign of zero included."""
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def only_file(folder: Path) -> Path:
+    """Return the one file of a folder."""
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Make a cache in a folder that does not exist yet."""
+    return EmbeddingCache(tmp_path / "new" / "cache", IDENTITY)
+
+
+# What is saved comes back
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embeddings_come_back_bit_for_bit(cache, dtype, caplog):
+    """Also NaN, infinities and minus zero; also for another object, and through a tensor that needs a gradient."""
+    ids, mask, embeds = prompt(0, dtype)
+    embeds[0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40])
+    assert cache.load(ids, mask) is None
+    assert cache.save(ids, mask, embeds.clone().requires_grad_()) and not caplog.messages
+    for reader in (cache, EmbeddingCache(cache.folder, dict(reversed(IDENTITY.items())))):
+        loaded = reader.load(ids, mask)
+        assert same_bits(loaded, embeds) and not loaded.requires_grad
+        loaded += 1  # it is the caller's own
+    assert same_bits(cache.load(ids, mask), embeds)
+
+
+def test_embeddings_that_are_a_view_come_back(cache):
+    """Their own numbers are saved, in their order, and not the storage behind them."""
+    ids, mask, embeds = prompt(0)
+    view = torch.stack([embeds.T, embeds.T * 2]).transpose(1, 2)[1]
+    assert not view.is_contiguous() and cache.save(ids, mask, view)
+    assert same_bits(cache.load(ids, mask), embeds * 2)
+    assert only_file(cache.folder).stat().st_size < 1000
+
+
+def test_the_file_is_plain_safetensors_as_readable_as_any(cache):
+    """Other programs can open it and see whose it is; nothing else lies beside it."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    path = only_file(cache.folder)
+    assert path == cache.path_of(ids, mask) and path.suffix == ".safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.keys() == ["embeds"] and '"precision": "fp32"' in file.metadata()["identity"]
+        assert same_bits(file.get_tensor("embeds"), embeds)
+    (cache.folder / "plain").touch()
+    assert path.stat().st_mode == (cache.folder / "plain").stat().st_mode
+
+
+def test_saving_again_replaces(cache):
+    """The last save counts."""
+    ids, mask, embeds = prompt(0)
+    for factor in (1, 2):
+        assert cache.save(ids, mask, embeds * factor)
+    assert same_bits(cache.load(ids, mask), embeds * 2) and only_file(cache.folder)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 8), (7,), (1, 7, 8)])
+def test_embeddings_of_another_shape_are_refused(cache, shape):
+    """A batch, or a prompt of another length, is a mistake of the caller."""
+    with pytest.raises(ValueError, match=r"not \(L, D\) with L = 7"):
+        cache.save(*prompt(0)[:2], torch.zeros(shape))
+    assert not cache.folder.exists()
+
+
+# What belongs to something else does not
+
+
+def test_ids_and_mask_are_part_of_the_key(cache):
+    """One token, one bit of the mask, or no mask makes another entry; the mask's dtype does not."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    other_ids, other_mask = ids.clone(), mask.clone()
+    other_ids[-1] += 1
+    other_mask[-1] = 1 - other_mask[-1]
+    others = [(other_ids, mask), (ids, other_mask), (ids, None), (ids[:-1], mask[:-1]), (ids.flip(0), mask)]
+    assert [cache.load(*other) for other in others] == [None] * len(others)
+    assert same_bits(cache.load(ids, mask.bool()), embeds) and same_bits(cache.load(ids, mask.int()), embeds)
+    assert cache.save(ids, None, embeds + 1) and same_bits(cache.load(ids, None), embeds + 1)
+    assert same_bits(cache.load(ids, mask), embeds)
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"commits": []}, {"device": "cuda"}, {"more": None}])
+def test_the_identity_is_part_of_the_key(cache, change):
+    """Another model, precision, device or version finds nothing and leaves the entry alone."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    other = EmbeddingCache(cache.folder, IDENTITY | change)
+    assert other.load(ids, mask) is None and other.save(ids, mask, embeds + 1)
+    assert same_bits(cache.load(ids, mask), embeds) and same_bits(other.load(ids, mask), embeds + 1)
+
+
+# Damage
+
+
+def damaged(content: bytes, seed: int) -> list[bytes]:
+    """Return a file cut at every length, with each byte changed, blanked from each on, and with another header."""
+    chance = random.Random(seed)
+    cut = [content[:length] for length in range(len(content))]
+    flipped = [
+        content[:place]
+        + bytes([content[place] ^ chance.choice([1 << bit, chance.randrange(1, 256)])])
+        + content[place + 1 :]
+        for place, bit in enumerate(chance.choices(range(8), k=len(content)))
+    ]
+    blanked = [content[:start].ljust(len(content), b"\0") for start in range(0, len(content), 7)]
+    headers = [(b'"F32"', b'"I32"'), (b'"BF16"', b'"F16" '), (b"[7,8]", b"[8,7]"), (b"[7,8]", b"[56] ")]
+    reread = [content.replace(*header) for header in headers if header[0] in content]
+    return cut + flipped + blanked + reread + [content + b"\0", content + content, b"\0" * 8, b"{}", b"[]" * 20]
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_no_damage_gives_another_tensor(cache, dtype, seed, monkeypatch):
+    """Every cut and every changed byte is noticed, where it changes anything, and logged; saving mends it."""
+    ids, mask, embeds = prompt(0, dtype)
+    cache.save(ids, mask, embeds)
+    path, logged = cache.path_of(ids, mask), []
+    monkeypatch.setattr(embedding_cache.logger, "warning", lambda text, *_: logged.append(text))
+    cases, used = damaged(path.read_bytes(), seed), []
+    for case in cases:
+        path.write_bytes(case)
+        loaded = cache.load(ids, mask)
+        used += [] if loaded is None else [same_bits(loaded, embeds)]
+    assert len(cases) > 900 and all(used) and len(logged) == len(cases) - len(used)
+    assert len(used) <= 8, "only the blanks behind the header may change unnoticed"
+    assert cache.save(ids, mask, embeds) and same_bits(cache.load(ids, mask), embeds)
+
+
+def test_swapped_files_are_not_used(cache, caplog):
+    """A file under another entry's name holds other embeddings, of whatever ids, identity or shape."""
+    entries = [(cache, *prompt(0)), (cache, *prompt(1)), (EmbeddingCache(cache.folder, {}), *prompt(0))]
+    contents = []
+    for owner, ids, mask, embeds in entries:
+        owner.save(ids, mask, embeds)
+        contents.append(owner.path_of(ids, mask).read_bytes())
+    for shift in (1, 2):
+        for index, (owner, ids, mask, _) in enumerate(entries):
+            owner.path_of(ids, mask).write_bytes(contents[(index + shift) % 3])
+            caplog.clear()
+            assert owner.load(ids, mask) is None and "another prompt's or model's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"embeds": torch.zeros(7, 8)}, {"other": torch.zeros(7, 8)}, {"embeds": torch.zeros(7, 8).byte()}]
+)
+@pytest.mark.parametrize("metadata", [None, {}, {"key": "x", "identity": "{}"}, {"checksum": "0"}])
+def test_foreign_files_are_not_used(cache, tensors, metadata):
+    """Valid safetensors that something else wrote under the same name count as damaged."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    cache.path_of(ids, mask).write_bytes(safetensors.torch.save(tensors, metadata))
+    assert cache.load(ids, mask) is None
+
+
+def test_an_entry_that_cannot_be_read_is_none(cache, caplog):
+    """A folder in its place is no reason to end a run, neither when loading nor when saving."""
+    ids, mask, embeds = prompt(0)
+    cache.path_of(ids, mask).mkdir(parents=True)
+    assert cache.load(ids, mask) is None and cache.save(ids, mask, embeds) is False
+    assert len(caplog.messages) == 2 and only_file(cache.folder) == cache.path_of(ids, mask)
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
+    """The run goes on; prompts that follow do not repeat it."""
+    (tmp_path / "file").touch()
+    cache = EmbeddingCache(tmp_path / "file" / "cache", IDENTITY)
+    assert [cache.save(*prompt(number)) for number in range(3)] == [False] * 3
+    assert len(caplog.messages) == 1 and "cannot be cached in" in caplog.text and "goes on" in caplog.text
+
+
+def test_a_full_disk_leaves_no_part_behind(cache, monkeypatch, caplog):
+    """Neither under the final name nor under a temporary one; the old entry stays."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert cache.save(ids, mask, embeds + 1) is False and "No space left" in caplog.text
+    assert same_bits(cache.load(ids, mask), embeds) and only_file(cache.folder)
+
+
+def write_half(path: Path, content: bytes) -> None:
+    """Write as much as a full disk takes."""
+    with path.open("wb") as file:
+        file.write(content[: len(content) // 2])
+    raise OSError(28, "No space left on device")
+
+
+# Several processes
+
+
+@pytest.mark.skipif(not FORK, reason="needs fork")
+def test_processes_write_the_same_entries_at_once(cache):
+    """Who reads meanwhile sees nothing or one writer's whole entry, and none is lost or left half written."""
+    writers = [FORK.Process(target=write_entries, args=(cache, rank, 60)) for rank in range(3)]
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        seen += sum(check_entry(cache, number) for number in range(4))
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 3 and seen > 0
+    assert all(check_entry(cache, number) for number in range(4)) and len(list(cache.folder.iterdir())) == 4
+
+
+@pytest.mark.skipif(not FORK, reason="needs fork")
+def test_a_killed_writer_leaves_whole_entries(cache, caplog):
+    """Killed at any moment, over and over; what it was writing is never taken for an entry."""
+    chance = random.Random(0)
+    for round_ in range(15):
+        writer = FORK.Process(target=write_entries, args=(cache, round_, 10**9))
+        writer.start()
+        while not cache.folder.exists():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.01, 0.08))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        found = [check_entry(cache, number) for number in range(4)]
+    assert all(found) and not caplog.messages
+    assert all(path.name.startswith(".embeds-") or path.suffix == ".safetensors" for path in cache.folder.iterdir())
+
+
+def write_entries(cache: EmbeddingCache, rank: int, times: int) -> None:
+    """Save four prompts over and over, each time with embeddings that tell who wrote them."""
+    for _ in range(times):
+        for number in range(4):
+            ids, mask, embeds = prompt(number, length=77)
+            if not cache.save(ids, mask, embeds + rank):
+                os._exit(1)
+
+
+def check_entry(cache: EmbeddingCache, number: int) -> bool:
+    """Say whether there is an entry; if so, it is what one of the writers saved."""
+    ids, mask, embeds = prompt(number, length=77)
+    loaded = cache.load(ids, mask)
+    assert loaded is None or any(same_bits(loaded, embeds + rank) for rank in range(15))
+    return loaded is not None
+
+
+def test_a_file_is_written_elsewhere_and_renamed(cache, monkeypatch):
+    """The name before the final one is hidden, in the same folder, and never the same."""
+    seen, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (seen.append((source, target)), replace(source, target)))
+    for _ in range(2):
+        cache.save(*prompt(0))
+    (first, target), (second, _) = seen
+    assert first != second and first.parent == target.parent == cache.folder and first.name.startswith(".")
+
+
+def test_leftovers_go_after_a_day(cache):
+    """Not those of a run that may still be alive, and nothing that the cache has not written."""
+    cache.save(*prompt(0))
+    kept = [cache.path_of(*prompt(0)[:2]), cache.folder / ".embeds-mine.partial", cache.folder / "notes.partial"]
+    young, old = (cache.folder / f".embeds-{digit * 16}.partial" for digit in "0f")
+    for path, hours in [*((path, 1000) for path in kept), (young, 23), (old, 25)]:
+        path.touch()
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    again = EmbeddingCache(cache.folder, IDENTITY)
+    assert sorted(cache.folder.iterdir()) == sorted([*kept, young])
+    assert same_bits(again.load(*prompt(0)[:2]), prompt(0)[2])
+
+
+# Whose embeddings they are
+
+
+def change_content(folder: Path) -> None:
+    """Make a file longer and leave its time."""
+    path = folder / "text_encoder" / "config.json"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text() + " ")
+    os.utime(path, ns=times)
+
+
+def touch(folder: Path) -> None:
+    """Give a file another time, a nanosecond or what the file system can tell later, and leave its content."""
+    path = folder / "text_encoder" / "more" / "model.safetensors"
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1000))
+
+
+def rename(folder: Path) -> None:
+    """Rename a file."""
+    path = folder / "text_encoder" / "config.json"
+    path.rename(path.with_name("other.json"))
+
+
+def add(folder: Path) -> None:
+    """Add a file."""
+    (folder / "text_encoder" / "new.safetensors").touch()
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """Write what the identity of a folder looks at, and a part that it does not."""
+    for name in ("text_encoder/config.json", "text_encoder/more/model.safetensors", "unet/config.json"):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("change", [change_content, touch, rename, add])
+def test_a_change_of_a_folder_changes_its_identity(model, change, tmp_path):
+    """Then nothing that was cached is found."""
+    ids, mask, embeds = prompt(0)
+    identity = model_identity(str(model), None)
+    EmbeddingCache(tmp_path / "cache", identity).save(ids, mask, embeds)
+    (model / "unet" / "config.json").write_text("another U-Net")
+    assert model_identity(f"{model}/../model/", None) == identity
+    assert same_bits(EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask), embeds)
+    change(model)
+    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask) is None
+
+
+def test_files_that_are_gone_do_not_matter(model, tmp_path):
+    """Whoever has all embeddings may delete gigabytes of weights, but not put others in their place."""
+    ids, mask, embeds = prompt(0)
+    weights = model / "text_encoder" / "more" / "model.safetensors"
+    EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).save(ids, mask, embeds)
+    weights.unlink()
+    assert same_bits(EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask), embeds)
+    weights.write_text("other weights")
+    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask) is None
+
+
+def test_parts_and_places_tell_folders_apart(model, tmp_path):
+    """Each part that is asked for counts, also behind a link, and so does the folder itself."""
+    identity = model_identity(str(model), None)
+    assert [name for name, *_ in identity["files"]] == [
+        "text_encoder/config.json",
+        "text_encoder/more/model.safetensors",
+    ]
+    assert len(model_identity(str(model), None, ("text_encoder", "unet"))["files"]) == 3
+    model.rename(tmp_path / "moved")
+    assert model_identity(str(tmp_path / "moved"), None) != identity
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "text_encoder").symlink_to(tmp_path / "moved" / "text_encoder")
+    assert len(model_identity(str(tmp_path / "linked"), None)["files"]) == 2
+
+
+@pytest.fixture
+def hub_copy(tmp_path, monkeypatch) -> Path:
+    """Make a local copy of a model of the Hub, with two commits."""
+    folder = tmp_path / "hub" / "models--owner--name"
+    for commit, branch in (("1" * 40, "main"), ("2" * 40, "other")):
+        (folder / "snapshots" / commit / "text_encoder").mkdir(parents=True)
+        (folder / "snapshots" / commit / "text_encoder" / "config.json").write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return folder
+
+
+def test_a_model_of_the_hub_is_its_commit(hub_copy):
+    """The branch's or the given one, without a connection; a branch that moves on is another identity."""
+    first, second = ({"model": "owner/name", "commits": [["text_encoder", digit * 40]]} for digit in "12")
+    assert model_identity("owner/name", None) == model_identity("owner/name", "1" * 40) == first
+    assert model_identity("owner/name", "other") == model_identity("owner/name", "2" * 40) == second
+    (hub_copy / "refs" / "main").write_text("2" * 40)
+    assert model_identity("owner/name", None) == second
+
+
+@pytest.mark.parametrize(
+    ("model", "revision"), [("owner/none", None), ("owner/name", "none"), ("no/such/folder", None)]
+)
+def test_a_model_that_is_not_there_is_an_input_error(hub_copy, model, revision):
+    """Neither folder nor local copy."""
+    with pytest.raises(InputError, match=f"The model {model} is no folder here, and the Hub gave none of its files"):
+        model_identity(model, revision)
+
+
+@pytest.mark.parametrize("value", [None, "", "relative/path"])
+def test_the_usual_folder_without_a_setting(tmp_path, monkeypatch, value):
+    """In the home folder; what the standard says to ignore is ignored."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert default_folder() == tmp_path / ".cache" / "dreambooth" and not default_folder().exists()
+
+
+def test_the_usual_folder_with_a_setting(tmp_path, monkeypatch):
+    """As the environment says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "dreambooth"

@@ -1,0 +1,36 @@
+"""Checks of where a run reads and writes, before anything is there."""
+
+from pathlib import Path
+
+from utils import checkpoints, hub
+from utils.flag_checks import problems_that_hold
+
+
+def find_folder_problems(
+    photos: Path | None, output: Path, classes: Path | None, resume_from: str | None
+) -> list[str]:
+    """Return a sentence for each folder that is not there or lies where it would be mistaken for another.
+
+    Args:
+        photos: --instance_data_dir; None if it is not given.
+        output: --output_dir.
+        classes: Where class images are or will be; None without prior preservation.
+        resume_from: --resume_from_checkpoint.
+    """
+    ours = [("--output_dir", output), *([("--class_data_dir", classes)] if classes else [])]
+    inside = [flag for flag, folder in ours if photos and folder.resolve().is_relative_to(photos.resolve())]
+    others = [("--instance_data_dir", photos), ("--output_dir", output)]
+    others = [(flag, path.resolve()) for flag, path in others if path and classes]
+    swallowed = [flag for flag, path in others if path.is_relative_to(classes.resolve())]
+    resumes = checkpoints.is_of(output, resume_from)
+    left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
+    held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
+    held += ", or --resume_from_checkpoint latest" if checkpoints.list_checkpoints(output) else ""
+    return problems_that_hold(
+        (photos and photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
+        (photos and not photos.exists(), f"--instance_data_dir {photos} does not exist."),
+        (inside, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
+        (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
+        (output.is_file(), f"--output_dir {output} is a file. Use another name."),
+        (left, f"--output_dir {held}."),
+    )
