@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -54,7 +55,6 @@ from tqdm.auto import tqdm
 
 from utils import captions, checkpoints, devices, drawing, hub, images, model_card, model_files, schedules
 from utils.config_file import parse_with_config
-from utils.drawing import Preview
 from utils.embedding_cache import open_cache
 from utils.errors import InputError, show_input_errors_without_traceback
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
@@ -103,6 +103,7 @@ class BaseModel:
     index: dict  # model_index.json: the library and class of each component
     scheduler: dict  # its config, with the variance that results and previews are drawn with
     image_noising_scheduler: dict | None  # of stage II
+    conditioning: str | None  # of stage II: noise_level or timesteps
     prediction_type: str  # epsilon or v_prediction
     size_factor: int  # width and height in pixels are multiples of it
     learns_variance: bool  # the U-Net puts out twice its image channels
@@ -110,6 +111,7 @@ class BaseModel:
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
     tokens: int | None  # per prompt; None: the tokenizer's own limit
     resolution: Size  # in pixels, to train at
+    preview_sizes: list[Size]
 
     @property
     def is_if(self) -> bool:
@@ -155,7 +157,7 @@ class Plan:
     learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
     noise_offset: float
     frozen_dtype: torch.dtype
-    previews: list[Preview]  # the pictures of each round of validation
+    previews: list[drawing.Preview]  # the pictures of each round of validation
     output_dir: Path
     resume_from: Path | None
     fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
@@ -182,8 +184,8 @@ class Models:
     unet: nn.Module
     vae: nn.Module | None  # None for models that work on pixels
     text_encoder: nn.Module | None
-    noise_scheduler: diffusers.DDPMScheduler
-    image_noising_scheduler: diffusers.DDPMScheduler | None  # of stage II
+    noise_scheduler: DDPMScheduler
+    image_noising_scheduler: DDPMScheduler | None  # of stage II
     trained: dict[str, nn.Module]  # "unet" and perhaps "text_encoder"
 
 
@@ -252,7 +254,7 @@ NOT_NEGATIVE = (
 # A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
 FITS = (
     "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
-    "gradient_accumulation_steps class_labels_conditioning"
+    "gradient_accumulation_steps"
 ).split()
 
 
@@ -483,6 +485,8 @@ def idle_flags(args: Namespace) -> list[str]:
     published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
     needs = dict.fromkeys(("class_prompt", "class_data_dir"), "with_prior_preservation")
     needs |= dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
+    has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
+    unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
     lacking = {name: need for name, need in needs.items() if getattr(args, name) and not getattr(args, need)}
     return problems_that_hold(
         (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
@@ -490,6 +494,7 @@ def idle_flags(args: Namespace) -> list[str]:
         (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
         (xformers, "xformers is not installed: torch's own attention serves instead."),
         *((True, f"--{name} has no effect without --{need}.") for name, need in lacking.items()),
+        (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
         (args.class_labels_conditioning == "timesteps", published),
     )
 
@@ -522,6 +527,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         index=configs.index,
         scheduler=scheduler,
         image_noising_scheduler=configs.image_noising_scheduler or None,
+        conditioning=(args.class_labels_conditioning or "noise_level") if enlarges else None,
         prediction_type=prediction_type,
         size_factor=math.lcm(factor, 4) if enlarges else factor,
         learns_variance=learns_variance,
@@ -529,28 +535,28 @@ def recognise_model(args: Namespace) -> BaseModel:
         precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
         resolution=Size.parse(args.resolution or usual),
+        preview_sizes=list(dict.fromkeys(parse_list(args.validation_resolution or args.resolution or usual))),
     )
-    if problems := find_misfits(args, base, configs.text_encoder.get("max_position_embeddings", 77)):
+    problems = find_misfits(args, base, configs.text_encoder.get("max_position_embeddings", 77))
+    small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
+    stage_one = (args.stage_one_model_name_or_path, args.hub_token)
+    if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
         raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
     return base
 
 
 def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
-    is_if, enlarges, prompt = base.is_if, base.kind is ModelKind.IF_STAGE_2, args.instance_prompt
-    sizes = base.resolution, *(parse_list(args.validation_resolution) if args.validation_resolution else ())
-    uneven = ", ".join(str(size) for size in sizes if any(edge % base.size_factor for edge in size))
+    is_if, enlarges = base.is_if, base.kind is ModelKind.IF_STAGE_2
+    sizes = base.resolution, *base.preview_sizes
+    uneven = ", ".join(str(size) for size in dict.fromkeys(sizes) if any(edge % base.size_factor for edge in size))
     sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
     given = [name for name in sources if getattr(args, name)]
     unfit = [] if enlarges else given + ["class_labels_conditioning"] * bool(args.class_labels_conditioning)
     blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
     precision = args.text_encoder_precision and not base.precomputes_text
     unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
-    keeps_text = is_if and args.pre_compute_text_embeddings is False
-    packages = captions.find_missing_packages() if is_if else []
-    lost = captions.lost_words(prompt) if is_if and not packages else []
-    cleaned = f"IF's pipelines clean prompts: {prompt!r} becomes {captions.clean(prompt)!r}" if lost else ""
-    words = f"--instance_prompt would lose {', '.join(map(repr, lost))}. {cleaned}. Identifiers that survive: "
+    lost = captions.find_prompt_problems("--instance_prompt", args.instance_prompt) if is_if else []
     return problems_that_hold(
         *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
         (
@@ -563,10 +569,9 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
         (enlarges and args.validation_prompt and not given, blind),
         (is_if and base.tokens != 77, f"--tokenizer_max_length {base.tokens}: IF's pipelines always give 77 tokens."),
         (is_if and args.train_text_encoder, "--train_text_encoder: T5 is never trained, but encoded once and freed."),
-        (keeps_text, "--no-pre_compute_text_embeddings: T5 is always freed before the U-Net."),
+        (is_if and args.pre_compute_text_embeddings is False, "--no-pre_compute_text_embeddings: T5 is always freed."),
         (unmasked, "--no-text_encoder_use_attention_mask: the model's own pipeline hides the padding."),
-        (packages, f"IF's prompts are cleaned with {' and '.join(packages)}: pip install {' '.join(packages)}."),
-        (lost, f"{words}{', '.join(captions.suggest_identifiers())}."),
+        *((True, sentence) for sentence in lost),
     )
 
 
@@ -616,12 +621,11 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     fits = {"script": METHOD, "base model": model_files.public_name(args.pretrained_model_name_or_path), "seed": seed}
     fits |= {"resolution": str(base.resolution), "precision": accelerator.mixed_precision}
-    fits |= {"processes": processes, "photos": photos, "class images": priors}
+    fits |= {"processes": processes, "photos": photos, "class images": priors, "fed by": base.conditioning}
     fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base)
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], fits)
         checkpoints.warn_of_newer(Path(args.output_dir), state["step"])
-    sizes = parse_list(args.validation_resolution or str(base.resolution))
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, len(photos))
     plan = Plan(
         base=base,
@@ -636,7 +640,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         learning_rates=tuple(rates),
         noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
         frozen_dtype=PRECISIONS[accelerator.mixed_precision],
-        previews=drawing.list_previews(sizes, count or args.num_validation_images, seed),
+        previews=drawing.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
         output_dir=Path(args.output_dir),
         resume_from=resume_from,
         fits=fits,
@@ -832,7 +836,7 @@ def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: 
     for network in filter(None, (unet, vae)):
         network.requires_grad_(False).to(accelerator.device)
     noise, enlarging = base.scheduler, base.image_noising_scheduler
-    schedulers = [config and diffusers.DDPMScheduler.from_config(config) for config in (noise, enlarging)]
+    schedulers = [config and DDPMScheduler.from_config(config) for config in (noise, enlarging)]
     models = Models(unet, vae, None, *schedulers, {"unet": unet})
     if prompts.embeds is None:
         precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else accelerator.mixed_precision
@@ -1007,8 +1011,8 @@ def compute_loss(
         embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trains_text)
     inputs = {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
     if plan.base.kind is ModelKind.IF_STAGE_2:
-        conditioning = args.class_labels_conditioning or "noise_level"
-        inputs |= stage_two_inputs(noisy, timesteps, clean, seeds, models.image_noising_scheduler, conditioning)
+        noising, conditioning = models.image_noising_scheduler, plan.base.conditioning
+        inputs |= stage_two_inputs(noisy, timesteps, clean, seeds, noising, conditioning)
     # A U-Net with twice as many channels puts out the variance behind the prediction.
     prediction, *variance = models.unet(**inputs).sample.float().split(clean.shape[1], dim=1)
 
@@ -1067,12 +1071,7 @@ def draw_noise(
 
 
 def stage_two_inputs(
-    noisy: Tensor,
-    timesteps: Tensor,
-    clean: Tensor,
-    seeds: list[int],
-    scheduler: diffusers.DDPMScheduler,
-    conditioning: str,
+    noisy: Tensor, timesteps: Tensor, clean: Tensor, seeds: list[int], scheduler: DDPMScheduler, conditioning: str
 ) -> dict[str, Tensor]:
     """Return the sample and class labels of a super-resolution U-Net (arXiv 2205.11487, section 2.4).
 
@@ -1099,9 +1098,7 @@ def stage_two_inputs(
     return {"sample": torch.cat([noisy, scheduler.add_noise(enlarged, noise, levels)], dim=1), "class_labels": levels}
 
 
-def target(
-    scheduler: diffusers.DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor
-) -> Tensor:
+def target(scheduler: DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the U-Net is to predict: the noise, or the velocity (arXiv 2202.00512, appendix D)."""
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(clean, noise, timesteps)
@@ -1281,7 +1278,8 @@ def write_small_images(
         photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
-            logger.info(f"Previews enlarge {', '.join(map(str, paths))}, cut and shrunk to {small[0].size} px.")
+            used = ", ".join(dict.fromkeys(str(paths[preview.index]) for preview in small))
+            logger.info(f"Previews enlarge {used}, cut and shrunk to {small[0].size} px.")
             drawing.shrink(small, paths, folder)
         else:
             pipeline = load_class_pipeline(args, accelerator, plan.base, args.stage_one_model_name_or_path)
@@ -1364,10 +1362,9 @@ def describe_run(
     text = "trained" if args.train_text_encoder else "encoded once and freed" if base.precomputes_text else "frozen"
     text += f", {base.tokens} tokens" * bool(base.tokens) + ", padding hidden" * base.hides_padding
     text += f", {args.caption_dropout:.0%} of the captions empty" * bool(args.caption_dropout)
-    fed = f", fed by {args.class_labels_conditioning or 'noise_level'}" if base.enlarges_from else ""
     variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
     return {
-        "model": base.kind.value + fed,
+        "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
         "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
         **{name: str(value) for name, value in method_fits(args, base).items()},
@@ -1413,7 +1410,8 @@ def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
     prompt = args.validation_prompt or args.instance_prompt
     is_masked = encoder_from and args.text_encoder_use_attention_mask and not base.is_if
     places = (encoder_from, args.revision, args.variant, model_card.reading_lines(None, is_masked))
-    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], base.enlarges_from)
+    sizes = (base.enlarges_from, base.resolution)
+    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], *sizes)
 
 
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:

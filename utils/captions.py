@@ -40,6 +40,18 @@ def find_missing_packages() -> list[str]:
     return [package for package, is_there in installed.items() if not is_there]
 
 
+def find_prompt_problems(flag: str, prompt: str) -> list[str]:
+    """Return a sentence if the packages that clean are missing, or if a flag's prompt would lose words to them."""
+    if missing := find_missing_packages():
+        return [f"IF's prompts are cleaned with {' and '.join(missing)}: pip install {' '.join(missing)}."]
+    if not (lost := lost_words(prompt)):
+        return []
+    return [
+        f"{flag} would lose {', '.join(map(repr, lost))}. IF's pipelines clean prompts: {prompt!r} becomes "
+        f"{clean(prompt)!r}. Identifiers that survive: {', '.join(suggest_identifiers())}."
+    ]
+
+
 def lost_words(text: str) -> list[str]:
     """Return the words that the cleaning deletes or damages, as they are written.
 

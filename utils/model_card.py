@@ -122,6 +122,7 @@ def pipeline_snippet(
     reading: tuple[str, ...] = (),
     encoder_class: str = "CLIPTextModel",
     small: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> str:
     """Return code that draws with a pipeline.
 
@@ -130,6 +131,7 @@ def pipeline_snippet(
         reading: Of `reading_lines`.
         encoder_class: Of the text encoder, in transformers.
         small: Width and height of the picture that the pipeline enlarges; None: it draws from words alone.
+        size: Width and height that it draws.
     """
     encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}"
     lent = ", text_encoder=text_encoder" if base_model else ""
@@ -144,7 +146,7 @@ def pipeline_snippet(
             *([f"text_encoder = {encoder_class}.from_pretrained({encoder})"] if base_model else []),
             f"pipeline = DiffusionPipeline.from_pretrained({result!r}{lent})",
             *reading,
-            f"image = pipeline.to(device)({prompt!r}{_image(small)}).images[0]",
+            f"image = pipeline.to(device)({prompt!r}{_drawn(small, size)}).images[0]",
             'image.save("image.png")',
         ]
     )
@@ -159,12 +161,13 @@ def lora_snippet(
     reading: tuple[str, ...] = (),
     has_scheduler: bool = False,
     small: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> str:
     """Return code that draws with a base model and an adapter.
 
     Args:
         has_scheduler: Whether the adapter is drawn with another scheduler than the base model, which lies beside it.
-        small: As for `pipeline_snippet`.
+        small, size: As for `pipeline_snippet`.
     """
     at, scheduler = _options(revision, variant), f"DDPMScheduler.from_pretrained({result!r}, subfolder='scheduler')"
     return "\n".join(
@@ -178,7 +181,7 @@ def lora_snippet(
             f"pipeline.load_lora_weights({result!r})",
             *([f"pipeline.scheduler = {scheduler}"] if has_scheduler else []),
             *reading,
-            f"image = pipeline({prompt!r}{_image(small)}).images[0]",
+            f"image = pipeline({prompt!r}{_drawn(small, size)}).images[0]",
             'image.save("image.png")',
         ]
     )
@@ -189,9 +192,10 @@ def _imports(small: tuple[int, int] | None) -> list[str]:
     return ["from PIL import Image"] if small else []
 
 
-def _image(small: tuple[int, int] | None) -> str:
-    """Return a further argument as code: the picture that is to be enlarged."""
-    return f", image=Image.open('small.png').convert('RGB').resize({tuple(small)})" if small else ""
+def _drawn(small: tuple[int, int] | None, size: tuple[int, int] | None) -> str:
+    """Return further arguments of a pipeline as code: the picture that is to be enlarged, and the size."""
+    image = f", image=Image.open('small.png').convert('RGB').resize({tuple(small)})" if small else ""
+    return image + (f", width={size[0]}, height={size[1]}" if size else "")
 
 
 def _options(revision: str | None, variant: str | None) -> str:

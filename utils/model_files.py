@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from utils.errors import InputError
 from utils.flag_checks import problems_that_hold
+from utils.geometry import Size
 
 
 def read_config(model: str, filename: str, revision: str | None = None, token: str | None = None) -> dict:
@@ -90,6 +91,32 @@ def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[st
     return reasons[0] if reasons else None
 
 
+def find_stage_one_problems(model: str | None, token: str | None, stage_two: Configs, sizes: list[Size]) -> list[str]:
+    """Return a sentence for each reason why a model cannot draw what IF's stage II enlarges; none if either is absent.
+
+    Args:
+        model: Of --stage_one_model_name_or_path.
+        stage_two: The configs of a model, perhaps of stage II.
+        sizes: In pixels, that stage I is to draw besides its own.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    if not model or stage_two.unet.get("in_channels") != 6:
+        return []
+    configs, flag = read_configs(model, None, token), f"--stage_one_model_name_or_path {model}"
+    unet = configs.unet
+    if unet.get("in_channels") != 3 or configs.vae:
+        return [f"{flag} is {configs.index.get('_class_name', 'no pipeline')}, and no stage I of DeepFloyd IF."]
+    widths = [one.get("encoder_hid_dim") or one.get("cross_attention_dim") for one in (unet, stage_two.unet)]
+    factor = 2 ** (len(unet["block_out_channels"]) - 1)
+    uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
+    return problems_that_hold(
+        (widths[0] != widths[1], f"{flag} reads embeddings of width {widths[0]}, this model of width {widths[1]}."),
+        (uneven, f"{flag} draws multiples of {factor} px; a quarter of the previews' size is {uneven}."),
+    )
+
+
 def component_class(index: dict, component: str) -> type:
     """Return the class that model_index.json names for a component.
 
@@ -121,7 +148,7 @@ def load(kind: type, model: str, part: str | None, **options) -> Any:
     folder = {"subfolder": part} if part else {}
     try:
         return kind.from_pretrained(model, **folder, **options)
-    except (OSError, HfHubHTTPError, SafetensorError) as error:
+    except (OSError, ValueError, HfHubHTTPError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         advice = "Weight files may have a variant's name, such as fp16: then give it by --variant"
         raise InputError(f"The {part or 'model'} of {model} cannot be loaded: {reason} {advice}.") from error
