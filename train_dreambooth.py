@@ -251,10 +251,10 @@ NOT_NEGATIVE = (
     "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
     "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
 ).split()
-# A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
+# A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
 FITS = (
     "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
-    "gradient_accumulation_steps"
+    "gradient_accumulation_steps train_variance"
 ).split()
 
 
@@ -516,11 +516,17 @@ def recognise_model(args: Namespace) -> BaseModel:
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
     prediction_type = scheduler.get("prediction_type", "epsilon")
     learns_variance = unet.get("out_channels") == 2 * (3 if is_if else 4)
-    if learns_variance and not args.train_variance:
-        # The variance that the U-Net predicts was learned beside other predictions than it will make.
-        scheduler |= {"variance_type": "fixed_small"}
+    if learns_variance:
+        # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
+        scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    usual = unet.get("sample_size", 64) if is_if else 768 if prediction_type == "v_prediction" else 512
+    usual = (
+        str(Size.of_config(unet.get("sample_size", 64)))
+        if is_if
+        else 768
+        if prediction_type == "v_prediction"
+        else 512
+    )
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
         kind=kind,
@@ -742,8 +748,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, exampl
     # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
     words = [captions.clean(text) for text in texts] if plan.base.is_if else texts
     rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    for text, cut in captions.find_cut(tokenizer, words, length).items():
-        logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
+    captions.warn_of_losses(texts, words, tokenizer, length)
     ids = rows["input_ids"].to(accelerator.device)
     mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
     prompts = PromptTable(texts, ids, mask)
@@ -835,8 +840,7 @@ def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: 
     vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
     for network in filter(None, (unet, vae)):
         network.requires_grad_(False).to(accelerator.device)
-    noise, enlarging = base.scheduler, base.image_noising_scheduler
-    schedulers = [config and DDPMScheduler.from_config(config) for config in (noise, enlarging)]
+    schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
     models = Models(unet, vae, None, *schedulers, {"unet": unet})
     if prompts.embeds is None:
         precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else accelerator.mixed_precision
@@ -1273,19 +1277,17 @@ def write_small_images(
     args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
 ) -> None:
     """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
-    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_main_process:
+    # On each machine, because its folder may be its own.
+    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
         small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
         photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
-            used = ", ".join(dict.fromkeys(str(paths[preview.index]) for preview in small))
-            logger.info(f"Previews enlarge {used}, cut and shrunk to {small[0].size} px.")
             drawing.shrink(small, paths, folder)
         else:
-            pipeline = load_class_pipeline(args, accelerator, plan.base, args.stage_one_model_name_or_path)
-            drawing.draw(pipeline, small, folder, **preview_options(args, prompts, None))
-            del pipeline
-        devices.free_memory()
+            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
+            with devices.going_on_without_memory("Stage I"):
+                drawing.draw(load_class_pipeline(args, accelerator, plan.base, model), small, folder, **options)
     accelerator.wait_for_everyone()
 
 
@@ -1387,21 +1389,36 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     if args.skip_save_text_encoder:
         trained["text_encoder"] = None
     if accelerator.is_main_process:
-        pipeline = load(args, diffusers.DiffusionPipeline, **trained, dtype=torch.float32)
+        pipeline = load_for_result(args, plan.base, trained)
         if args.tokenizer_name:
             pipeline.tokenizer = load_tokenizer(args, plan.base)
         if args.tokenizer_max_length:
             pipeline.tokenizer.model_max_length = args.tokenizer_max_length
         if args.text_encoder_use_attention_mask and not plan.base.is_if and pipeline.text_encoder is not None:
             pipeline.text_encoder.config.use_attention_mask = True
-        for part in filter(None, (pipeline, pipeline.unet, getattr(pipeline, "vae", None))):
+        for part in (pipeline, *pipeline.components.values()):
             # A shared result should not tell in which folder the base model lay.
-            part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
+            if isinstance(part, diffusers.DiffusionPipeline | diffusers.ModelMixin):
+                part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
         with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         logger.info(f"The trained pipeline is in {plan.output_dir}.")
     accelerator.wait_for_everyone()
+
+
+def load_for_result(args: Namespace, base: BaseModel, trained: dict) -> diffusers.DiffusionPipeline:
+    """Load the base model with what was trained in its place; a text encoder that is gone loses no training."""
+    # diffusers' safety checker of IF cannot be loaded with transformers 5, and nor could a pipeline that has it.
+    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts = {**trained, **(left_out if base.is_if else {}), "dtype": torch.float32}
+    try:
+        return load(args, diffusers.DiffusionPipeline, **parts)
+    except InputError as error:
+        if "text_encoder" in trained:
+            raise
+        logger.warning(f"The result has no text encoder, as with --skip_save_text_encoder. {error}")
+        return load(args, diffusers.DiffusionPipeline, **parts, text_encoder=None)
 
 
 def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
@@ -1410,8 +1427,8 @@ def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
     prompt = args.validation_prompt or args.instance_prompt
     is_masked = encoder_from and args.text_encoder_use_attention_mask and not base.is_if
     places = (encoder_from, args.revision, args.variant, model_card.reading_lines(None, is_masked))
-    sizes = (base.enlarges_from, base.resolution)
-    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], *sizes)
+    drawn = model_card.Drawing(base.resolution, base.enlarges_from, base.is_if)
+    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], drawn)
 
 
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:

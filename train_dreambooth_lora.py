@@ -264,10 +264,10 @@ NOT_NEGATIVE = (
     "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
     "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
 ).split()
-# A run and the checkpoint that it goes on from must agree in these, or weights or batches would differ.
+# A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
 FITS = (
     "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
-    "gradient_accumulation_steps"
+    "gradient_accumulation_steps train_variance"
 ).split()
 
 
@@ -547,11 +547,17 @@ def recognise_model(args: Namespace) -> BaseModel:
         raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
     prediction_type = scheduler.get("prediction_type", "epsilon")
     learns_variance = unet.get("out_channels") == 2 * (3 if is_if else 4)
-    if learns_variance and not args.train_variance:
-        # The variance that the U-Net predicts was learned beside other predictions than it will make.
-        scheduler |= {"variance_type": "fixed_small"}
+    if learns_variance:
+        # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
+        scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    usual = unet.get("sample_size", 64) if is_if else 768 if prediction_type == "v_prediction" else 512
+    usual = (
+        str(Size.of_config(unet.get("sample_size", 64)))
+        if is_if
+        else 768
+        if prediction_type == "v_prediction"
+        else 512
+    )
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
         kind=kind,
@@ -783,8 +789,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, exampl
     # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
     words = [captions.clean(text) for text in texts] if plan.base.is_if else texts
     rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    for text, cut in captions.find_cut(tokenizer, words, length).items():
-        logger.warning(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
+    captions.warn_of_losses(texts, words, tokenizer, length)
     ids = rows["input_ids"].to(accelerator.device)
     mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
     prompts = PromptTable(texts, ids, mask)
@@ -882,8 +887,7 @@ def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: 
     vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
     for network in filter(None, (unet, vae)):
         network.requires_grad_(False).to(accelerator.device)
-    noise, enlarging = base.scheduler, base.image_noising_scheduler
-    schedulers = [config and DDPMScheduler.from_config(config) for config in (noise, enlarging)]
+    schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
     models = Models(unet, vae, None, *schedulers, {"unet": unet})
     if prompts.embeds is None:
         precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else accelerator.mixed_precision
@@ -1342,19 +1346,17 @@ def write_small_images(
     args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
 ) -> None:
     """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
-    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_main_process:
+    # On each machine, because its folder may be its own.
+    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
         small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
         photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
-            used = ", ".join(dict.fromkeys(str(paths[preview.index]) for preview in small))
-            logger.info(f"Previews enlarge {used}, cut and shrunk to {small[0].size} px.")
             drawing.shrink(small, paths, folder)
         else:
-            pipeline = load_class_pipeline(args, accelerator, plan.base, args.stage_one_model_name_or_path)
-            drawing.draw(pipeline, small, folder, **preview_options(args, prompts, None))
-            del pipeline
-        devices.free_memory()
+            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
+            with devices.going_on_without_memory("Stage I"):
+                drawing.draw(load_class_pipeline(args, accelerator, plan.base, model), small, folder, **options)
     accelerator.wait_for_everyone()
 
 
@@ -1470,7 +1472,8 @@ def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
     reading = () if base.is_if else model_card.reading_lines(max_length, args.text_encoder_use_attention_mask)
     places = (args.pretrained_model_name_or_path, args.revision, args.variant, reading)
     has_scheduler = base.learns_variance and not args.train_variance
-    return model_card.lora_snippet(name, prompt, *places, has_scheduler, base.enlarges_from, base.resolution)
+    drawn = model_card.Drawing(base.resolution, base.enlarges_from, base.is_if)
+    return model_card.lora_snippet(name, prompt, *places, has_scheduler, drawn)
 
 
 # Same in train_dreambooth.py

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import shlex
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -14,8 +16,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from diffusers.pipelines import deepfloyd_if
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import draw_picture
 from tests.if_models import (
@@ -607,3 +611,86 @@ def test_the_prompts_of_a_run_may_lose_words_but_not_the_subjects(trainer, model
     )
     trainer.run("lora", tmp_path / "out", flags_of(models, "if1", flags))
     assert json.loads((tmp_path / "out" / "args.json").read_text())["instance_prompt"] == "A Photo, of SKS dog!!!"
+
+
+# As the released repositories are.
+
+
+def add_released_parts(folder: Path) -> None:
+    """Add what DeepFloyd's repositories have as well: a safety checker, its feature extractor, and a watermark."""
+    encoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**encoder, "image_size": 32, "patch_size": 16, "projection_dim": 8}
+    config = transformers.CLIPConfig(text_config={**encoder, "vocab_size": 50}, vision_config=vision, projection_dim=8)
+    checker = deepfloyd_if.IFSafetyChecker(config)
+    config.architectures = ["IFSafetyChecker"]
+    config.save_pretrained(folder / "safety_checker")
+    save_file(
+        {name: value.contiguous() for name, value in checker.state_dict().items()},
+        folder / "safety_checker" / "model.safetensors",
+        {"format": "pt"},
+    )
+    transformers.CLIPImageProcessor(size=32, crop_size=32).save_pretrained(folder / "feature_extractor")
+    deepfloyd_if.IFWatermarker().save_pretrained(folder / "watermarker")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["deepfloyd_if", "IFSafetyChecker"], "watermarker": ["deepfloyd_if", "IFWatermarker"]}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"], "requires_safety_checker": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checker_that_cannot_be_loaded_costs_no_result(trainer, models, tmp_path, script):
+    """diffusers' checker of IF does not load with transformers 5: class images, the result and the card do without."""
+    base = shutil.copytree(models["if1"], tmp_path / "base")
+    add_released_parts(base)
+    run = trainer.run(script, tmp_path / "out", flags_of({"if1": base}, "if1", f"{PRIOR_FLAGS} --num_class_images 2"))
+    if script == "full":
+        pipeline = quiet(diffusers.DiffusionPipeline.from_pretrained(run.out))
+        assert pipeline.safety_checker is None and pipeline.watermarker is not None
+        assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in run.out.glob("*/config.json"))
+    code = (run.out / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    place = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        # Pictures this small have no room for the watermark.
+        code = code.replace("safety_checker=None", "safety_checker=None, watermarker=None")
+        exec(code.replace("width=", "num_inference_steps=2, width="), {})
+    finally:
+        os.chdir(place)
+    assert Image.open(tmp_path / "image.png").size == (SIZE, SIZE)
+
+
+def test_a_text_encoder_that_is_gone_costs_no_training(trainer, models, tmp_path):
+    """With all embeddings in the cache T5's weights may be deleted; the result then lacks them, and that is said."""
+    base = shutil.copytree(models["if1"], tmp_path / "base")
+    flags = f"{flags_of({'if1': base}, 'if1')} --cache_dir {tmp_path / 'cache'}"
+    whole = trainer.run("full", tmp_path / "whole", flags)
+    (base / "text_encoder" / "model.safetensors").unlink()
+    run = trainer.run("full", tmp_path / "out", flags)
+    assert run.stderr.count("The result has no text encoder, as with --skip_save_text_encoder.") == 1
+    ours, theirs = (load_file(out / "unet" / "diffusion_pytorch_model.safetensors") for out in (run.out, whole.out))
+    assert differing(ours, theirs) == []
+    assert json.loads((run.out / "model_index.json").read_text())["text_encoder"] == [None, None]
+
+
+def test_another_variance_is_another_run(trainer, models, tmp_path):
+    """A run that trained no variance cannot be resumed by one that does: its result would say what is not so."""
+    flags = f"{flags_of(models, 'if1')} --checkpointing_steps 2"
+    trainer.run("lora", tmp_path / "out", flags)
+    run = trainer.start("lora", tmp_path / "out", f"{flags} --train_variance --resume_from_checkpoint latest").finish()
+    assert run.code == 1 and "train_variance: False there, True here" in run.stderr
+
+
+def test_words_lost_from_other_prompts_are_a_warning(trainer, models, tmp_path):
+    """Previews of a prompt that cleaning changed would otherwise be judged for what they were not asked."""
+    flags = "--validation_prompt 'a <sks> dog' --num_validation_images 1 --validation_num_inference_steps 1"
+    run = trainer.run("lora", tmp_path / "out", flags_of(models, "if1", flags))
+    assert run.stderr.count("The prompt 'a <sks> dog' loses '<sks>' when IF's pipelines clean it.") == 1
+
+
+def test_a_variance_that_is_trained_is_drawn_with(trainer, models, tmp_path):
+    """Also where the base model's scheduler draws with a fixed one, as our own results do."""
+    base = shutil.copytree(models["if1"], tmp_path / "base")
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": "fixed_small"}))
+    run = trainer.run("lora", tmp_path / "out", flags_of({"if1": base}, "if1", "--train_variance"))
+    assert read_scheduler(run.out)["variance_type"] == "learned_range"

@@ -12,7 +12,7 @@ import yaml
 import train_dreambooth
 import train_dreambooth_lora
 from utils.geometry import Size
-from utils.model_card import Card, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
+from utils.model_card import Card, Drawing, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -225,14 +225,17 @@ def test_the_snippets_draw_as_training_read_and_enlarged():
         "pipeline.tokenizer.model_max_length = 20",
         "pipeline.text_encoder.config.use_attention_mask = True",
     )
-    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", Size(64, 48))
-    adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, Size(64, 48))
+    drawn = Drawing(Size(256, 192), Size(64, 48), is_if=True)
+    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", drawn)
+    adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, drawn)
     for code in (pipeline, adapter):
         lines = code.splitlines()
         drawn = next(number for number, line in enumerate(lines) if line.startswith("image = "))
         assert all(line in lines[:drawn] for line in reading)
-        assert "image=Image.open('small.png').convert('RGB').resize((64, 48))" in lines[drawn]
-    assert "T5EncoderModel.from_pretrained('some/base', subfolder='text_encoder')" in pipeline
+        assert "image=Image.open('small.png').convert('RGB').resize((64, 48)), width=256, height=192" in lines[drawn]
+        assert "safety_checker=None, requires_safety_checker=False, dtype=dtype)" in code
+        assert "    pipeline.enable_model_cpu_offload()" in lines
+    assert "T5EncoderModel.from_pretrained('some/base', subfolder='text_encoder', dtype=dtype)" in pipeline
     assert "pipeline.scheduler = DDPMScheduler.from_pretrained('some/dog', subfolder='scheduler')" in adapter
     assert "scheduler" not in lora_snippet("some/dog", "a dog", "some/base", None)
 
@@ -258,11 +261,24 @@ def test_a_card_shows_the_grid_only_if_it_was_drawn(card, tmp_path):
     [
         pipeline_snippet("some/dog", "a dog", None),
         pipeline_snippet("some/dog", "a dog", "some/base"),
-        pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", small=Size(64, 48)),
-        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), small=Size(64, 64)),
+        pipeline_snippet(
+            "some/dog",
+            "a dog",
+            "some/base",
+            encoder_class="T5EncoderModel",
+            drawing=Drawing(Size(256, 192), Size(64, 48), True),
+        ),
+        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), drawing=Drawing(Size(64, 48))),
         lora_snippet("some/dog", "a dog", "some/base", "v1"),
         lora_snippet("some/dog", "a dog", "some/base", "v1", reading=reading_lines(20, True)),
-        lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, small=Size(64, 48)),
+        lora_snippet(
+            "some/dog",
+            "a dog",
+            "some/base",
+            None,
+            has_scheduler=True,
+            drawing=Drawing(Size(256, 192), Size(64, 48), True),
+        ),
     ],
 )
 def test_the_snippets_use_only_what_they_import(code):

@@ -8,6 +8,7 @@ is cleaned exactly once: what has been cleaned here must not go through a pipeli
 
 import functools
 import html
+import logging
 import re
 import unicodedata
 import urllib.parse
@@ -15,6 +16,8 @@ import warnings
 from typing import Any
 
 from diffusers.utils import is_bs4_available, is_ftfy_available
+
+logger = logging.getLogger(__name__)
 
 IDENTIFIERS = ("sks", "ohwx", "zwx", "xjy", "qvx", "krtz", "vqw", "jxk")  # rare strings that mean nothing
 
@@ -65,10 +68,18 @@ def lost_words(text: str) -> list[str]:
     return [_without_punctuation(word) for index, word in enumerate(words) if index not in kept]
 
 
-def find_cut(tokenizer, texts: list[str], length: int) -> dict[str, str]:
-    """Return those texts that have more tokens than `length`, and what of each a model does not see."""
-    wholes = zip(texts, tokenizer(texts)["input_ids"])
-    return {text: tokenizer.decode(ids[length - 1 : -1]) for text, ids in wholes if len(ids) > length}
+def warn_of_losses(texts: list[str], words: list[str], tokenizer, length: int) -> None:
+    """Warn of each prompt of which a model does not see all: words are deleted, or beyond its tokens.
+
+    Args:
+        words: What is left of the texts after cleaning; the texts themselves for a model that does not clean.
+    """
+    for text, cleaned, ids in zip(texts, words, tokenizer(words)["input_ids"]):
+        if cleaned != text and (lost := lost_words(text)):
+            logger.warning("The prompt %r loses %s when IF's pipelines clean it.", text, ", ".join(map(repr, lost)))
+        if len(ids) > length:
+            cut = tokenizer.decode(ids[length - 1 : -1])
+            logger.warning("The prompt %r is longer than %d tokens; the model will not see %r.", text, length, cut)
 
 
 def suggest_identifiers(count: int = 4) -> list[str]:

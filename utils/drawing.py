@@ -1,6 +1,7 @@
 """Samplers of previews: which pictures a round draws, and how a pipeline of the networks in memory draws them."""
 
 import inspect
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps
 
 from utils import images, previews
 from utils.geometry import Size
+
+logger = logging.getLogger(__name__)
 
 
 class Preview(NamedTuple):
@@ -57,6 +60,8 @@ def draw(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for preview in previews:
+        if small is not None and not (small / preview.name).exists():
+            continue  # there was no memory to draw it
         if small is not None:
             options["image"] = images.open_rgb(small / preview.name)
         picture = pipeline(
@@ -68,9 +73,12 @@ def draw(
         images.save_png(picture, folder / preview.name)
 
 
-def shrink(previews: Iterable[Preview], paths: list[Path], folder: Path) -> None:
+def shrink(previews: list[Preview], paths: list[Path], folder: Path) -> None:
     """Write for each preview the picture of its index, cut and shrunk to the preview's size."""
     folder.mkdir(parents=True, exist_ok=True)
+    used = ", ".join(dict.fromkeys(str(paths[preview.index]) for preview in previews))
+    sizes = ", ".join(dict.fromkeys(str(preview.size) for preview in previews))
+    logger.info("Previews enlarge %s, cut and shrunk to %s px.", used, sizes)
     for preview in previews:
         picture = ImageOps.fit(images.open_rgb(paths[preview.index]), preview.size, Image.Resampling.BICUBIC)
         images.save_png(picture, folder / preview.name)

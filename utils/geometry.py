@@ -19,6 +19,12 @@ class Size(NamedTuple):
         return str(self.width) if self.width == self.height else f"{self.width}x{self.height}"
 
     @classmethod
+    def of_config(cls, edges: int | list[int]) -> "Size":
+        """Return the size that a model's config gives as one edge or as height and width."""
+        height, width = edges if isinstance(edges, list) else (edges, edges)
+        return cls(width, height)
+
+    @classmethod
     def parse(cls, text: int | str) -> "Size":
         """Read the edge of a square (512) or WIDTHxHEIGHT (96x64).
 

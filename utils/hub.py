@@ -65,9 +65,11 @@ def prepare_repository(name: str | None, output_dir: Path, token: str | None, pr
 def files_to_upload(folder: Path) -> list[str]:
     """List what may be shared of an output folder: card, previews and result, as sorted posix paths relative to it.
 
-    Hidden files are left out, and so is everything behind a symlink: it may never have been meant to be shared.
+    Hidden files are left out, and so is everything behind a symlink: it may never have been meant to be shared. The
+    pictures that stage II's previews enlarge may be photos, and stay here as well.
     """
-    candidates = [folder / "README.md", *folder.glob("samples/**/*.png"), *result_files(folder)]
+    previews = [path for path in folder.glob("samples/**/*.png") if path.parent.name != "small"]
+    candidates = [folder / "README.md", *previews, *result_files(folder)]
     return sorted({path.relative_to(folder).as_posix() for path in candidates if _may_be_shared(path, folder)})
 
 

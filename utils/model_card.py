@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import yaml
@@ -32,6 +32,17 @@ class Card:
     grid: str | None
     settings: dict[str, Any]
     snippet: str
+
+
+class Drawing(NamedTuple):
+    """How a snippet draws: sizes are width and height in pixels, None for the model's own."""
+
+    size: tuple[int, int] | None = None
+    small: tuple[int, int] | None = None  # of the picture that stage II enlarges; None: others draw from words alone
+    is_if: bool = False
+
+
+NOTHING = Drawing()
 
 
 def write(folder: Path, card: Card, revision: str | None, token: str | None) -> None:
@@ -121,8 +132,7 @@ def pipeline_snippet(
     variant: str | None = None,
     reading: tuple[str, ...] = (),
     encoder_class: str = "CLIPTextModel",
-    small: tuple[int, int] | None = None,
-    size: tuple[int, int] | None = None,
+    drawing: Drawing = NOTHING,
 ) -> str:
     """Return code that draws with a pipeline.
 
@@ -130,23 +140,19 @@ def pipeline_snippet(
         base_model: What lends its text encoder, None if the pipeline has one.
         reading: Of `reading_lines`.
         encoder_class: Of the text encoder, in transformers.
-        small: Width and height of the picture that the pipeline enlarges; None: it draws from words alone.
-        size: Width and height that it draws.
     """
-    encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}"
+    encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}{', dtype=dtype' * drawing.is_if}"
     lent = ", text_encoder=text_encoder" if base_model else ""
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline",
             *(["from transformers import " + encoder_class] if base_model else []),
-            *_imports(small),
-            "",
-            'device = "cuda" if torch.cuda.is_available() else "cpu"',
+            *_head(drawing),
             *([f"text_encoder = {encoder_class}.from_pretrained({encoder})"] if base_model else []),
-            f"pipeline = DiffusionPipeline.from_pretrained({result!r}{lent})",
+            *_loading(f"{result!r}{lent}", drawing),
             *reading,
-            f"image = pipeline.to(device)({prompt!r}{_drawn(small, size)}).images[0]",
+            _call(prompt, drawing),
             'image.save("image.png")',
         ]
     )
@@ -160,42 +166,57 @@ def lora_snippet(
     variant: str | None = None,
     reading: tuple[str, ...] = (),
     has_scheduler: bool = False,
-    small: tuple[int, int] | None = None,
-    size: tuple[int, int] | None = None,
+    drawing: Drawing = NOTHING,
 ) -> str:
     """Return code that draws with a base model and an adapter.
 
     Args:
+        reading: Of `reading_lines`.
         has_scheduler: Whether the adapter is drawn with another scheduler than the base model, which lies beside it.
-        small, size: As for `pipeline_snippet`.
     """
-    at, scheduler = _options(revision, variant), f"DDPMScheduler.from_pretrained({result!r}, subfolder='scheduler')"
+    scheduler = f"DDPMScheduler.from_pretrained({result!r}, subfolder='scheduler')"
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline" + (", DDPMScheduler" if has_scheduler else ""),
-            *_imports(small),
-            "",
-            'device = "cuda" if torch.cuda.is_available() else "cpu"',
-            f"pipeline = DiffusionPipeline.from_pretrained({base_model!r}{at}).to(device)",
+            *_head(drawing),
+            *_loading(f"{base_model!r}{_options(revision, variant)}", drawing),
             f"pipeline.load_lora_weights({result!r})",
             *([f"pipeline.scheduler = {scheduler}"] if has_scheduler else []),
             *reading,
-            f"image = pipeline({prompt!r}{_drawn(small, size)}).images[0]",
+            _call(prompt, drawing),
             'image.save("image.png")',
         ]
     )
 
 
-def _imports(small: tuple[int, int] | None) -> list[str]:
-    """Return what code needs that opens a small picture."""
-    return ["from PIL import Image"] if small else []
+def _head(drawing: Drawing) -> list[str]:
+    """Return code for the last import, and for where and in which precision to draw."""
+    image = ["from PIL import Image"] if drawing.small else []
+    device = ["", 'device = "cuda" if torch.cuda.is_available() else "cpu"']
+    dtype = ['dtype = torch.bfloat16 if device == "cuda" else torch.float32'] if drawing.is_if else []
+    return image + device + dtype
 
 
-def _drawn(small: tuple[int, int] | None, size: tuple[int, int] | None) -> str:
-    """Return further arguments of a pipeline as code: the picture that is to be enlarged, and the size."""
+def _loading(source: str, drawing: Drawing) -> list[str]:
+    """Return code that loads a pipeline onto the device; IF's a network at a time, since T5 alone fills a card."""
+    if not drawing.is_if:
+        return [f"pipeline = DiffusionPipeline.from_pretrained({source}).to(device)"]
+    unchecked = "safety_checker=None, requires_safety_checker=False, dtype=dtype"
+    return [
+        f"pipeline = DiffusionPipeline.from_pretrained({source}, {unchecked})",
+        'if device == "cuda":',
+        "    pipeline.enable_model_cpu_offload()",
+    ]
+
+
+def _call(prompt: str, drawing: Drawing) -> str:
+    """Return code that draws a picture; stage II enlarges one of the reader's own."""
+    small, size = drawing.small, drawing.size
     image = f", image=Image.open('small.png').convert('RGB').resize({tuple(small)})" if small else ""
-    return image + (f", width={size[0]}, height={size[1]}" if size else "")
+    image += f", width={size[0]}, height={size[1]}" if size else ""
+    comment = "# small.png is what to enlarge, such as a picture of stage I\n" if small else ""
+    return f"{comment}image = pipeline({prompt!r}{image}).images[0]"
 
 
 def _options(revision: str | None, variant: str | None) -> str:

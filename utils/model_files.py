@@ -81,7 +81,10 @@ def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[st
         (not unet, f"{pipeline} without a U-Net"),
         (is_xl, "a Stable Diffusion XL checkpoint"),
         (channels == 9, "an inpainting checkpoint (9 input channels)"),
-        (no_text, f"{pipeline} without a text encoder and a tokenizer"),
+        (
+            no_text,
+            f"{pipeline} without a text encoder and a tokenizer (a result of --skip_save_text_encoder lacks one)",
+        ),
         (not is_known or unet.get("_class_name") != "UNet2DConditionModel", f"{other} VAE {vae.get('_class_name')}"),
         (unet.get("num_class_embeds") is not None, f"{pipeline} whose U-Net takes numbered classes"),
         (not configs.scheduler, f"{pipeline} without a scheduler"),

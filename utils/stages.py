@@ -119,8 +119,7 @@ def size_factor(origin: Origin, kind: Kind) -> tuple[int, str]:
 
 def own_size(stage: Stage) -> Size:
     """Return the size in pixels that a model draws unless told otherwise."""
-    edges = results.read_part_config(stage.origin, "unet")["sample_size"]
-    height, width = edges if isinstance(edges, list) else (edges, edges)
+    width, height = Size.of_config(results.read_part_config(stage.origin, "unet")["sample_size"])
     factor = size_factor(stage.origin, stage.kind)[0] if stage.kind is STABLE_DIFFUSION else 1
     return Size(width * factor, height * factor)
 
