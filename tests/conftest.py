@@ -10,6 +10,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from PIL import Image
 from tests.runs import Trainer
 from utils.make_model import make_model
 
+if hasattr(signal, "SIGHUP"):
+    # Under nohup it is ignored, and every process that a test starts would ignore it, too.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # the number of threads decides the last bits
 
 ORIENTATION = 0x0112
