@@ -130,6 +130,7 @@ def unknown(pipeline: str, channels: int, unet="UNet2DConditionModel", embedding
     return f"{article} {pipeline} with a {unet}, {rest}"
 
 
+NO_TEXT = "text encoder (add the base model's, if this is a result of --skip_save_text_encoder)"
 STAGE_ONE = {
     "model_index.json": {"vae": GONE, "_class_name": "IFPipeline"},
     "unet/config.json": {"in_channels": 3, "out_channels": 6},
@@ -224,7 +225,7 @@ OTHER_KINDS = {
     ),
     "if-without-text": (
         {"model_index.json": {"vae": GONE, "tokenizer": GONE}, "unet/config.json": {"in_channels": 3}},
-        "a StableDiffusionPipeline without a text encoder and a tokenizer",
+        "a StableDiffusionPipeline without a tokenizer",
     ),
     "flux": (
         {
@@ -243,11 +244,15 @@ OTHER_KINDS = {
                 **{"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]},
             }
         },
-        "a StableDiffusionImageVariationPipeline without a text encoder and a tokenizer",
+        f"a StableDiffusionImageVariationPipeline without a {NO_TEXT} and a tokenizer",
+    ),
+    "no-text-encoder": (
+        {"model_index.json": {"text_encoder": [None, None]}},
+        f"a StableDiffusionPipeline without a {NO_TEXT}",
     ),
     "no-tokenizer": (
         {"model_index.json": {"tokenizer": [None, None]}},
-        "a StableDiffusionPipeline without a text encoder and a tokenizer",
+        "a StableDiffusionPipeline without a tokenizer",
     ),
     "predicts-sample": (
         {"scheduler/scheduler_config.json": {"prediction_type": "sample"}},

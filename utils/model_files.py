@@ -74,17 +74,15 @@ def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[st
     channels, name = unet.get("in_channels"), index.get("_class_name", "pipeline")
     pipeline = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     is_xl = "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time"
-    no_text = not (configs.text_encoder and index.get("tokenizer", [None])[0])
+    lacking = ["text encoder (add the base model's, if this is a result of --skip_save_text_encoder)"]
+    lacking = lacking * (not configs.text_encoder) + ["tokenizer"] * (not index.get("tokenizer", [None])[0])
     embedding, prediction_type = unet.get("class_embed_type"), configs.scheduler.get("prediction_type", "epsilon")
     other = f"{pipeline} with a {unet.get('_class_name')}, {channels} input channels, class embedding {embedding}, and"
     reasons = problems_that_hold(
         (not unet, f"{pipeline} without a U-Net"),
         (is_xl, "a Stable Diffusion XL checkpoint"),
         (channels == 9, "an inpainting checkpoint (9 input channels)"),
-        (
-            no_text,
-            f"{pipeline} without a text encoder and a tokenizer (a result of --skip_save_text_encoder lacks one)",
-        ),
+        (lacking, f"{pipeline} without a {' and a '.join(lacking)}"),
         (not is_known or unet.get("_class_name") != "UNet2DConditionModel", f"{other} VAE {vae.get('_class_name')}"),
         (unet.get("num_class_embeds") is not None, f"{pipeline} whose U-Net takes numbered classes"),
         (not configs.scheduler, f"{pipeline} without a scheduler"),
