@@ -45,7 +45,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -520,13 +520,9 @@ def recognise_model(args: Namespace) -> BaseModel:
         # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
         scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    usual = (
-        str(Size.of_config(unet.get("sample_size", 64)))
-        if is_if
-        else 768
-        if prediction_type == "v_prediction"
-        else 512
-    )
+    usual = str(Size.of_config(unet.get("sample_size", 64)))
+    if not is_if:
+        usual = "768" if prediction_type == "v_prediction" else "512"
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
         kind=kind,
@@ -697,7 +693,7 @@ def draw_class_images(
     drawn = dict.fromkeys(batches)
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
-        pipeline = load_class_pipeline(args, accelerator, plan.base, model)
+        pipeline = load_pipeline(args, accelerator, plan.base, model)
         for batch in tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
             drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch])
             paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
@@ -713,7 +709,7 @@ def draw_class_images(
 
 
 def draw_class_batch(
-    pipeline: diffusers.DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
+    pipeline: DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
 ) -> list[Image.Image]:
     """Draw the class images of some indices, or enlarge them if they are given small."""
     seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
@@ -725,12 +721,30 @@ def draw_class_batch(
     return pipeline(**words, **({"image": small} if small else {}), generator=seeds).images
 
 
-def load_class_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> Any:
+def write_small_images(
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
+) -> None:
+    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
+    # On each machine, because its folder may be its own.
+    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
+        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
+        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
+        folder = plan.output_dir / "samples" / "small"
+        if paths := args.validation_images or photos:
+            drawing.shrink(small, paths, folder)
+        else:
+            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
+            with devices.going_on_without_memory("Stage I"):
+                drawing.draw(load_pipeline(args, accelerator, plan.base, model), small, folder, **options)
+    accelerator.wait_for_everyone()
+
+
+def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> DiffusionPipeline:
     """Load a whole model for drawing, in the precision asked for, without safety checker, and T5 if it is IF."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
     left_out = ("safety_checker", *(("text_encoder", "tokenizer", "watermarker") if base.is_if else ()))
     options = dict.fromkeys(left_out) | {"dtype": PRECISIONS[args.prior_generation_precision or default]}
-    pipeline = load(args, diffusers.DiffusionPipeline, None, model, **options, requires_safety_checker=False)
+    pipeline = load(args, DiffusionPipeline, None, model, **options, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
@@ -1273,24 +1287,6 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
         model.load_state_dict(type(model).from_pretrained(folder / name, dtype=torch.float32).state_dict())
 
 
-def write_small_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
-) -> None:
-    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
-    # On each machine, because its folder may be its own.
-    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
-        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
-        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
-        folder = plan.output_dir / "samples" / "small"
-        if paths := args.validation_images or photos:
-            drawing.shrink(small, paths, folder)
-        else:
-            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
-            with devices.going_on_without_memory("Stage I"):
-                drawing.draw(load_class_pipeline(args, accelerator, plan.base, model), small, folder, **options)
-    accelerator.wait_for_everyone()
-
-
 def validate(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
 ) -> None:
@@ -1338,9 +1334,7 @@ def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Modu
     }
 
 
-def make_preview_pipeline(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
-) -> diffusers.DiffusionPipeline:
+def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
     scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
@@ -1384,51 +1378,67 @@ def describe_run(
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write a pipeline folder, all in float32: what was trained, the base's other parts, and how prompts were read."""
-    trained = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
+    parts = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
     models.vae = models.text_encoder = None
-    if args.skip_save_text_encoder:
-        trained["text_encoder"] = None
+    if args.skip_save_text_encoder or plan.base.precomputes_text:
+        parts["text_encoder"] = None
+    if plan.base.is_if:
+        # diffusers' safety checker of IF cannot be loaded with transformers 5, and nor could a pipeline that has it.
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if accelerator.is_main_process:
-        pipeline = load_for_result(args, plan.base, trained)
+        pipeline = load(args, DiffusionPipeline, **parts, dtype=torch.float32)
         if args.tokenizer_name:
             pipeline.tokenizer = load_tokenizer(args, plan.base)
         if args.tokenizer_max_length:
             pipeline.tokenizer.model_max_length = args.tokenizer_max_length
-        if args.text_encoder_use_attention_mask and not plan.base.is_if and pipeline.text_encoder is not None:
-            pipeline.text_encoder.config.use_attention_mask = True
+        if pipeline.text_encoder is not None:
+            set_masking(args, plan.base, pipeline.text_encoder)
         for part in (pipeline, *pipeline.components.values()):
             # A shared result should not tell in which folder the base model lay.
-            if isinstance(part, diffusers.DiffusionPipeline | diffusers.ModelMixin):
+            if isinstance(part, DiffusionPipeline | diffusers.ModelMixin):
                 part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
         with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
+        if plan.base.precomputes_text and not args.skip_save_text_encoder:
+            del pipeline
+            add_text_encoder(args, plan)
         logger.info(f"The trained pipeline is in {plan.output_dir}.")
     accelerator.wait_for_everyone()
 
 
-def load_for_result(args: Namespace, base: BaseModel, trained: dict) -> diffusers.DiffusionPipeline:
-    """Load the base model with what was trained in its place; a text encoder that is gone loses no training."""
-    # diffusers' safety checker of IF cannot be loaded with transformers 5, and nor could a pipeline that has it.
-    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    parts = {**trained, **(left_out if base.is_if else {}), "dtype": torch.float32}
+def add_text_encoder(args: Namespace, plan: Plan) -> None:
+    """Add the text encoder that was freed before training to a result that is safe by now, should it not load."""
+    kind = model_files.component_class(plan.base.index, "text_encoder")
     try:
-        return load(args, diffusers.DiffusionPipeline, **parts)
-    except InputError as error:
-        if "text_encoder" in trained:
-            raise
+        text_encoder = load(args, kind, "text_encoder", dtype=torch.float32)
+    except (InputError, MemoryError) as error:
         logger.warning(f"The result has no text encoder, as with --skip_save_text_encoder. {error}")
-        return load(args, diffusers.DiffusionPipeline, **parts, text_encoder=None)
+        return
+    set_masking(args, plan.base, text_encoder)
+    index = json.loads((plan.output_dir / "model_index.json").read_text(encoding="utf-8"))
+    index["text_encoder"] = plan.base.index["text_encoder"]
+    with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+        text_encoder.save_pretrained(folder / "text_encoder")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def set_masking(args: Namespace, base: BaseModel, text_encoder: nn.Module) -> None:
+    """Let the result's own config say that padding is hidden, where a flag has hidden it; IF's pipelines know."""
+    if args.text_encoder_use_attention_mask and not base.is_if:
+        text_encoder.config.use_attention_mask = True
 
 
 def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
-    """Return Python code that draws a picture with the result, and runs as it stands."""
-    encoder_from = args.pretrained_model_name_or_path if args.skip_save_text_encoder else None
+    """Return Python code that draws a picture with the result; stage II's wants a small picture beside it."""
+    has_encoder = not base.precomputes_text or Path(args.output_dir, "text_encoder").is_dir()
+    lacks_encoder = args.skip_save_text_encoder or not has_encoder
+    encoder_from = args.pretrained_model_name_or_path if lacks_encoder else None
     prompt = args.validation_prompt or args.instance_prompt
     is_masked = encoder_from and args.text_encoder_use_attention_mask and not base.is_if
     places = (encoder_from, args.revision, args.variant, model_card.reading_lines(None, is_masked))
-    drawn = model_card.Drawing(base.resolution, base.enlarges_from, base.is_if)
-    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], drawn)
+    picture = model_card.Picture(base.resolution, base.enlarges_from, base.is_if)
+    return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], picture)
 
 
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -551,13 +551,9 @@ def recognise_model(args: Namespace) -> BaseModel:
         # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
         scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    usual = (
-        str(Size.of_config(unet.get("sample_size", 64)))
-        if is_if
-        else 768
-        if prediction_type == "v_prediction"
-        else 512
-    )
+    usual = str(Size.of_config(unet.get("sample_size", 64)))
+    if not is_if:
+        usual = "768" if prediction_type == "v_prediction" else "512"
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
         kind=kind,
@@ -735,7 +731,7 @@ def draw_class_images(
     drawn = dict.fromkeys(batches)
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
-        pipeline = load_class_pipeline(args, accelerator, plan.base, model)
+        pipeline = load_pipeline(args, accelerator, plan.base, model)
         for batch in tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
             drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch])
             paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
@@ -752,7 +748,7 @@ def draw_class_images(
 
 # Same in train_dreambooth.py
 def draw_class_batch(
-    pipeline: diffusers.DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
+    pipeline: DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
 ) -> list[Image.Image]:
     """Draw the class images of some indices, or enlarge them if they are given small."""
     seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
@@ -765,12 +761,31 @@ def draw_class_batch(
 
 
 # Same in train_dreambooth.py
-def load_class_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> Any:
+def write_small_images(
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
+) -> None:
+    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
+    # On each machine, because its folder may be its own.
+    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
+        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
+        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
+        folder = plan.output_dir / "samples" / "small"
+        if paths := args.validation_images or photos:
+            drawing.shrink(small, paths, folder)
+        else:
+            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
+            with devices.going_on_without_memory("Stage I"):
+                drawing.draw(load_pipeline(args, accelerator, plan.base, model), small, folder, **options)
+    accelerator.wait_for_everyone()
+
+
+# Same in train_dreambooth.py
+def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> DiffusionPipeline:
     """Load a whole model for drawing, in the precision asked for, without safety checker, and T5 if it is IF."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
     left_out = ("safety_checker", *(("text_encoder", "tokenizer", "watermarker") if base.is_if else ()))
     options = dict.fromkeys(left_out) | {"dtype": PRECISIONS[args.prior_generation_precision or default]}
-    pipeline = load(args, diffusers.DiffusionPipeline, None, model, **options, requires_safety_checker=False)
+    pipeline = load(args, DiffusionPipeline, None, model, **options, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(accelerator.device)
 
@@ -1342,25 +1357,6 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
 
 
 # Same in train_dreambooth.py
-def write_small_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
-) -> None:
-    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
-    # On each machine, because its folder may be its own.
-    if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
-        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
-        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
-        folder = plan.output_dir / "samples" / "small"
-        if paths := args.validation_images or photos:
-            drawing.shrink(small, paths, folder)
-        else:
-            model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
-            with devices.going_on_without_memory("Stage I"):
-                drawing.draw(load_class_pipeline(args, accelerator, plan.base, model), small, folder, **options)
-    accelerator.wait_for_everyone()
-
-
-# Same in train_dreambooth.py
 def validate(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
 ) -> None:
@@ -1411,9 +1407,7 @@ def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Modu
 
 
 # Same in train_dreambooth.py
-def make_preview_pipeline(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
-) -> diffusers.DiffusionPipeline:
+def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
     scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
@@ -1467,13 +1461,13 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
 
 
 def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
-    """Return Python code that draws a picture with the result, and runs as it stands."""
+    """Return Python code that draws a picture with the result; stage II's wants a small picture beside it."""
     prompt, max_length = args.validation_prompt or args.instance_prompt, args.tokenizer_max_length
     reading = () if base.is_if else model_card.reading_lines(max_length, args.text_encoder_use_attention_mask)
     places = (args.pretrained_model_name_or_path, args.revision, args.variant, reading)
     has_scheduler = base.learns_variance and not args.train_variance
-    drawn = model_card.Drawing(base.resolution, base.enlarges_from, base.is_if)
-    return model_card.lora_snippet(name, prompt, *places, has_scheduler, drawn)
+    picture = model_card.Picture(base.resolution, base.enlarges_from, base.is_if)
+    return model_card.lora_snippet(name, prompt, *places, has_scheduler, picture)
 
 
 # Same in train_dreambooth.py

@@ -460,8 +460,8 @@ def test_what_the_cleaning_takes_and_what_is_too_long_is_said(home, tmp_path, ca
     """Words that T5 never sees are named."""
     long = "dog " * 80 + "zebra"
     run(home / "if1" / "base", "--prompt", "a photo of p3rs0n", long, *FEW, output=tmp_path)
-    assert "IF's cleaning takes p3rs0n out of 'a photo of p3rs0n': it reads 'a photo of'." in caplog.text
-    assert "is too long; not read is" in caplog.text and "zebra" in caplog.text.rpartition("not read is")[2]
+    assert "'a photo of p3rs0n' loses 'p3rs0n' when IF's pipelines clean it: T5 reads 'a photo of'." in caplog.text
+    assert "longer than 77 tokens" in caplog.text and "zebra" in caplog.text.rpartition("will not see")[2]
 
 
 CASES = {  # words, in which names of folders in the home stand; what the message says

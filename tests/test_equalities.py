@@ -17,6 +17,7 @@ from tests.runs import (
     SCRIPTS,
     SEED,
     SIZE,
+    Run,
     differing,
     names,
     read_metrics,
@@ -72,12 +73,16 @@ def test_resumed_equals_uninterrupted(trainer, class_images, tmp_path, case):
     parts = [continue_from(whole, 2, tmp_path / f"{whole.name}-part") for whole in wholes]
     jobs = [trainer.start(*pair, f"{flags} --resume_from_checkpoint latest") for pair in zip(scripts, parts)]
     for whole, job in zip(wholes, jobs):
-        run = job.finish()
-        assert run.code == 0, run.text
-        assert "2 of 5 steps are done" in run.stderr
-        assert len(read_metrics(whole)) == 5
-        assert_same_end(whole, run.out, "checkpoint-4")
-        assert names(run.out) == names(whole)
+        assert_resumed(whole, job.finish())
+
+
+def assert_resumed(whole: Path, run: Run) -> None:
+    """Check that a run of 5 steps, resumed at step 2, ended as the whole one did."""
+    assert run.code == 0, run.text
+    assert "2 of 5 steps are done" in run.stderr
+    assert len(read_metrics(whole)) == 5
+    assert_same_end(whole, run.out, "checkpoint-4")
+    assert names(run.out) == names(whole)
 
 
 def test_a_checkpoint_depends_on_its_step_alone(trainer, tmp_path):

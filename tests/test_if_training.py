@@ -1,6 +1,7 @@
 """Runs of both scripts on both stages of DeepFloyd IF: what they log, change, save and say, and what they refuse."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -8,6 +9,8 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -38,16 +41,20 @@ from tests.runs import (
     CLASS_PROMPT,
     PRIOR_FLAGS,
     PROMPT,
+    ROOT,
     SCRIPTS,
     SEED,
     STEP_KEYS,
     WEIGHTS_FILE,
     differing,
+    first_loss,
     names,
     read_metrics,
     read_optimizer,
     read_tensors,
 )
+from utils import devices, drawing
+from utils.geometry import Size
 
 FIRST, SECOND, FULL, LORA = PAIRS[:2], PAIRS[2:], PAIRS[::2], PAIRS[1::2]
 ONE_OF_EACH = (("full", "if1"), ("lora", "if2")), (("lora", "if1"), ("full", "if2"))
@@ -297,21 +304,10 @@ RECOMPUTED = [name for name, case in CASES.items() if case.losses is not PLAIN o
 def test_the_pinned_loss_is_right(models, photos, class_images, name):
     """A pinned first loss is that of the formulas."""
     case = CASES[name]
-    of_kind = {"instance": (sorted(path for path in photos.rglob("*") if path.suffix in (".png", ".jpg", ".webp")), 0)}
-    weights = {"instance": 1.0}
-    if "--with_prior_preservation" in case.flags:
-        of_kind["class"] = (sorted(class_images.iterdir()), len(of_kind["instance"][0]))
-        weights["class"] = 0.5 if "--prior_loss_weight 0.5" in case.flags else 1.0
-    micro_steps = range(2 if "--gradient_accumulation_steps 2" in case.flags else 1)
     found = {}
     for stage in {stage for _, stage in case.pairs}:
         pipeline = PIPELINES[stage].from_pretrained(models[stage])
-        losses = [
-            weights[kind] * recompute(case, pipeline, kind, micro_step, *of_kind[kind])
-            for kind in weights
-            for micro_step in micro_steps
-        ]
-        found[stage] = sum(losses) / len(micro_steps)
+        found[stage] = first_loss(case.flags, photos, class_images, functools.partial(recompute, case, pipeline))
     assert case.losses == pytest.approx(found, abs=2e-4), found
 
 
@@ -684,7 +680,9 @@ def test_words_lost_from_other_prompts_are_a_warning(trainer, models, tmp_path):
     """Previews of a prompt that cleaning changed would otherwise be judged for what they were not asked."""
     flags = "--validation_prompt 'a <sks> dog' --num_validation_images 1 --validation_num_inference_steps 1"
     run = trainer.run("lora", tmp_path / "out", flags_of(models, "if1", flags))
-    assert run.stderr.count("The prompt 'a <sks> dog' loses '<sks>' when IF's pipelines clean it.") == 1
+    assert (
+        run.stderr.count("The prompt 'a <sks> dog' loses '<sks>' when IF's pipelines clean it: T5 reads 'a dog'.") == 1
+    )
 
 
 def test_a_variance_that_is_trained_is_drawn_with(trainer, models, tmp_path):
@@ -694,3 +692,59 @@ def test_a_variance_that_is_trained_is_drawn_with(trainer, models, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": "fixed_small"}))
     run = trainer.run("lora", tmp_path / "out", flags_of({"if1": base}, "if1", "--train_variance"))
     assert read_scheduler(run.out)["variance_type"] == "learned_range"
+
+
+# Memory.
+
+WATCHED = """
+import gc, sys, weakref
+import {script} as script
+
+encoders, original, load_models = [], script.load_text_encoder, script.load_models
+
+def load_and_remember(*arguments):
+    encoder = original(*arguments)
+    encoders.append(weakref.ref(encoder))
+    return encoder
+
+def load_when_it_is_gone(*arguments):
+    gc.collect()
+    print("encoders:", [encoder() for encoder in encoders], flush=True)
+    return load_models(*arguments)
+
+script.load_text_encoder, script.load_models = load_and_remember, load_when_it_is_gone
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+def test_t5_is_freed_before_the_u_net_is_loaded(models, photos, tmp_path):
+    """One text encoder is loaded, and nothing refers to it any more when the training networks come."""
+    own = ["--instance_data_dir", str(photos), "--instance_prompt", PROMPT, "--output_dir", str(tmp_path / "out")]
+    own += ["--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "1", "--report_to", "none"]
+    code = WATCHED.format(script="train_dreambooth_lora")
+    command = [sys.executable, "-c", code, *shlex.split(flags_of(models, "if1")), *own]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "encoders: [None]" in run.stdout, run.stdout + run.stderr
+
+
+def test_previews_are_left_out_that_have_nothing_to_enlarge(models, tmp_path):
+    """When memory ran out while stage I drew, the pictures that it did draw are enlarged."""
+    base = PIPELINES["if2"].from_pretrained(models["if2"])
+    noising = base.image_noising_scheduler
+    pipeline = drawing.assemble(
+        PIPELINES["if2"], unet=base.unet, scheduler=base.scheduler, image_noising_scheduler=noising
+    )
+    previews = drawing.list_previews([Size(16, 16)], 2, seed=0)
+    draw_picture(4, 4, 0).save(tmp_path / previews[1].name)
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), base.encode_prompt("a dog")))
+    drawing.draw(pipeline, previews, tmp_path / "drawn", tmp_path, **embeds, num_inference_steps=2)
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == [previews[1].name]
+
+
+def test_only_a_lack_of_memory_is_a_warning(caplog):
+    """Whatever else goes wrong ends the run."""
+    with devices.going_on_without_memory("Stage I"):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "Stage I ran out of memory; the run goes on." in caplog.text
+    with pytest.raises(RuntimeError, match="shapes"), devices.going_on_without_memory("Stage I"):
+        raise RuntimeError("shapes do not match")

@@ -12,7 +12,7 @@ import yaml
 import train_dreambooth
 import train_dreambooth_lora
 from utils.geometry import Size
-from utils.model_card import Card, Drawing, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
+from utils.model_card import Card, Picture, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -225,7 +225,7 @@ def test_the_snippets_draw_as_training_read_and_enlarged():
         "pipeline.tokenizer.model_max_length = 20",
         "pipeline.text_encoder.config.use_attention_mask = True",
     )
-    drawn = Drawing(Size(256, 192), Size(64, 48), is_if=True)
+    drawn = Picture(Size(256, 192), Size(64, 48), is_if=True)
     pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", drawn)
     adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, drawn)
     for code in (pipeline, adapter):
@@ -266,9 +266,9 @@ def test_a_card_shows_the_grid_only_if_it_was_drawn(card, tmp_path):
             "a dog",
             "some/base",
             encoder_class="T5EncoderModel",
-            drawing=Drawing(Size(256, 192), Size(64, 48), True),
+            picture=Picture(Size(256, 192), Size(64, 48), True),
         ),
-        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), drawing=Drawing(Size(64, 48))),
+        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), picture=Picture(Size(64, 48))),
         lora_snippet("some/dog", "a dog", "some/base", "v1"),
         lora_snippet("some/dog", "a dog", "some/base", "v1", reading=reading_lines(20, True)),
         lora_snippet(
@@ -277,7 +277,7 @@ def test_a_card_shows_the_grid_only_if_it_was_drawn(card, tmp_path):
             "some/base",
             None,
             has_scheduler=True,
-            drawing=Drawing(Size(256, 192), Size(64, 48), True),
+            picture=Picture(Size(256, 192), Size(64, 48), True),
         ),
     ],
 )

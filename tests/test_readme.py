@@ -1,8 +1,11 @@
 """The training commands of the README run as they are written, on tiny models under the names that they give."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,16 @@ from utils.make_model import make_model
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(accelerate launch .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+SAMPLES = re.findall(r"^```bash\npython (-m utils.sample .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
 SHA = "89abcdef0123456789abcdef0123456789abcdef"
 # Wins over what the README says: a CPU has no fp16, and a test no hours and no Hub.
 SMALL = "--max_train_steps 1 --resolution 64 --mixed_precision no --num_validation_images 1 --no-push_to_hub"
 SMALL += " --validation_num_inference_steps 1 --num_class_images 2 --checkpointing_steps 1 --report_to none"
+
+
+# The pictures of both models, and for the cascade of further stages.
+QUICK = ("--num_inference_steps 2", "--num_inference_steps 2 --height 16 --width 16")
+CASCADE = "--stage_two_num_inference_steps 1 --upscaler_num_inference_steps 1"
 
 
 def with_variant(folder: Path, shape: str) -> Path:
@@ -39,6 +48,7 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
         ("DeepFloyd/IF-I-XL-v1.0", stages["if1"]),
         ("DeepFloyd/IF-I-L-v1.0", stages["if1"]),
         ("DeepFloyd/IF-II-L-v1.0", stages["if2"]),
+        ("stabilityai/stable-diffusion-x4-upscaler", make_model(made / "x4", "tiny-x4")),
     ):
         cached = trainer.home / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(model, cached / "snapshots" / SHA)
@@ -50,7 +60,7 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
 
 
 def test_the_commands_run_in_their_order(trainer, home):
-    """Each writes its own folder; resuming and repeating find what the first one left."""
+    """Each writes its own folder; resuming, repeating and drawing find what the first ones left."""
     assert len(BLOCKS) == 14
     for block in BLOCKS:
         words = shlex.split(block.replace("\\\n", " "))
@@ -63,3 +73,10 @@ def test_the_commands_run_in_their_order(trainer, home):
         run = trainer.start_words(script, out, inside).finish()
         assert run.code == 0, f"{block}\n{run.text}"
         assert (out / "metrics.jsonl").read_text().count("\n") == 1
+    assert len(SAMPLES) == 2
+    environment = os.environ | {"HF_HOME": str(trainer.home), "PYTHONPATH": str(ROOT)}
+    for block, quick, count in zip(SAMPLES, (QUICK[0], f"{QUICK[1]} {CASCADE}"), (8, 4)):
+        words = [*shlex.split(block.replace("\\\n", " ")), *quick.split()]
+        run = subprocess.run([sys.executable, *words], cwd=home, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, f"{block}\n{run.stderr}"
+        assert f"Wrote {count} pictures and grid.png to pictures" in run.stdout

@@ -1,6 +1,7 @@
 """Runs of both scripts from one table of cases: what they log, what they change, what they save, what they say."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from tests.runs import (
     STEP_KEYS,
     WEIGHTS_FILE,
     differing,
+    first_loss,
     names,
     read_metrics,
     read_optimizer,
@@ -272,18 +274,8 @@ RECOMPUTED = [
 def test_the_pinned_loss_is_right(models, photos, class_images, name):
     """A pinned first loss is that of the formulas."""
     case = CASES[name]
-    of_kind = {"instance": (sorted(path for path in photos.rglob("*") if path.suffix in (".png", ".jpg", ".webp")), 0)}
-    weights = {"instance": 1.0}
-    if "--with_prior_preservation" in case.flags:
-        of_kind["class"] = (sorted(class_images.iterdir()), len(of_kind["instance"][0]))
-        weights["class"] = 0.5 if "--prior_loss_weight 0.5" in case.flags else 1.0
-    micro_steps = range(2 if "--gradient_accumulation_steps 2" in case.flags else 1)
-    losses = [
-        weights[kind] * recompute(case, models[case.model], kind, micro_step, *of_kind[kind])
-        for kind in weights
-        for micro_step in micro_steps
-    ]
-    assert sum(losses) / len(micro_steps) == pytest.approx(case.loss, abs=1e-5)
+    loss_of = functools.partial(recompute, case, models[case.model])
+    assert first_loss(case.flags, photos, class_images, loss_of) == pytest.approx(case.loss, abs=1e-5)
 
 
 # What flags do that a first loss does not show.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoints, demo, images, sample
+from utils import checkpoints, demo, images, processes
 from utils.errors import InputError
 from utils.make_model import SHAPES, make_model
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print a table and write it as JSON; return 1 if a configuration failed."""
     args = parse_args(argv)
     size = args.size or SIZES[args.shape]
-    sample.silence_loading()
+    processes.silence_libraries()
     try:
         folders = prepare(args.output, args.shape)
     except InputError as error:

@@ -68,15 +68,16 @@ def lost_words(text: str) -> list[str]:
     return [_without_punctuation(word) for index, word in enumerate(words) if index not in kept]
 
 
-def warn_of_losses(texts: list[str], words: list[str], tokenizer, length: int) -> None:
+def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length: int) -> None:
     """Warn of each prompt of which a model does not see all: words are deleted, or beyond its tokens.
 
     Args:
-        words: What is left of the texts after cleaning; the texts themselves for a model that does not clean.
+        cleaned_texts: What is left of the texts after cleaning; the texts themselves for a model that does not clean.
     """
-    for text, cleaned, ids in zip(texts, words, tokenizer(words)["input_ids"]):
+    for text, cleaned, ids in zip(texts, cleaned_texts, tokenizer(cleaned_texts)["input_ids"]):
         if cleaned != text and (lost := lost_words(text)):
-            logger.warning("The prompt %r loses %s when IF's pipelines clean it.", text, ", ".join(map(repr, lost)))
+            words = ", ".join(map(repr, lost))
+            logger.warning("The prompt %r loses %s when IF's pipelines clean it: T5 reads %r.", text, words, cleaned)
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])
             logger.warning("The prompt %r is longer than %d tokens; the model will not see %r.", text, length, cut)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageChops, ImageDraw
 
-from utils import images, previews, sample
+from utils import images, previews, processes, sample
 from utils.errors import InputError
 from utils.make_model import SHAPES, make_model
 
@@ -41,7 +41,7 @@ BODY, SHADE, LIGHT, ACCENT = (202, 58, 46), (150, 34, 34), (240, 146, 128), (246
 def main(argv: list[str] | None = None) -> int:
     """Make the model and the photos, train, put the sheet together, and return the exit status."""
     args = parse_args(argv)
-    sample.silence_loading()
+    processes.silence_libraries()
     try:
         model, photos, result = prepare(args.output, args.shape)
         train(model, photos, result, args)

@@ -34,15 +34,15 @@ class Card:
     snippet: str
 
 
-class Drawing(NamedTuple):
-    """How a snippet draws: sizes are width and height in pixels, None for the model's own."""
+class Picture(NamedTuple):
+    """What a snippet draws: sizes are width and height in pixels, None for the model's own."""
 
     size: tuple[int, int] | None = None
     small: tuple[int, int] | None = None  # of the picture that stage II enlarges; None: others draw from words alone
     is_if: bool = False
 
 
-NOTHING = Drawing()
+ANY_PICTURE = Picture()
 
 
 def write(folder: Path, card: Card, revision: str | None, token: str | None) -> None:
@@ -132,7 +132,7 @@ def pipeline_snippet(
     variant: str | None = None,
     reading: tuple[str, ...] = (),
     encoder_class: str = "CLIPTextModel",
-    drawing: Drawing = NOTHING,
+    picture: Picture = ANY_PICTURE,
 ) -> str:
     """Return code that draws with a pipeline.
 
@@ -141,18 +141,18 @@ def pipeline_snippet(
         reading: Of `reading_lines`.
         encoder_class: Of the text encoder, in transformers.
     """
-    encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}{', dtype=dtype' * drawing.is_if}"
+    encoder = f"{base_model!r}, subfolder='text_encoder'{_options(revision, variant)}{', dtype=dtype' * picture.is_if}"
     lent = ", text_encoder=text_encoder" if base_model else ""
     return "\n".join(
         [
             "import torch",
             "from diffusers import DiffusionPipeline",
             *(["from transformers import " + encoder_class] if base_model else []),
-            *_head(drawing),
+            *_head(picture),
             *([f"text_encoder = {encoder_class}.from_pretrained({encoder})"] if base_model else []),
-            *_loading(f"{result!r}{lent}", drawing),
+            *_loading(f"{result!r}{lent}", picture),
             *reading,
-            _call(prompt, drawing),
+            _call(prompt, picture),
             'image.save("image.png")',
         ]
     )
@@ -166,7 +166,7 @@ def lora_snippet(
     variant: str | None = None,
     reading: tuple[str, ...] = (),
     has_scheduler: bool = False,
-    drawing: Drawing = NOTHING,
+    picture: Picture = ANY_PICTURE,
 ) -> str:
     """Return code that draws with a base model and an adapter.
 
@@ -179,28 +179,28 @@ def lora_snippet(
         [
             "import torch",
             "from diffusers import DiffusionPipeline" + (", DDPMScheduler" if has_scheduler else ""),
-            *_head(drawing),
-            *_loading(f"{base_model!r}{_options(revision, variant)}", drawing),
+            *_head(picture),
+            *_loading(f"{base_model!r}{_options(revision, variant)}", picture),
             f"pipeline.load_lora_weights({result!r})",
             *([f"pipeline.scheduler = {scheduler}"] if has_scheduler else []),
             *reading,
-            _call(prompt, drawing),
+            _call(prompt, picture),
             'image.save("image.png")',
         ]
     )
 
 
-def _head(drawing: Drawing) -> list[str]:
+def _head(picture: Picture) -> list[str]:
     """Return code for the last import, and for where and in which precision to draw."""
-    image = ["from PIL import Image"] if drawing.small else []
+    image = ["from PIL import Image"] if picture.small else []
     device = ["", 'device = "cuda" if torch.cuda.is_available() else "cpu"']
-    dtype = ['dtype = torch.bfloat16 if device == "cuda" else torch.float32'] if drawing.is_if else []
+    dtype = ['dtype = torch.bfloat16 if device == "cuda" else torch.float32'] if picture.is_if else []
     return image + device + dtype
 
 
-def _loading(source: str, drawing: Drawing) -> list[str]:
+def _loading(source: str, picture: Picture) -> list[str]:
     """Return code that loads a pipeline onto the device; IF's a network at a time, since T5 alone fills a card."""
-    if not drawing.is_if:
+    if not picture.is_if:
         return [f"pipeline = DiffusionPipeline.from_pretrained({source}).to(device)"]
     unchecked = "safety_checker=None, requires_safety_checker=False, dtype=dtype"
     return [
@@ -210,9 +210,9 @@ def _loading(source: str, drawing: Drawing) -> list[str]:
     ]
 
 
-def _call(prompt: str, drawing: Drawing) -> str:
+def _call(prompt: str, picture: Picture) -> str:
     """Return code that draws a picture; stage II enlarges one of the reader's own."""
-    small, size = drawing.small, drawing.size
+    small, size = picture.small, picture.size
     image = f", image=Image.open('small.png').convert('RGB').resize({tuple(small)})" if small else ""
     image += f", width={size[0]}, height={size[1]}" if size else ""
     comment = "# small.png is what to enlarge, such as a picture of stage I\n" if small else ""

@@ -37,6 +37,11 @@ def set_up_logging(accelerator: Accelerator) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product in 8 bits
     if not accelerator.is_main_process:
         logging.getLogger("utils").setLevel(logging.ERROR)
+    silence_libraries()
+
+
+def silence_libraries() -> None:
+    """Turn off the libraries' progress bars and their warnings of parts that a file need not have."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -23,17 +23,17 @@ from pathlib import Path
 
 import diffusers
 import torch
-import transformers
 from PIL import Image
 
 from utils import checkpoints, images, previews, results, stages
 from utils.errors import InputError
 from utils.flag_checks import find_out_of_range
 from utils.geometry import Size
+from utils.processes import silence_libraries
 from utils.results import SAVED, SCHEDULERS, load_pipeline
 from utils.stages import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage
 
-__all__ = ["draw", "load_pipeline", "main", "silence_loading"]
+__all__ = ["draw", "load_pipeline", "main"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Which flag names a stage's model, by the prefix of the stage's other flags.
@@ -144,7 +144,7 @@ def find_idle_flags(values: dict) -> list[str]:
 
 def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     """Check everything, then draw and write a stage at a time; return the stages' folders and pictures per stage."""
-    silence_loading()
+    silence_libraries()
     dtype = DTYPES[args.dtype]
     device = results.choose_device(args.device, dtype)
     drawing = Drawing(args.seed, args.negative_prompt, args.batch_size, dtype, device)
@@ -191,13 +191,6 @@ def enlarge_for_sheet(picture: Image.Image) -> Image.Image:
     """Enlarge a picture of few pixels by a whole number, so that it can be seen beside its labels."""
     times = max(1, SHEET_PIXELS // max(picture.size))
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-
-
-def silence_loading() -> None:
-    """Turn off the libraries' progress bars and their warnings of parts that a file need not have."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def default_name(result: str) -> str:

@@ -12,7 +12,6 @@ Letters: B pictures, L tokens, D text width.
 
 import dataclasses
 import itertools
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,8 +26,6 @@ from utils import captions, devices, results
 from utils.errors import InputError
 from utils.geometry import Size
 from utils.results import SAVED, SCHEDULERS, Origin
-
-logger = logging.getLogger(__name__)
 
 SCALE = 4  # that stage II and the upscaler enlarge by
 TOKENS = 77  # a prompt of IF
@@ -249,10 +246,7 @@ def embed_prompts(stages: Sequence[Stage], drawing: Drawing) -> dict[tuple[str, 
     embeds = {}
     for text, length in wanted:
         cleaned = captions.clean(text)
-        if lost := captions.lost_words(text):
-            logger.warning("IF's cleaning takes %s out of %r: it reads %r.", ", ".join(lost), text, cleaned)
-        if len(whole := tokenizer(cleaned).input_ids) > length:
-            logger.warning("%r is too long; not read is %r.", text, tokenizer.decode(whole[length - 1 : -1]))
+        captions.warn_of_losses([text], [cleaned], tokenizer, length)
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         tokens = tokenizer(cleaned, **options).to(drawing.device)
         embeds[text, length] = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0].cpu()
