@@ -8,16 +8,16 @@ STAMP := .venv/.installed
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench fidelity clean
 
 # Nothing below asks the Hub for anything, and forked data workers must not inherit the tokenizers' threads.
-demo test bench: export HF_HUB_OFFLINE = 1
-demo test bench: export TOKENIZERS_PARALLELISM = false
+demo test bench fidelity: export HF_HUB_OFFLINE = 1
+demo test bench fidelity: export TOKENIZERS_PARALLELISM = false
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP)  ## train, reload and draw with a tiny model, offline, into demo-output/
+demo: $(STAMP)  ## teach a small model a subject, offline, and draw before and after, into demo-output/
 	$(BIN)/python -m utils.demo
 
 test: lint  ## lint, then run the tests
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## check style, formatting and that the two scripts' shared func
 
 bench: $(STAMP)  ## measure speed and memory
 	$(BIN)/python -m utils.benchmark
+
+fidelity: $(STAMP)  ## measure what both scripts teach the small models, about an hour; QUICK=1: in 5 minutes
+	$(BIN)/python -m utils.fidelity $(if $(QUICK),--quick)
 
 clean:  ## remove caches and demo-output/; .venv and trained models stay
 	rm -rf demo-output .pytest_cache .ruff_cache

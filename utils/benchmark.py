@@ -19,9 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from utils import checkpoints, demo, images, processes
+from utils import checkpoints, images, processes, shapes
 from utils.errors import InputError
 from utils.make_model import SHAPES, make_model
 
@@ -40,8 +41,9 @@ CONFIGURATIONS = {  # what the table calls it: script, flags
     "LoRA, gradient checkpointing": ("LoRA", "--gradient_checkpointing"),
     "LoRA, bf16": ("LoRA", "--mixed_precision=bf16"),
 }
-SIZES = {"tiny": 64, "small": 256, "sd15": 512, "sd21": 768}  # pixels at which a shape is trained
+SIZES = {"tiny": 64, "shapes-sd": 16, "small": 256, "sd15": 512, "sd21": 768}  # pixels at which a shape is trained
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
+PHOTOS = 5
 WARM_UP = 2  # steps that do not count
 
 
@@ -120,9 +122,10 @@ def prepare(output: Path, shape: str) -> dict[str, Path]:
         make_model(folders["model"], shape)
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
-    for number in range(demo.COUNT):
-        images.save_png(demo.draw_photo(number, 512), folders["photos"] / f"{number}.png")
-        images.save_png(demo.draw_photo(number, 512), folders["class-images"] / f"{number:05d}.png")
+    subject, pictures = next(iter(shapes.SUBJECTS)), np.random.default_rng(0)
+    for number, picture in enumerate(shapes.draw_photos(subject, PHOTOS, 512, pictures, list(shapes.COLOURS))):
+        images.save_png(picture, folders["photos"] / f"{number}.png")
+        images.save_png(picture, folders["class-images"] / f"{number:05d}.png")
     return folders
 
 
@@ -144,7 +147,7 @@ def measure(name: str, folders: dict[str, Path], size: int, args: argparse.Names
     log = run.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         began = time.perf_counter()
-        command = [sys.executable, *demo.LAUNCH.split(), str(ROOT / SCRIPTS[script]), *words]
+        command = processes.launch_command(ROOT / SCRIPTS[script], words)
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         # The file is opened right before the first step.
         while process.poll() is None and not (run / "metrics.jsonl").exists():

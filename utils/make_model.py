@@ -31,9 +31,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
+from utils import shapes
 from utils.errors import InputError
 from utils.seeds import derive_seed
-from utils.small_tokenizers import END, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
+from utils.small_tokenizers import END, WORDS, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,6 +54,8 @@ IF_SCHEDULE = {
     "dynamic_thresholding_ratio": 0.95,
 }
 X4_SCHEDULE = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+# More noise at the end than SD's own: on 64 latents instead of 4096, it would show the picture's mean colour.
+SHAPES_SCHEDULE = {**NOISE_SCHEDULE, "beta_end": 0.02}
 PNDM = (PNDMScheduler, {**NOISE_SCHEDULE, "skip_prk_steps": True})
 DDIM = (DDIMScheduler, NOISE_SCHEDULE)
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -66,6 +69,15 @@ TINY_IF_UNET = {
     "norm_num_groups": 8,
     "attention_head_dim": 8,
     "addition_embed_type_num_heads": 4,
+}
+
+T5_SHAPES = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+SHAPES_IF_UNET = {
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 16,
+    "addition_embed_type_num_heads": 4,
+    "cross_attention_dim": 64,
 }
 
 # Widths count from the highest resolution down. In a U-Net, all levels but the lowest attend to the text. A text
@@ -141,6 +153,35 @@ SHAPES = {
         },
         "vae": {"widths": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+    # What `utils.train_models` trains on pictures of `utils.shapes`.
+    "shapes-sd": {  # 16 pixels
+        "family": "sd",
+        "scheduler": (DDPMScheduler, SHAPES_SCHEDULE),
+        "prediction_type": "epsilon",
+        "pad_token": END,
+        "words": shapes.WORDS,
+        "unet": {
+            "widths": (64, 104),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "attention_head_dim": 4,
+            "sample_size": 8,
+        },
+        "vae": {"widths": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 16},
+        "text": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+    "shapes-if1": {  # 16 pixels
+        "family": "if1",
+        "words": shapes.WORDS,
+        "unet": {**SHAPES_IF_UNET, "widths": (64, 96), "attending": 1, "sample_size": 16},
+        "text": T5_SHAPES,
+    },
+    "shapes-if2": {  # 16 to 64 pixels
+        "family": "if2",
+        "words": shapes.WORDS,
+        "unet": {**SHAPES_IF_UNET, "widths": (32, 64, 96), "attending": 1, "sample_size": 64},
+        "text": T5_SHAPES,
     },
     "small-if1": {  # for benchmarks: 64 pixels
         "family": "if1",
@@ -249,7 +290,7 @@ def make_model(
     pipeline = BUILDERS[recipe["family"]](recipe, prediction_type, seed, dtype)
     pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
     if isinstance(pipeline.tokenizer, T5Tokenizer):
-        write_t5_tokenizer(folder / "tokenizer")
+        write_t5_tokenizer(folder / "tokenizer", recipe.get("words", WORDS))
     return folder
 
 
@@ -257,7 +298,7 @@ def build_pipeline(
     shape: dict, prediction_type: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
     """Build a Stable Diffusion pipeline of an entry of `SHAPES`, on the CPU, without safety checker."""
-    tokenizer = build_tokenizer(shape["pad_token"])
+    tokenizer = build_tokenizer(shape["pad_token"], shape.get("words", WORDS))
     scheduler_class, schedule = shape["scheduler"]
     recipes = {
         "unet": (build_unet, {**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
@@ -281,7 +322,7 @@ def build_if_pipeline(
     shape: dict, prediction_type: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> IFPipeline | IFSuperResolutionPipeline:
     """Build a DeepFloyd IF pipeline of an entry of `SHAPES`, on the CPU, without safety checker and watermark."""
-    tokenizer = build_t5_tokenizer()
+    tokenizer = build_t5_tokenizer(shape.get("words", WORDS))
     upscales = shape["family"] == "if2"
     recipes = {
         "unet": (

@@ -1,8 +1,9 @@
-"""Work that one of several processes does for all."""
+"""Starting a script, and work that one of several processes does for all."""
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.errors import InputError
+
+LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def launch_command(script: Path, flags: Sequence[str]) -> list[str]:
+    """Return the command that runs a training script in one process, whatever `accelerate config` says."""
+    return [sys.executable, *LAUNCH.split(), str(script), *flags]
 
 
 def on_main_process(accelerator: Accelerator, function: Callable, *arguments) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
@@ -11,15 +12,15 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = (  # one token each; other words become one token a letter
     "an the of in on with and photo picture painting dog cat person man woman toy teapot backpack sks red green blue "
     "black white sitting running beach snow forest house table grass"
-)
+).split()
 T5_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}  # ids 0, 1, 2
 T5_SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))  # T5's own training used them, IF does not
 T5_LENGTH = 512  # of T5 itself; IF's prompts are cut to 77 tokens by whoever encodes them
 
 
-def build_tokenizer(pad_token: str = END) -> CLIPTokenizer:
-    """Build a byte-level CLIP tokenizer that knows `WORDS`, and everything else letter by letter."""
-    merges = find_merges(WORDS.split())
+def build_tokenizer(pad_token: str = END, words: Sequence[str] = WORDS) -> CLIPTokenizer:
+    """Build a byte-level CLIP tokenizer that knows some words, and everything else letter by letter."""
+    merges = find_merges([word for word in words if len(word) > 1])
     letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
     return CLIPTokenizer(
@@ -30,25 +31,25 @@ def build_tokenizer(pad_token: str = END) -> CLIPTokenizer:
     )
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
-    """Build a T5 tokenizer that knows `WORDS`, and every other printable ASCII text letter by letter."""
+def build_t5_tokenizer(words: Sequence[str] = WORDS) -> T5Tokenizer:
+    """Build a T5 tokenizer that knows some words, and every other printable ASCII text letter by letter."""
     sentinels = [(token, 0.0) for token in reversed(T5_SENTINELS)]
-    return T5Tokenizer(vocab=[*t5_pieces(), *sentinels], model_max_length=T5_LENGTH)
+    return T5Tokenizer(vocab=[*t5_pieces(words), *sentinels], model_max_length=T5_LENGTH)
 
 
-def t5_pieces() -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Return the SentencePiece vocabulary with log probabilities, for which one word beats its letters."""
-    words = [("▁" + word, -4.0) for word in ("a", *WORDS.split())]
+    whole = [("▁" + word, -4.0) for word in dict.fromkeys(("a", *words))]
     letters = string.ascii_lowercase + string.digits + string.punctuation + string.ascii_uppercase
-    return [*((token, 0.0) for token in T5_SPECIAL.values()), ("▁", -8.0), *words, *((one, -8.0) for one in letters)]
+    return [*((token, 0.0) for token in T5_SPECIAL.values()), ("▁", -8.0), *whole, *((one, -8.0) for one in letters)]
 
 
-def write_t5_tokenizer(folder: Path) -> None:
+def write_t5_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     """Write a T5 tokenizer as IF's folders hold it: a SentencePiece model without `tokenizer.json`."""
     model = sentencepiece_model_pb2.ModelProto()
     kinds = {"<pad>": model.SentencePiece.CONTROL, "</s>": model.SentencePiece.CONTROL}
     kinds["<unk>"] = model.SentencePiece.UNKNOWN
-    for piece, score in t5_pieces():
+    for piece, score in t5_pieces(words):
         model.pieces.add(piece=piece, score=score, type=kinds.get(piece, model.SentencePiece.NORMAL))
     spec = model.trainer_spec
     spec.model_type, spec.vocab_size = spec.UNIGRAM, len(model.pieces)

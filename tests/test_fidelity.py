@@ -1,0 +1,78 @@
+"""The benchmark of what is learned: it runs the scripts, keeps what it measured, and puts it into tables."""
+
+import dataclasses
+
+import pytest
+
+from utils import exam, fidelity
+from utils.fidelity import IF1, LORA, Column, Recipe, Record
+from utils.make_model import make_model
+
+SUBJECT = "quartered circle"
+
+
+def test_a_recipe_is_run_measured_and_not_run_again(tmp_path, monkeypatch, capfd):
+    """From photos to tables, with a model of random weights; the second call only reads."""
+    make_model(tmp_path / "models" / IF1, IF1)
+    monkeypatch.setattr(exam, "STEPS", 2)
+    flags = "--max_train_steps=1 --train_batch_size=1"
+    monkeypatch.setattr(
+        fidelity, "RECIPES", {"quick": Recipe(IF1, LORA, flags), "worse": Recipe(IF1, LORA, "--rank=0")}
+    )
+    words = ["--models", tmp_path / "models", "--output", tmp_path / "out", "--subjects", SUBJECT]
+    words = [*map(str, words), *"--jobs 1 --seeds 1 --exam_seeds 1".split()]
+    assert fidelity.main([*words, "--only", "quick"]) == 0
+    first = capfd.readouterr().out
+    assert "| quick |" in first and f"| {IF1} |" in first and "2 measurements" in first
+    assert len(list((tmp_path / "out" / "photos" / "quartered-circle").glob("*.png"))) == fidelity.PHOTOS
+    assert not any((tmp_path / "out" / "runs").glob("*/")) and (tmp_path / "out" / "fidelity.md").is_file()
+    assert fidelity.main([*words, "--only", "quick"]) == 0
+    second = capfd.readouterr().out
+    assert second.partition("| base model |")[2].rpartition(" in ")[0] in first and "seed 0" not in second
+    assert fidelity.main(words) == 1
+    assert "worse on the quartered circle: exit status" in (told := capfd.readouterr().err) and "--rank 0" in told
+
+
+def test_the_table_compares_with_the_base_of_the_same_subject():
+    """Ratios and gains are taken run by run, then the mean and its standard error."""
+    scores = {"prompts obeyed": 0.8, "PSNR, subject": 20.0}
+    bases = {
+        ("m", name): Record(None, "m", name, 0, 0, {**scores, "prompts obeyed": base})
+        for name, base in (("a", 1), ("b", 0.5))
+    }
+    group = [Record("r", "m", name, 0, 9.0, {"prompts obeyed": 0.5, "PSNR, subject": 22.5}) for name in ("a", "b")]
+    assert fidelity.tell(group, Column("prompts obeyed", "ratio"), bases) == "75 ± 25 %"
+    assert fidelity.tell(group, Column("PSNR, subject", "gain", percent=False, digits=2), bases) == "2.50 ± 0.00"
+    assert fidelity.tell(group[:1], Column("seconds", percent=False), bases) == "9"
+
+
+def test_every_recipe_and_column_is_of_things_that_exist():
+    """Scripts, models and measures have the names that are used here."""
+    for recipe in fidelity.RECIPES.values():
+        assert (fidelity.ROOT / recipe.script).is_file() and recipe.model in (
+            fidelity.SD,
+            fidelity.SD_V,
+            IF1,
+            fidelity.IF2,
+        )
+    for column in (*fidelity.COLUMNS.values(), *fidelity.BASE_COLUMNS.values()):
+        assert column.measure in (*exam.MEASURES, "seconds")
+    assert {dataclasses.astuple(column)[0].split(",")[0] for column in fidelity.IF2_COLUMNS.values()} == {
+        "PSNR",
+        "SSIM",
+        "seconds",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "fast"], "--only 'fast' is in no name. There are: SD, full;"),
+        (["--subjects", "dog"], "invalid choice"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(words, message, capsys):
+    """Before anything is run."""
+    with pytest.raises(SystemExit, match="2"):
+        fidelity.main(words)
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,336 @@
+"""Train the small models in models/ on subjects of the world of shapes, in several ways, and measure what was learned.
+
+    python -m utils.fidelity --output fidelity-output
+
+Every run is one of the two scripts, started as a person would start it, on five photos of a subject; `utils.exam`
+then asks its questions. A line of the table is the mean over all subjects and seeds, with its standard error over
+them. What is measured is kept in the output folder, and a run that was measured is not run again.
+
+To add a line, add a recipe to `RECIPES`.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import checkpoints, exam, images, processes, results, shapes, stages
+from utils.benchmark import find_reason
+from utils.errors import InputError
+from utils.estimates import mean_of
+from utils.results import SAVED
+from utils.seeds import derive_seed
+from utils.shapes import SUBJECTS
+
+ROOT = Path(__file__).parents[1]
+FULL, LORA = "train_dreambooth.py", "train_dreambooth_lora.py"
+WORD = "sks"
+PHOTOS, PHOTO_PIXELS = 5, 128
+CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
+SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to train."""
+
+    model: str
+    script: str
+    flags: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was measured of one run, or of a base model."""
+
+    recipe: str | None  # None: the base model
+    model: str
+    subject: str
+    seed: int
+    seconds: float  # of training, with the start of the process and its class images
+    scores: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A measure of the table."""
+
+    measure: str
+    against: str = ""  # "ratio" or "gain": in comparison with the base model
+    percent: bool = True
+    digits: int = 0
+
+
+BASE_COLUMNS = {
+    "class right": Column("class right"),
+    "colour right": Column("colour right"),
+    "background right": Column("background right"),
+    "class colours, bits": Column("diversity of class colours, bits", percent=False, digits=2),
+}
+COLUMNS = {
+    "subject, unseen backgrounds": Column("subject, unseen backgrounds"),
+    "seen backgrounds": Column("subject, seen backgrounds"),
+    "mean match": Column("match, unseen backgrounds", percent=False, digits=2),
+    "prompts obeyed, of base": Column("prompts obeyed", "ratio"),
+    "other prompts, of base": Column("other prompts obeyed", "ratio"),
+    "class colours, of base": Column("diversity of class colours, bits", "ratio"),
+    "leak into class": Column("leak into the class"),
+    "into other classes": Column("leak into other classes"),
+    "seconds": Column("seconds", percent=False),
+}
+IF2_COLUMNS = {
+    "subject, PSNR gain in dB": Column("PSNR, subject", "gain", percent=False, digits=2),
+    "SSIM gain": Column("SSIM, subject", "gain", percent=False, digits=3),
+    "its class": Column("PSNR, class", "gain", percent=False, digits=2),
+    "other classes": Column("PSNR, others", "gain", percent=False, digits=2),
+    "seconds": Column("seconds", percent=False),
+}
+COMMON = "--train_batch_size=4 --lr_scheduler=cosine --lr_warmup_steps=0"
+PRIOR = "--with_prior_preservation --num_class_images=96 --sample_batch_size=32"
+FULL_FLAGS = f"--learning_rate=5e-4 --max_train_steps=400 {COMMON}"
+# A subject's pattern is fine in comparison with the resolution at which these U-Nets attend: a LoRA of the attention
+# alone does not reach it.
+LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
+LORA_FLAGS = f"--learning_rate=2e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={LAYERS}"
+TEXT = "--train_text_encoder --text_encoder_lr=5e-4"
+IF2_FLAGS = f"--learning_rate=2e-4 --max_train_steps=150 {COMMON}"
+RECIPES = {
+    "SD, full": Recipe(SD, FULL, FULL_FLAGS),
+    "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
+    "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS),
+    "SD, LoRA, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {PRIOR}"),
+    "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}"),
+    "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}"),
+    "SD, velocity, full, prior": Recipe(SD_V, FULL, f"{FULL_FLAGS} {PRIOR}"),
+    "IF I, full, prior": Recipe(IF1, FULL, f"{FULL_FLAGS} {PRIOR}"),
+    "IF I, LoRA, prior": Recipe(IF1, LORA, f"{LORA_FLAGS},add_k_proj,add_v_proj {PRIOR}"),
+    "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
+    "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what was not run yet, print the tables and write them; return 1 if a run failed or is out of its range."""
+    args = parse_args(argv)
+    processes.silence_libraries()
+    args.output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    try:
+        records = run_subjects(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    tables = "\n\n".join(make_tables(records))
+    checkpoints.atomic_write_text(args.output / "fidelity.md", tables + "\n")
+    print(
+        f"\n{tables}\n\n{len(records)} measurements in {(time.monotonic() - began) / 60:.0f} minutes, in {args.output}"
+    )
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.fidelity", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("fidelity-output"), metavar="DIR", help="default: fidelity-output")
+    add("--models", type=Path, default=ROOT / "models", metavar="DIR", help="what utils.train_models wrote")
+    add("--only", metavar="TEXT", default="", help="only the recipes with this in their name; default: all")
+    add("--subjects", nargs="+", choices=list(SUBJECTS), default=CHOSEN, help=f"default: {', '.join(CHOSEN)}")
+    add("--seeds", type=int, default=2, help="runs of each recipe and subject; default: 2")
+    add("--exam_seeds", type=int, default=4, help="of each prompt; default: 4")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
+    args = parser.parse_args(argv)
+    if not chosen(args.only):
+        parser.error(f"--only {args.only!r} is in no name. There are: {'; '.join(RECIPES)}.")
+    return args
+
+
+def chosen(text: str) -> list[str]:
+    """Return the names of the recipes that hold a text, in any case."""
+    return [name for name in RECIPES if text.lower() in name.lower()]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def run_subjects(args: argparse.Namespace) -> list[Record]:
+    """Run all recipes for each subject, several subjects at a time: networks this small are quickest on one thread.
+
+    Raises:
+        InputError: A run failed.
+    """
+    if args.jobs == 1:
+        return [record for subject in args.subjects for record in run_subject(subject, args)]
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(run_subject, args.subjects, itertools.repeat(args))
+        return list(itertools.chain.from_iterable(found))
+
+
+def run_subject(subject: str, args: argparse.Namespace) -> list[Record]:
+    """Train on one subject by every recipe and from every seed; return what was measured, base models included.
+
+    Raises:
+        InputError: A run failed.
+    """
+    processes.silence_libraries()
+    torch.set_num_threads(1)
+    names = chosen(args.only)
+    records = []
+    for model in dict.fromkeys(RECIPES[name].model for name in names):
+        path = args.output / "measured" / f"{slug(subject)}-{model}.json"
+        records.append(load_record(path) or measure(path, args, None, model, subject, 0))
+    for name, seed in itertools.product(names, range(args.seeds)):
+        path = args.output / "measured" / f"{slug(subject)}-{slug(name)}-{seed}.json"
+        records.append(load_record(path) or measure(path, args, name, RECIPES[name].model, subject, seed))
+    return records
+
+
+def slug(name: str) -> str:
+    """Return a name as part of a file's name."""
+    return "-".join(name.lower().replace(",", "").replace("+", "").split())
+
+
+def load_record(path: Path) -> Record | None:
+    """Read what was measured before."""
+    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def measure(path: Path, args: argparse.Namespace, name: str | None, model: str, subject: str, seed: int) -> Record:
+    """Train, unless it is about the base model, ask the questions, and write what was found."""
+    result, seconds = args.models / model, 0.0
+    if name:
+        result, seconds = train(args, name, subject, seed)
+    record = Record(
+        name, model, subject, seed, seconds, examine(result, subject, WORD if name else "", args.exam_seeds)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.atomic_write_text(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    if name:
+        shutil.rmtree(result)
+    print(f"{seconds:5.0f} s  {name or model}, {subject}, seed {seed}", flush=True)
+    return record
+
+
+def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple[Path, float]:
+    """Run a script; return its result and how many seconds it took.
+
+    Raises:
+        InputError: It failed.
+    """
+    recipe, shape = RECIPES[name], SUBJECTS[subject].shape
+    result = args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}"
+    shutil.rmtree(result, ignore_errors=True)
+    words = [
+        f"--pretrained_model_name_or_path={args.models / recipe.model}",
+        f"--instance_data_dir={write_photos(args.output / 'photos' / slug(subject), subject)}",
+        f"--class_data_dir={args.output / 'class-images' / f'{slug(subject)}-{recipe.model}'}",
+        f"--output_dir={result}",
+        f"--instance_prompt={shapes.phrase(shape, WORD)}",
+        f"--class_prompt={shapes.phrase(shape)}",
+        *f"--seed={seed} --report_to=none --checkpointing_steps=100000 {recipe.flags}".split(),
+    ]
+    command = processes.launch_command(ROOT / recipe.script, words)
+    log = result.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment()).returncode
+    if status:
+        raise InputError(f"{name} on the {subject}: exit status {status}: {find_reason(log)} (see {log})")
+    return result, time.perf_counter() - began
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a run: on one thread, offline, without a GPU if there is none."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def write_photos(folder: Path, subject: str) -> Path:
+    """Write a subject's photos, if they are missing, before the backgrounds that count as seen."""
+    rng = np.random.default_rng(derive_seed("photos", subject))
+    pictures = shapes.draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, shapes.split_backgrounds(subject)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        images.save_png(picture, folder / f"{number}.png")
+    return folder
+
+
+def examine(result: Path, subject: str, word: str, seeds: int) -> dict[str, float]:
+    """Return the scores of a result or a base model."""
+    origin = results.locate(str(result))
+    pipeline = results.load(origin, SAVED, 1.0, torch.float32, torch.device("cpu"))
+    if stages.kind_of(origin) is stages.STAGE_TWO:
+        size = pipeline.unet.config.sample_size
+        scores = exam.score_enlarged(exam.enlarge(pipeline, subject, word, range(seeds), size))
+    else:
+        scores = exam.score(exam.answer(pipeline, exam.ask(subject, word, range(seeds)), subject))
+    return {name: found.value for name, found in scores.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def make_tables(records: list[Record]) -> list[str]:
+    """Return a table of the base models, of the recipes that draw from words, and of those that enlarge."""
+    bases = {(record.model, record.subject): record for record in records if record.recipe is None}
+    groups = {}
+    for record in records:
+        groups.setdefault(record.recipe, []).append(record)
+    tables = [tabulate("base model", BASE_COLUMNS, group_by_model(groups.pop(None)), bases)]
+    drawn = {name: group for name, group in groups.items() if RECIPES[name].model != IF2}
+    enlarged = {name: group for name, group in groups.items() if RECIPES[name].model == IF2}
+    tables += [
+        tabulate("recipe", columns, rows, bases) for columns, rows in ((COLUMNS, drawn), (IF2_COLUMNS, enlarged))
+    ]
+    return [table for table in tables if table]
+
+
+def group_by_model(records: list[Record]) -> dict[str, list[Record]]:
+    """Return the base models' records by name, but stage II's, which draws nothing from words."""
+    return {model: [one for one in records if one.model == model] for model in (SD, SD_V, IF1)}
+
+
+def tabulate(head: str, columns: dict[str, Column], rows: dict[str, list[Record]], bases: dict) -> str:
+    """Return a Markdown table, a row for each group of records and a column for each measure; empty without rows."""
+    lines = [
+        f"| {name} | {' | '.join(tell(group, column, bases) for column in columns.values())} |"
+        for name, group in rows.items()
+        if group
+    ]
+    heads = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(heads + lines) if lines else ""
+
+
+def tell(group: list[Record], column: Column, bases: dict) -> str:
+    """Return a cell: the mean over subjects and seeds and its standard error."""
+    found = mean_of([value_of(record, column, bases) for record in group])
+    digits = column.digits
+    error = "" if found.error is None else f" ± {100 * found.error if column.percent else found.error:.{digits}f}"
+    return f"{100 * found.value if column.percent else found.value:.{digits}f}{error}{' %' * column.percent}"
+
+
+def value_of(record: Record, column: Column, bases: dict[tuple[str, str], Record]) -> float:
+    """Return a measure of one run, compared with its base model if the column says so."""
+    if column.measure == "seconds":
+        return record.seconds
+    value = record.scores[column.measure]
+    before = bases[record.model, record.subject].scores[column.measure] if column.against else 0.0
+    return {"": value, "ratio": value / before if before else math.nan, "gain": value - before}[column.against]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
