@@ -46,6 +46,19 @@ def test_the_table_compares_with_the_base_of_the_same_subject():
     assert fidelity.tell(group[:1], Column("seconds", percent=False), bases) == "9"
 
 
+def test_quick_runs_have_ranges_and_say_what_is_out_of_them():
+    """A run at the bottom of every range is no surprise, one below is."""
+    for name, ranges in fidelity.QUICK.items():
+        columns = {column: fidelity.COLUMNS[column] for column in ranges}
+        model = fidelity.RECIPES[name].model
+        base = Record(None, model, SUBJECT, 0, 0, dict.fromkeys(exam.MEASURES, 1.0))
+        good = Record(name, model, SUBJECT, 0, 0, {columns[key].measure: low for key, (low, _) in ranges.items()})
+        assert fidelity.find_surprises([base, good]) == []
+        bad = dataclasses.replace(good, scores=good.scores | {columns["seen backgrounds"].measure: 0.0})
+        lowest = ranges["seen backgrounds"][0]
+        assert fidelity.find_surprises([base, bad]) == [f"{name}: seen backgrounds is 0.00, not from {lowest:g} to 1."]
+
+
 def test_every_recipe_and_column_is_of_things_that_exist():
     """Scripts, models and measures have the names that are used here."""
     for recipe in fidelity.RECIPES.values():

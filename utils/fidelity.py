@@ -119,6 +119,25 @@ RECIPES = {
     "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
     "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps"),
 }
+# What --quick runs, and between what its measures must be: wide enough for other machines, narrow enough for a broken
+# loss, a wrong target or an adapter that was not trained.
+QUICK = {
+    "IF I, full, prior": {
+        "seen backgrounds": (0.6, 1),
+        "mean match": (0.3, 1),
+        "prompts obeyed, of base": (0.6, 1.2),
+        "other prompts, of base": (0.5, 1.2),
+        "leak into class": (0, 0.2),
+        "class colours, of base": (0.7, 1.5),
+    },
+    "IF I, LoRA, prior": {
+        "seen backgrounds": (0.4, 1),
+        "prompts obeyed, of base": (0.6, 1.2),
+        "other prompts, of base": (0.6, 1.2),
+        "leak into class": (0, 0.2),
+        "class colours, of base": (0.7, 1.5),
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,16 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        records = run_subjects(args)
+        records = run_all(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tables = "\n\n".join(make_tables(records))
     checkpoints.atomic_write_text(args.output / "fidelity.md", tables + "\n")
-    print(
-        f"\n{tables}\n\n{len(records)} measurements in {(time.monotonic() - began) / 60:.0f} minutes, in {args.output}"
-    )
-    return 0
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{tables}\n\n{len(records)} measurements in {minutes:.0f} minutes, kept in {args.output}")
+    surprises = find_surprises(records) if args.quick else []
+    for surprise in surprises:
+        print(f"error: {surprise}", file=sys.stderr)
+    return int(bool(surprises))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -153,49 +174,64 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=2, help="runs of each recipe and subject; default: 2")
     add("--exam_seeds", type=int, default=4, help="of each prompt; default: 4")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
+    add("--quick", action="store_true", help="some recipes on one subject, and an error if a measure is out of range")
     args = parser.parse_args(argv)
-    if not chosen(args.only):
-        parser.error(f"--only {args.only!r} is in no name. There are: {'; '.join(RECIPES)}.")
+    if args.quick:
+        args.subjects, args.seeds, args.exam_seeds = CHOSEN[:1], 1, 2
+    if not chosen(args):
+        names = "; ".join(QUICK if args.quick else RECIPES)
+        parser.error(f"--only {args.only!r} is in no name. There are: {names}.")
     return args
 
 
-def chosen(text: str) -> list[str]:
-    """Return the names of the recipes that hold a text, in any case."""
-    return [name for name in RECIPES if text.lower() in name.lower()]
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Return the names of the recipes that hold the text of --only, in any case."""
+    return [name for name in (QUICK if args.quick else RECIPES) if args.only.lower() in name.lower()]
+
+
+def find_surprises(records: list[Record]) -> list[str]:
+    """Return a sentence for each measure of a quick run that is not where it was on other machines."""
+    bases = {(record.model, record.subject): record for record in records if record.recipe is None}
+    surprises = []
+    for record in records:
+        for name, (low, high) in QUICK.get(record.recipe, {}).items():
+            if not low <= (value := value_of(record, COLUMNS[name], bases)) <= high:
+                surprises.append(f"{record.recipe}: {name} is {value:.2f}, not from {low:g} to {high:g}.")
+    return surprises
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def run_subjects(args: argparse.Namespace) -> list[Record]:
-    """Run all recipes for each subject, several subjects at a time: networks this small are quickest on one thread.
+def run_all(args: argparse.Namespace) -> list[Record]:
+    """Run all recipes, those of one subject and model one after another, because they share class images.
+
+    Networks this small are quickest on one thread, so several processes run at a time.
 
     Raises:
         InputError: A run failed.
     """
+    models = dict.fromkeys(RECIPES[name].model for name in chosen(args))
+    lanes = [(subject, model, args) for subject in args.subjects for model in models]
     if args.jobs == 1:
-        return [record for subject in args.subjects for record in run_subject(subject, args)]
+        return [record for lane in lanes for record in run_lane(*lane)]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(run_subject, args.subjects, itertools.repeat(args))
-        return list(itertools.chain.from_iterable(found))
+        return list(itertools.chain.from_iterable(pool.map(run_lane, *zip(*lanes))))
 
 
-def run_subject(subject: str, args: argparse.Namespace) -> list[Record]:
-    """Train on one subject by every recipe and from every seed; return what was measured, base models included.
+def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]:
+    """Train a model on a subject by every recipe and from every seed; return what was measured, the base model first.
 
     Raises:
         InputError: A run failed.
     """
     processes.silence_libraries()
     torch.set_num_threads(1)
-    names = chosen(args.only)
+    names = [name for name in chosen(args) if RECIPES[name].model == model]
     records = []
-    for model in dict.fromkeys(RECIPES[name].model for name in names):
-        path = args.output / "measured" / f"{slug(subject)}-{model}.json"
-        records.append(load_record(path) or measure(path, args, None, model, subject, 0))
-    for name, seed in itertools.product(names, range(args.seeds)):
-        path = args.output / "measured" / f"{slug(subject)}-{slug(name)}-{seed}.json"
-        records.append(load_record(path) or measure(path, args, name, RECIPES[name].model, subject, seed))
+    for name, seed in [(None, 0), *itertools.product(names, range(args.seeds))]:
+        path = args.output / "measured" / f"{slug(subject)}-{slug(name or model)}-{seed}.json"
+        records.append(load_record(path) or measure(path, args, name, model, subject, seed))
     return records
 
 
