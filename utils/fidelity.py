@@ -40,6 +40,7 @@ WORD = "sks"
 PHOTOS, PHOTO_PIXELS = 5, 128
 CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
 SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
+PIXELS = {SD: 16, SD_V: 16, IF1: 16, IF2: 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +278,7 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         f"--output_dir={result}",
         f"--instance_prompt={shapes.phrase(shape, WORD)}",
         f"--class_prompt={shapes.phrase(shape)}",
+        f"--resolution={PIXELS[recipe.model]}",
         *f"--seed={seed} --report_to=none --checkpointing_steps=100000 {recipe.flags}".split(),
     ]
     command = processes.launch_command(ROOT / recipe.script, words)
