@@ -31,7 +31,7 @@ lint: $(STAMP)  ## check style, formatting and that the two scripts' shared func
 bench: $(STAMP)  ## measure speed and memory
 	$(BIN)/python -m utils.benchmark
 
-fidelity: $(STAMP)  ## measure what both scripts teach the small models, about an hour; QUICK=1: in 5 minutes
+fidelity: $(STAMP)  ## measure what both scripts teach the small models; QUICK=1: a part of it
 	$(BIN)/python -m utils.fidelity $(if $(QUICK),--quick)
 
 clean:  ## remove caches and demo-output/; .venv and trained models stay

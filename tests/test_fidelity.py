@@ -29,6 +29,8 @@ def test_a_recipe_is_run_measured_and_not_run_again(tmp_path, monkeypatch, capfd
     assert fidelity.main([*words, "--only", "quick"]) == 0
     second = capfd.readouterr().out
     assert second.partition("| base model |")[2].rpartition(" in ")[0] in first and "seed 0" not in second
+    assert fidelity.main([*words, "--models", str(tmp_path)]) == 1
+    assert f"{tmp_path} lacks {IF1}. Train them (python -m utils.train_models --only {IF1})" in capfd.readouterr().err
     assert fidelity.main(words) == 1
     assert "worse on the quartered circle: exit status" in (told := capfd.readouterr().err) and "--rank 0" in told
 

@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
+        check_models(args)
         records = run_all(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -188,6 +189,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def chosen(args: argparse.Namespace) -> list[str]:
     """Return the names of the recipes that hold the text of --only, in any case."""
     return [name for name in (QUICK if args.quick else RECIPES) if args.only.lower() in name.lower()]
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Raise InputError if a model of a chosen recipe is missing."""
+    needed = dict.fromkeys(RECIPES[name].model for name in chosen(args))
+    if missing := [model for model in needed if not (args.models / model / "model_index.json").is_file()]:
+        raise InputError(
+            f"{args.models} lacks {', '.join(missing)}. Train them (python -m utils.train_models --only "
+            f"{' '.join(missing)}), or choose other recipes by --only."
+        )
 
 
 def find_surprises(records: list[Record]) -> list[str]:
