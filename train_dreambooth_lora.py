@@ -116,6 +116,7 @@ class BaseModel:
     hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
     tokens: int | None  # per prompt; None: the tokenizer's own limit
+    own_size: Size  # in pixels, of what its pipeline draws unless told otherwise
     resolution: Size  # in pixels, to train at
     preview_sizes: list[Size]
 
@@ -551,9 +552,8 @@ def recognise_model(args: Namespace) -> BaseModel:
         # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
         scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    usual = str(Size.of_config(unet.get("sample_size", 64)))
-    if not is_if:
-        usual = "768" if prediction_type == "v_prediction" else "512"
+    own = Size.of_config(unet.get("sample_size", 64))
+    usual = str(own) if is_if else "768" if prediction_type == "v_prediction" else "512"
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
         kind=kind,
@@ -567,6 +567,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         hides_padding=bool(hides_padding),
         precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
+        own_size=own if is_if else Size(own.width * factor, own.height * factor),
         resolution=Size.parse(args.resolution or usual),
         preview_sizes=list(dict.fromkeys(parse_list(args.validation_resolution or args.resolution or usual))),
     )
@@ -620,6 +621,8 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
     for note in photos.notes:
         logger.info(note)
     width, height = base.resolution
+    if not args.resolution and width > 2 * base.own_size.width:
+        logger.warning(f"the model draws {base.own_size} px, but trains at {width}: --resolution sets another size.")
     if small := sum(size[0] < width or size[1] < height for size in photos.sizes.values()):
         logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
     examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos.sizes]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from utils import exam, fidelity
+from utils import exam, fidelity, shapes
 from utils.fidelity import IF1, LORA, Column, Recipe, Record
 from utils.make_model import make_model
 
@@ -24,7 +24,7 @@ def test_a_recipe_is_run_measured_and_not_run_again(tmp_path, monkeypatch, capfd
     assert fidelity.main([*words, "--only", "quick"]) == 0
     first = capfd.readouterr().out
     assert "| quick |" in first and f"| {IF1} |" in first and "2 measurements" in first
-    assert len(list((tmp_path / "out" / "photos" / "quartered-circle").glob("*.png"))) == fidelity.PHOTOS
+    assert len(list((tmp_path / "out" / "photos" / "quartered-circle").glob("*.png"))) == shapes.PHOTOS
     assert not any((tmp_path / "out" / "runs").glob("*/")) and (tmp_path / "out" / "fidelity.md").is_file()
     assert fidelity.main([*words, "--only", "quick"]) == 0
     second = capfd.readouterr().out

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -111,6 +112,20 @@ def test_the_resolution_follows_the_prediction_unless_it_is_given(
     base = script.recognise_model(parse(copy, *flags))
     assert base.resolution == (resolution if isinstance(resolution, tuple) else (resolution, resolution))
     assert base.prediction_type == ("epsilon" if prediction_type == GONE else prediction_type)
+
+
+@pytest.mark.parametrize(
+    ("edge", "flags", "warns"), [(8, [], True), (8, ["--resolution=16"], False), (256, [], False)]
+)
+def test_a_model_that_draws_much_smaller_pictures_is_named(script, parse, copy, caplog, edge, flags, warns):
+    """Its U-Net's own size says so; a model of 16 pixels trained at 512 takes 15 GB."""
+    change(copy, "unet/config.json", sample_size=edge)
+    args = parse(copy, *flags)
+    PartialState()
+    Image.new("RGB", (600, 600)).save(Path(args.instance_data_dir, "photo.png"))
+    script.list_examples(args, script.recognise_model(args))
+    told = f"the model draws {8 * edge} px, but trains at 512: --resolution sets another size." in caplog.text
+    assert told == warns
 
 
 @pytest.mark.parametrize(("widths", "factor"), [([8, 8, 16, 16], 8), ([8, 8, 16], 4), ([8], 1)])

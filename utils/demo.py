@@ -11,16 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from utils import exam, images, judge, previews, processes, results, shapes, stages
 from utils.errors import InputError
 from utils.results import SAVED
-from utils.seeds import derive_seed
 from utils.shapes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +27,6 @@ SCRIPT = "train_dreambooth_lora.py"
 MODEL = ROOT / "models" / "shapes-sd"
 SUBJECT, WORD = "quartered circle", "sks"
 CLASS = SUBJECTS[SUBJECT].shape
-COUNT, PIXELS = 5, 128  # photos and their size
 SEEDS = 2  # pictures of a prompt on the sheet
 SEEN, UNSEEN = shapes.split_backgrounds(SUBJECT)
 PROMPTS = (
@@ -90,10 +88,7 @@ def prepare(photos: Path, result: Path) -> None:
     if result.exists() and not photos.is_dir():
         raise InputError(f"{result.parent} holds a folder lora that this demo did not write. Use another --output.")
     shutil.rmtree(result, ignore_errors=True)
-    photos.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(derive_seed("photos", SUBJECT))
-    for number, picture in enumerate(shapes.draw_photos(SUBJECT, COUNT, PIXELS, rng, SEEN)):
-        images.save_png(picture, photos / f"{number}.png")
+    shapes.write_photos(photos, SUBJECT)
 
 
 def train(photos: Path, result: Path, steps: int | None) -> None:
@@ -141,7 +136,7 @@ def compose(photos: list[Image.Image], before: list[list[Image.Image]], after: l
     return previews.make_grid(
         [picture.resize((CELL, CELL), Image.Resampling.NEAREST) for row in rows.values() for picture in row],
         columns=len(prompts),
-        labels=[""] * COUNT + prompts * (2 * SEEDS),
+        labels=[""] * len(photos) + prompts * (2 * SEEDS),
         title=f"Five photos of a subject, called {WORD}, and what a small Stable Diffusion draws before and after "
         "training on them",
         row_labels=list(rows),
@@ -150,16 +145,12 @@ def compose(photos: list[Image.Image], before: list[list[Image.Image]], after: l
 
 def tell(path: Path, result: Path, before: list[list[Image.Image]], after: list[list[Image.Image]]) -> str:
     """Say what to look at, what was counted, and what to try next."""
-    counts = []
-    for rows in (before, after):
-        has = [[judge.match(picture, SUBJECT) >= judge.PRESENT for picture in row] for row in rows]
-        counts.append((sum(sum(row[:-1]) for row in has), sum(row[-1] for row in has)))
-    (_, _), (named, leaked) = counts
-    asked = len(PROMPTS) * SEEDS
+    earlier = count_subjects(row[:-1] for row in before)
+    named, leaked = count_subjects(row[:-1] for row in after), count_subjects(row[-1:] for row in after)
     return (
-        f"\nLook at {path}: the subject is in {named} of {asked} pictures that name {WORD} (before training in "
-        f"{counts[0][0]}),\non backgrounds that no photo has as well, and in {leaked} of {SEEDS} of {CLASS_PROMPT!r}, "
-        "which should still be any circle.\n\n"
+        f"\nLook at {path}: the subject is in {named} of {len(PROMPTS) * SEEDS} pictures that name {WORD} (before "
+        f"training in {earlier}),\non backgrounds that no photo has as well, and in {leaked} of {SEEDS} of "
+        f"{CLASS_PROMPT!r}, which should still be any {CLASS}.\n\n"
         "Try next: other prompts, the whole measurement, and a model and photos of your own, on a GPU.\n\n"
         f"  python -m utils.sample {result} --scheduler saved --guidance_scale 3 --seed 0 1 2 3 \\\n"
         f'    --prompt "{PROMPTS[3]}"\n'
@@ -169,6 +160,11 @@ def tell(path: Path, result: Path, before: list[list[Image.Image]], after: list[
         '    --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir my-dog-lora \\\n'
         "    --train_batch_size 1 --max_train_steps 500 --learning_rate 1e-4"
     )
+
+
+def count_subjects(rows: Iterable[list[Image.Image]]) -> int:
+    """Count the pictures in which the subject is."""
+    return sum(judge.match(picture, SUBJECT) >= judge.PRESENT for row in rows for picture in row)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    output = args.output or Path("evaluations", Path(args.result).resolve().name)
+    output = args.output or Path("evaluations", results.default_name(args.result))
     output.mkdir(parents=True, exist_ok=True)
     report = {name: value for name, value in vars(args).items() if name != "output"}
     report["measures"] = {
@@ -146,8 +146,9 @@ def find_origins(args: argparse.Namespace) -> dict[str, Origin]:
     base = args.base_model or found.settings.get("pretrained_model_name_or_path")
     if not base:
         raise InputError(f"No args.json says what {args.result} was trained from. Name it by --base_model.")
+    of_base = {} if args.base_model else {name: found.settings.get(name) for name in ("revision", "variant")}
     return {
-        BASE: results.locate(base, revision=None if args.base_model else found.settings.get("revision")),
+        BASE: results.locate(base, **of_base),
         RESULT: results.locate(args.result, None if is_whole else args.base_model),
     }
 
@@ -180,9 +181,9 @@ def show_answers(answers: dict[str, list[Answer]]) -> Image.Image:
         for column in (*by_seed[BASE], *by_seed[RESULT]):
             answer = column[number]
             cells.append(answer.picture)
-            labels.append(f"{answer.match:.2f}{'' if answer.is_right else ' ✗'}")
+            labels.append(f"{answer.match:.2f}{'' if answer.is_right else ', wrong'}")
     rows = [by_seed[RESULT][0][number].question.prompt for number in numbers]
-    title = "Left: the base model, without the word. Right: the result. Below each: the subject's match; ✗: disobeyed."
+    title = "Left: the base model, without the word. Right: the result. Below each: the match with the subject."
     return make_sheet(cells, 2 * len(seeds), labels, rows, title)
 
 

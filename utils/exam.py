@@ -1,5 +1,4 @@
-"""Ask a model trained in the world of shapes for pictures and mark them: is the subject there, are prompts obeyed, and
-what has become of the class.
+"""Ask a model of the world of shapes for pictures and mark them: subject, prompts, and what has become of the class.
 
 Every seed asks the same questions from noise of its own, so that a standard error over seeds can be given.
 """

@@ -4,7 +4,8 @@
 
 Every run is one of the two scripts, started as a person would start it, on five photos of a subject; `utils.exam`
 then asks its questions. A line of the table is the mean over all subjects and seeds, with its standard error over
-them. What is measured is kept in the output folder, and a run that was measured is not run again.
+them. What is measured is kept in the output folder, and a run is not repeated unless its flags, its model, the exam or
+the code has changed since.
 
 To add a line, add a recipe to `RECIPES`.
 """
@@ -12,6 +13,7 @@ To add a line, add a recipe to `RECIPES`.
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -23,21 +25,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from utils import checkpoints, exam, images, processes, results, shapes, stages
+from utils import checkpoints, exam, processes, results, shapes, stages
 from utils.benchmark import find_reason
 from utils.errors import InputError
 from utils.estimates import mean_of
 from utils.results import SAVED
-from utils.seeds import derive_seed
 from utils.shapes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 FULL, LORA = "train_dreambooth.py", "train_dreambooth_lora.py"
 WORD = "sks"
-PHOTOS, PHOTO_PIXELS = 5, 128
 CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
 SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
 PIXELS = {SD: 16, SD_V: 16, IF1: 16, IF2: 64}
@@ -62,6 +61,7 @@ class Record:
     seed: int
     seconds: float  # of training, with the start of the process and its class images
     scores: dict[str, float]
+    fingerprint: str = ""  # of all that it depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,11 @@ IF2_COLUMNS = {
 }
 COMMON = "--train_batch_size=4 --lr_scheduler=cosine --lr_warmup_steps=0"
 PRIOR = "--with_prior_preservation --num_class_images=96 --sample_batch_size=32"
-FULL_FLAGS = f"--learning_rate=5e-4 --max_train_steps=400 {COMMON}"
-# A subject's pattern is fine in comparison with the resolution at which these U-Nets attend: a LoRA of the attention
-# alone does not reach it.
+FULL_FLAGS = f"--learning_rate=5e-4 --max_train_steps=400 --snr_gamma=5 {COMMON}"
+# A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
+# stage I) does not reach it.
 LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
-LORA_FLAGS = f"--learning_rate=2e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={LAYERS}"
+LORA_FLAGS = f"--learning_rate=2e-3 --rank=16 --max_train_steps=500 --snr_gamma=5 {COMMON} --lora_layers={LAYERS}"
 TEXT = "--train_text_encoder --text_encoder_lr=5e-4"
 IF2_FLAGS = f"--learning_rate=2e-4 --max_train_steps=150 {COMMON}"
 RECIPES = {
@@ -243,8 +243,18 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     records = []
     for name, seed in [(None, 0), *itertools.product(names, range(args.seeds))]:
         path = args.output / "measured" / f"{slug(subject)}-{slug(name or model)}-{seed}.json"
-        records.append(load_record(path) or measure(path, args, name, model, subject, seed))
+        fingerprint = take_fingerprint(RECIPES.get(name), args.models / model, args.exam_seeds)
+        records.append(load_record(path, fingerprint) or measure(path, args, name, model, subject, seed, fingerprint))
     return records
+
+
+def take_fingerprint(recipe: Recipe | None, model: Path, exam_seeds: int) -> str:
+    """Return a hash of what decides a measurement: the recipe, the model's files, the exam and all code."""
+    files = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "utils").glob("*.py")), *sorted(model.rglob("*"))]
+    state = hashlib.sha256(repr((recipe, exam_seeds)).encode())
+    for path in files:
+        state.update(path.read_bytes() if path.is_file() else b"")
+    return state.hexdigest()[:16]
 
 
 def slug(name: str) -> str:
@@ -252,19 +262,23 @@ def slug(name: str) -> str:
     return "-".join(name.lower().replace(",", "").replace("+", "").split())
 
 
-def load_record(path: Path) -> Record | None:
-    """Read what was measured before."""
-    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+def load_record(path: Path, fingerprint: str) -> Record | None:
+    """Read what was measured before; None if nothing was, or with something else."""
+    record = Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return record if record and record.fingerprint == fingerprint else None
 
 
-def measure(path: Path, args: argparse.Namespace, name: str | None, model: str, subject: str, seed: int) -> Record:
+def measure(
+    path: Path, args: argparse.Namespace, name: str | None, model: str, subject: str, seed: int, fingerprint: str
+) -> Record:
     """Train, unless it is about the base model, ask the questions, and write what was found."""
-    result, seconds = args.models / model, 0.0
     if name:
         result, seconds = train(args, name, subject, seed)
-    record = Record(
-        name, model, subject, seed, seconds, examine(result, subject, WORD if name else "", args.exam_seeds)
-    )
+    else:
+        result, seconds = args.models / model, 0.0
+        shutil.rmtree(class_folder(args, subject, model), ignore_errors=True)  # drawn by this model as it was before
+    scores = examine(result, subject, WORD if name else "", args.exam_seeds)
+    record = Record(name, model, subject, seed, seconds, scores, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.atomic_write_text(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     if name:
@@ -280,12 +294,16 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         InputError: It failed.
     """
     recipe, shape = RECIPES[name], SUBJECTS[subject].shape
-    result = args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}"
+    photos, result = (
+        args.output / "photos" / slug(subject),
+        args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}",
+    )
+    shapes.write_photos(photos, subject)
     shutil.rmtree(result, ignore_errors=True)
     words = [
         f"--pretrained_model_name_or_path={args.models / recipe.model}",
-        f"--instance_data_dir={write_photos(args.output / 'photos' / slug(subject), subject)}",
-        f"--class_data_dir={args.output / 'class-images' / f'{slug(subject)}-{recipe.model}'}",
+        f"--instance_data_dir={photos}",
+        f"--class_data_dir={class_folder(args, subject, recipe.model)}",
         f"--output_dir={result}",
         f"--instance_prompt={shapes.phrase(shape, WORD)}",
         f"--class_prompt={shapes.phrase(shape)}",
@@ -303,19 +321,14 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
     return result, time.perf_counter() - began
 
 
+def class_folder(args: argparse.Namespace, subject: str, model: str) -> Path:
+    """Return the folder of the class images that the runs of a subject and a model share."""
+    return args.output / "class-images" / f"{slug(subject)}-{model}"
+
+
 def environment() -> dict[str, str]:
     """Return the environment of a run: on one thread, offline, without a GPU if there is none."""
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def write_photos(folder: Path, subject: str) -> Path:
-    """Write a subject's photos, if they are missing, before the backgrounds that count as seen."""
-    rng = np.random.default_rng(derive_seed("photos", subject))
-    pictures = shapes.draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, shapes.split_backgrounds(subject)[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        images.save_png(picture, folder / f"{number}.png")
-    return folder
 
 
 def examine(result: Path, subject: str, word: str, seeds: int) -> dict[str, float]:

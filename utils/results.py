@@ -98,6 +98,14 @@ def recognise(result: str, revision: str | None = None) -> Result:
     return Result(result, kind.partition("/")[0], read_settings([Path(result), Path(result).resolve().parent]))
 
 
+def default_name(result: str) -> str:
+    """Name what is made with a result after it; with a checkpoint, after its run as well."""
+    folder = Path(result).resolve()
+    if not folder.is_dir():
+        return result.replace("/", "-")
+    return folder.name if checkpoints.step_of(folder) is None else f"{folder.parent.name}-{folder.name}"
+
+
 def find_file(model: str, filename: str, revision: str | None = None) -> Path | None:
     """Return the path of a folder's or a Hub repository's file, None if there is none."""
     if Path(model).exists():

@@ -25,7 +25,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from utils import checkpoints, images, previews, results, stages
+from utils import images, previews, results, stages
 from utils.errors import InputError
 from utils.flag_checks import find_out_of_range
 from utils.geometry import Size
@@ -154,7 +154,7 @@ def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     paths = spread(args.images, rows, "--images") if args.images else []
     pictures = [images.open_rgb(path) for path in paths]
     sizes = stages.plan_sizes(chain, args.width, args.height, pictures)
-    output = args.output or Path("samples", default_name(args.result))
+    output = args.output or Path("samples", results.default_name(args.result))
     folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
     small = [make_small(*row) for row in zip(paths, pictures, sizes[0])]
     diffusers.utils.logging.set_verbosity_warning()  # says which words of a prompt are too many
@@ -191,14 +191,6 @@ def enlarge_for_sheet(picture: Image.Image) -> Image.Image:
     """Enlarge a picture of few pixels by a whole number, so that it can be seen beside its labels."""
     times = max(1, SHEET_PIXELS // max(picture.size))
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-
-
-def default_name(result: str) -> str:
-    """Name pictures after a result; a checkpoint after its run as well."""
-    folder = Path(result).resolve()
-    if not folder.is_dir():
-        return result.replace("/", "-")
-    return folder.name if checkpoints.step_of(folder) is None else f"{folder.parent.name}-{folder.name}"
 
 
 def file_name(number: int, text: str, seed: int) -> str:

@@ -10,9 +10,13 @@ their origin in its middle, and 1 is its radius.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils import images
+from utils.seeds import derive_seed
 
 COLOURS = {  # sRGB
     "red": (214, 40, 40),
@@ -42,6 +46,7 @@ TINT = 10  # by how much of 255 a colour varies
 DISTINCT = 95  # from this distance on, of 441, colours are told apart beside each other
 RARE_WORDS = ("sks", "ohwx", "zwx", "xjy", "qvz", "wzx")  # in no caption; they survive the cleaning of IF's prompts
 PLAIN_WORDS = ("a", "at", "the", "on", "background")
+PHOTOS, PHOTO_PIXELS = 5, 128  # of a subject, to train on
 WORDS = (*PLAIN_WORDS, *CLASSES, *COLOURS, *SIZES, *PLACES, *RARE_WORDS)
 
 
@@ -219,6 +224,17 @@ def draw_photos(
         draw(random_scene(rng, subject=subject, background=backgrounds[number % len(backgrounds)]), size)
         for number in range(count)
     ]
+
+
+def write_photos(folder: Path, subject: str) -> list[Path]:
+    """Write the photos of a subject to train on, always the same, before the backgrounds that count as seen."""
+    rng = np.random.default_rng(derive_seed("photos", subject))
+    pictures = draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, split_backgrounds(subject)[0])
+    paths = [folder / f"{number}.png" for number in range(PHOTOS)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture, path in zip(pictures, paths):
+        images.save_png(picture, path)
+    return paths
 
 
 def split_backgrounds(subject: str) -> tuple[list[str], list[str]]:
