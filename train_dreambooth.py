@@ -250,7 +250,7 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
-    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
+    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale class_guidance_scale"
 ).split()
 # A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
 FITS = (
@@ -326,6 +326,7 @@ def add_data_args(add, switch) -> None:
     add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss; 0: none.")
     add("--num_class_images", type=int, default=100, help="Class images used; missing ones are drawn by the model.")
+    add("--class_guidance_scale", type=float, help="Guidance they are drawn with; 1: none; unset: the pipeline's own.")
     add("--sample_batch_size", type=int, default=4, help="Class images drawn at a time, per process.")
     add("--prior_generation_precision", choices=precisions, help="For drawing; unset: fp16 on a GPU, else fp32.")
 
@@ -484,7 +485,7 @@ def idle_flags(args: Namespace) -> list[str]:
     """Return a sentence for each flag that changes nothing in this run, or not what one might think."""
     xformers = args.enable_xformers_memory_efficient_attention and not is_installed("xformers")
     published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
-    needs = dict.fromkeys(("class_prompt", "class_data_dir"), "with_prior_preservation")
+    needs = dict.fromkeys(("class_prompt", "class_data_dir", "class_guidance_scale"), "with_prior_preservation")
     needs |= dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
     has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
     unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
@@ -596,7 +597,7 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
     if not args.with_prior_preservation:
         return examples
     folder = class_folder(args)
-    paths, missing = images.find_drawn(folder, args.class_prompt, args.num_class_images)
+    paths, missing = images.find_drawn(folder, args.class_prompt, args.class_guidance_scale, args.num_class_images)
     if missing and base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
         raise InputError(
             f"{folder} lacks {len(missing)} of {len(paths)} class images, and stage II cannot draw from words alone. "
@@ -692,13 +693,14 @@ def draw_class_images(
     batches = [range(number * size, min((number + 1) * size, args.num_class_images)) for number in numbers]
     logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r}.")
     folder.mkdir(parents=True, exist_ok=True)
-    images.remember_prompt(folder, args.class_prompt)
+    images.remember_source(folder, args.class_prompt, args.class_guidance_scale)
     drawn = dict.fromkeys(batches)
+    options = {} if args.class_guidance_scale is None else {"guidance_scale": args.class_guidance_scale}
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
         pipeline = load_pipeline(args, accelerator, plan.base, model)
         for batch in tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
-            drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch])
+            drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch], options)
             paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
             for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
                 images.save_png(image, path)
@@ -712,16 +714,16 @@ def draw_class_images(
 
 
 def draw_class_batch(
-    pipeline: DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None
+    pipeline: DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None, options: dict
 ) -> list[Image.Image]:
-    """Draw the class images of some indices, or enlarge them if they are given small."""
+    """Draw the class images of some indices with the pipeline's `options`, or enlarge them if they are given small."""
     seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
     if pipeline.text_encoder is None:
         embeds = [prompts.embeds[prompts.rows_of(text)].expand(len(batch), -1, -1) for text in (prompt, "")]
         words = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
     else:
         words = {"prompt": [prompt] * len(batch)}
-    return pipeline(**words, **({"image": small} if small else {}), generator=seeds).images
+    return pipeline(**words, **({"image": small} if small else options), generator=seeds).images
 
 
 def write_small_images(

@@ -390,13 +390,19 @@ def test_a_result_is_not_overwritten_by_another_run(trainer, tmp_path, script):
     assert differing(before, read_tensors(out)) == []
 
 
-def test_class_images_of_another_prompt_are_not_used(trainer, tmp_path):
-    """Dogs are not learned as cars."""
+def test_class_images_of_another_prompt_or_guidance_are_not_used(trainer, tmp_path):
+    """Dogs are not learned as cars; guidance changes what is drawn."""
     flags = f"--with_prior_preservation --num_class_images 2 --max_train_steps 1 --class_data_dir {tmp_path / 'class'}"
     trainer.run("lora", tmp_path / "one", f"{flags} --class_prompt 'a dog'")
     refused = trainer.run("lora", tmp_path / "two", f"{flags} --class_prompt 'a car'", code=1)
     assert "were drawn from 'a dog', not 'a car'" in refused.stderr
     assert not (tmp_path / "two").exists()
+    unguided = f"{flags} --class_prompt 'a dog' --class_guidance_scale 1"
+    refused = trainer.run("lora", tmp_path / "two", unguided, code=1)
+    assert "were drawn from 'a dog', not 'a dog (guidance 1)'" in refused.stderr
+    trainer.run("lora", tmp_path / "two", f"{unguided} --class_data_dir {tmp_path / 'other'}")
+    drawn = [np.asarray(Image.open(tmp_path / folder / "00000.png"), int) for folder in ("class", "other")]
+    assert abs(drawn[0] - drawn[1]).max() > 0
 
 
 def test_weight_decay_of_the_resuming_command_counts(trainer, tmp_path):

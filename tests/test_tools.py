@@ -1,11 +1,14 @@
 """The demo and the benchmark, from the command line to what they write."""
 
 import json
+import re
+import shlex
 
 import pytest
 from PIL import Image
 
-from utils import benchmark, demo
+from tests.test_readme import TEXT
+from utils import benchmark, demo, evaluate, shapes
 from utils.benchmark import Measurement
 
 
@@ -19,9 +22,13 @@ def test_the_demo_trains_and_puts_the_sheet_together(tmp_path, capfd):
     assert demo.main(words) == 0
     text, sheet = capfd.readouterr().out, Image.open(tmp_path / "before-after.png")
     assert sheet.width > 5 * demo.CELL and sheet.height > (1 + 2 * demo.SEEDS) * demo.CELL
-    assert len(list((tmp_path / "photos").glob("*.png"))) == demo.COUNT
+    assert len(list((tmp_path / "photos").glob("*.png"))) == shapes.PHOTOS
     assert f"Look at {tmp_path / 'before-after.png'}" in text and "in 0 of 8 pictures that name sks" in text
     assert f"utils.sample {tmp_path / 'lora'}" in text and f"utils.evaluate {tmp_path / 'lora'}" in text
+    command = re.search(r"^python -m utils.evaluate demo-output/(lora .*)$", TEXT, re.MULTILINE)[1]
+    words = [*shlex.split(f"{tmp_path}/{command}"), "--seeds", "1", "--output", str(tmp_path / "evaluation")]
+    assert evaluate.main(words) == 0
+    assert "| subject, seen backgrounds" in capfd.readouterr().out and (tmp_path / "evaluation/grid.png").is_file()
 
 
 def test_the_benchmark_measures_and_tells_of_failures(tmp_path, monkeypatch, capfd):

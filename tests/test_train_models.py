@@ -22,7 +22,7 @@ COMMITTED = sorted(path.name for path in MODELS.iterdir())
 def trained(tmp_path_factory):
     """Train all four for three steps on a few pictures."""
     folder = tmp_path_factory.mktemp("models")
-    short = {"steps": 3, "text_steps": 3, "vae_steps": 3, "batch_size": 4}
+    short = {"steps": 3, "text_steps": 3, "vae_steps": 3, "decoder_steps": 3, "batch_size": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_models, "PICTURES", 24)
         for name, recipe in RECIPES.items():

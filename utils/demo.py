@@ -37,10 +37,10 @@ PROMPTS = (
 )
 CLASS_PROMPT = shapes.phrase(CLASS)
 FLAGS = (
-    "--resolution=16 --train_batch_size=4 --learning_rate=2e-3 --lr_scheduler=cosine --lr_warmup_steps=0 "
+    "--resolution=16 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0 "
     "--max_train_steps=500 --rank=16 --lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2 --snr_gamma=5 "
-    "--with_prior_preservation --num_class_images=96 --sample_batch_size=32 --seed=0 --checkpointing_steps=100000 "
-    "--report_to=none"
+    "--with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32 --seed=0 "
+    "--checkpointing_steps=100000 --report_to=none"
 )
 CELL = 128  # pixels of a picture on the sheet
 

@@ -99,7 +99,7 @@ IF2_COLUMNS = {
     "seconds": Column("seconds", percent=False),
 }
 COMMON = "--train_batch_size=4 --lr_scheduler=cosine --lr_warmup_steps=0"
-PRIOR = "--with_prior_preservation --num_class_images=96 --sample_batch_size=32"
+PRIOR = "--with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32"
 FULL_FLAGS = f"--learning_rate=5e-4 --max_train_steps=400 --snr_gamma=5 {COMMON}"
 # A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
 # stage I) does not reach it.

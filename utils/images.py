@@ -198,15 +198,15 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
     return replace(inspection, notes=tuple(notes))
 
 
-def find_drawn(folder: Path, prompt: str, wanted: int) -> tuple[list[Path], set[Path]]:
+def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -> tuple[list[Path], set[Path]]:
     """Return the paths of as many images as are wanted, and those among them that are still to be drawn.
 
     Pictures that are there and can be decoded come first; `00000.png`, `00001.png`, … fill up.
 
     Raises:
-        InputError: What is there was drawn from another prompt.
+        InputError: What is there was drawn from another prompt, or with another guidance (None: the pipeline's own).
     """
-    check_prompt(folder, prompt)
+    check_source(folder, prompt, guidance)
     inspection = inspect_images(list_images(folder).images if folder.is_dir() else [])
     present = sorted(inspection.sizes)
     for path, reason in inspection.unreadable.items():
@@ -220,16 +220,21 @@ def find_drawn(folder: Path, prompt: str, wanted: int) -> tuple[list[Path], set[
     return sorted({*present[:wanted], *missing}), missing
 
 
-def remember_prompt(folder: Path, prompt: str) -> None:
-    """Write down, beside drawn images, the prompt that they were drawn from."""
-    (folder / PROMPT_FILE).write_text(prompt, encoding="utf-8")
+def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
+    """Write down, beside drawn images, what they were drawn from."""
+    (folder / PROMPT_FILE).write_text(describe_source(prompt, guidance), encoding="utf-8")
 
 
-def check_prompt(folder: Path, prompt: str) -> None:
-    """Raise InputError if a folder's images were drawn from another prompt."""
-    path = folder / PROMPT_FILE
-    if path.is_file() and (drawn_from := path.read_text(encoding="utf-8")) != prompt:
-        raise InputError(f"The images in {folder} were drawn from {drawn_from!r}, not {prompt!r}. Use another folder.")
+def check_source(folder: Path, prompt: str, guidance: float | None) -> None:
+    """Raise InputError if a folder's images were drawn from another prompt or with another guidance."""
+    path, source = folder / PROMPT_FILE, describe_source(prompt, guidance)
+    if path.is_file() and (drawn_from := path.read_text(encoding="utf-8")) != source:
+        raise InputError(f"The images in {folder} were drawn from {drawn_from!r}, not {source!r}. Use another folder.")
+
+
+def describe_source(prompt: str, guidance: float | None) -> str:
+    """Return in words what class images are drawn from."""
+    return prompt if guidance is None else f"{prompt} (guidance {guidance:g})"
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -54,6 +54,7 @@ class Recipe:
     starts_from: str | None = None  # a model of this list that is trained before it
     text_steps: int = 1500
     vae_steps: int = 3000
+    decoder_steps: int = 3000  # of the VAE's decoder alone, after that
     noise_offset: float = 0.0
     crop: int | None = None  # pixels of the pieces that it is trained on; None: whole pictures
     highest_weight: float = 10.0  # of a timestep's loss
@@ -138,6 +139,8 @@ def train_model(name: str, output: Path, seed: int) -> None:
         if not recipe.starts_from:
             train_vae(pipeline.vae, pictures, recipe, seed)
             report(name, began, "VAE")
+            train_decoder(pipeline.vae, pictures, recipe, seed)
+            report(name, began, "decoder")
         examples = encode_pictures(pipeline.vae, pictures)
     else:
         examples = to_tensor(pictures)
@@ -272,10 +275,8 @@ def encode_captions(pipeline: DiffusionPipeline, captions: list[str]) -> tuple[T
 
 def train_vae(vae: AutoencoderKL, pictures: np.ndarray, recipe: Recipe, seed: int, batch_size: int = 32) -> None:
     """Train an autoencoder on the corpus and on patches of random colours, and measure its scaling factor."""
-    rng = np.random.default_rng(derive_seed(seed, "vae"))
     torch.manual_seed(derive_seed(seed, "vae"))
-    patches = np.stack([draw_patchwork(recipe.pixels, rng) for _ in range(len(pictures) // 2)])
-    examples = to_tensor(np.concatenate([pictures, patches]))
+    examples = to_tensor(np.concatenate([pictures, draw_patchworks(len(pictures) // 2, recipe.pixels, seed)]))
     optimizer = torch.optim.AdamW(vae.train().parameters(), 2e-3, weight_decay=0.0)
     for step in range(recipe.vae_steps):
         set_rate(optimizer, 2e-3, step, recipe.vae_steps)
@@ -291,6 +292,30 @@ def train_vae(vae: AutoencoderKL, pictures: np.ndarray, recipe: Recipe, seed: in
     vae.register_to_config(scaling_factor=round(1 / sample_latents(moments).std().item(), 5))
 
 
+def train_decoder(vae: AutoencoderKL, pictures: np.ndarray, recipe: Recipe, seed: int, batch_size: int = 32) -> None:
+    """Train the decoder alone, which changes no latents, above all on patches: fine patterns are what it blurs."""
+    torch.manual_seed(derive_seed(seed, "decoder"))
+    pictures = np.concatenate([pictures[:8000], draw_patchworks(2 * len(pictures[:8000]), recipe.pixels, seed)])
+    examples, moments = to_tensor(pictures), encode_pictures(vae, pictures)
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1.5e-3, weight_decay=0.0)
+    for step in range(recipe.decoder_steps):
+        set_rate(optimizer, 1.5e-3, step, recipe.decoder_steps)
+        chosen = torch.randint(len(examples), (batch_size,))
+        restored = vae.decode(sample_latents(moments[chosen])).sample
+        clean = examples[chosen]
+        take_step(F.mse_loss(restored, clean) + 0.1 * F.l1_loss(restored, clean), optimizer, parameters)
+    vae.requires_grad_(False)
+
+
+def draw_patchworks(count: int, pixels: int, seed: int) -> np.ndarray:
+    """Draw patchworks, (count, H, W, 3) uint8."""
+    rng = np.random.default_rng(derive_seed(seed, "patchworks"))
+    return np.stack([draw_patchwork(pixels, rng) for _ in range(count)])
+
+
 def draw_patchwork(pixels: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a shape whose parts, cut by random lines and circles, have random colours, before a random background."""
     scene = shapes.random_scene(rng)
@@ -299,7 +324,7 @@ def draw_patchwork(pixels: int, rng: np.random.Generator) -> np.ndarray:
     for cut in range(2):
         turn, across = rng.uniform(0, 2 * math.pi), rng.uniform(-0.5, 0.5)
         line = np.cos(turn) * u + np.sin(turn) * v > across
-        circle = (u - rng.uniform(-0.5, 0.5)) ** 2 + (v - rng.uniform(-0.5, 0.5)) ** 2 < rng.uniform(0.2, 0.6) ** 2
+        circle = (u - rng.uniform(-0.5, 0.5)) ** 2 + (v - rng.uniform(-0.5, 0.5)) ** 2 < rng.uniform(0.2, 0.8) ** 2
         parts += 2**cut * (line if rng.random() < 0.6 else circle)
     inside = shapes.CLASSES[scene.shape](u, v)
     inks = rng.uniform(15, 250, (5, 3)).astype(np.float32)
