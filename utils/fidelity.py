@@ -98,14 +98,21 @@ IF2_COLUMNS = {
     "other classes": Column("PSNR, others", "gain", percent=False, digits=2),
     "seconds": Column("seconds", percent=False),
 }
+IF2_BASE_COLUMNS = {
+    name: Column(name, percent=False, digits=1)
+    for topic in ("subject", "class", "others")
+    for name in (f"PSNR, {topic}", f"PSNR, {topic}, bilinear")
+}
 COMMON = "--train_batch_size=4 --lr_scheduler=cosine --lr_warmup_steps=0"
 PRIOR = "--with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32"
-FULL_FLAGS = f"--learning_rate=5e-4 --max_train_steps=400 --snr_gamma=5 {COMMON}"
+# A larger epsilon keeps AdamW from moving weights whose gradients are small: with 1e-8, the damage done to other prompts
+# is much larger by the time that the subject is there.
+FULL_FLAGS = f"--learning_rate=1e-3 --adam_epsilon=1e-4 --max_train_steps=600 --snr_gamma=5 {COMMON}"
 # A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
 # stage I) does not reach it.
 LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
-LORA_FLAGS = f"--learning_rate=2e-3 --rank=16 --max_train_steps=500 --snr_gamma=5 {COMMON} --lora_layers={LAYERS}"
-TEXT = "--train_text_encoder --text_encoder_lr=5e-4"
+LORA_FLAGS = f"--learning_rate=1e-3 --rank=16 --max_train_steps=500 --snr_gamma=5 {COMMON} --lora_layers={LAYERS}"
+TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
 IF2_FLAGS = f"--learning_rate=2e-4 --max_train_steps=150 {COMMON}"
 RECIPES = {
     "SD, full": Recipe(SD, FULL, FULL_FLAGS),
@@ -347,23 +354,18 @@ def examine(result: Path, subject: str, word: str, seeds: int) -> dict[str, floa
 
 
 def make_tables(records: list[Record]) -> list[str]:
-    """Return a table of the base models, of the recipes that draw from words, and of those that enlarge."""
+    """Return tables of base models and recipes: of those that draw from words, and of those that enlarge."""
     bases = {(record.model, record.subject): record for record in records if record.recipe is None}
-    groups = {}
-    for record in records:
-        groups.setdefault(record.recipe, []).append(record)
-    tables = [tabulate("base model", BASE_COLUMNS, group_by_model(groups.pop(None)), bases)]
-    drawn = {name: group for name, group in groups.items() if RECIPES[name].model != IF2}
-    enlarged = {name: group for name, group in groups.items() if RECIPES[name].model == IF2}
-    tables += [
-        tabulate("recipe", columns, rows, bases) for columns, rows in ((COLUMNS, drawn), (IF2_COLUMNS, enlarged))
-    ]
+    tables = []
+    for enlarges, of_bases, of_recipes in ((False, BASE_COLUMNS, COLUMNS), (True, IF2_BASE_COLUMNS, IF2_COLUMNS)):
+        chosen = [record for record in records if (record.model == IF2) == enlarges]
+        for head, columns, is_base in (("base model", of_bases, True), ("recipe", of_recipes, False)):
+            groups = {}
+            for record in chosen:
+                if (record.recipe is None) == is_base:
+                    groups.setdefault(record.recipe or record.model, []).append(record)
+            tables.append(tabulate(head, columns, groups, bases))
     return [table for table in tables if table]
-
-
-def group_by_model(records: list[Record]) -> dict[str, list[Record]]:
-    """Return the base models' records by name, but stage II's, which draws nothing from words."""
-    return {model: [one for one in records if one.model == model] for model in (SD, SD_V, IF1)}
 
 
 def tabulate(head: str, columns: dict[str, Column], rows: dict[str, list[Record]], bases: dict) -> str:
