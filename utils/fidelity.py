@@ -118,7 +118,8 @@ IF1_LORA_FLAGS = (
     f"--lora_layers={LAYERS},add_k_proj,add_v_proj"
 )
 TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
-IF2_FLAGS = f"--learning_rate=2e-4 --max_train_steps=150 {COMMON}"
+# As its model was trained: without offset noise, the colours of what it enlarges drift.
+IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --snr_gamma=5 --noise_offset=0.15 {COMMON}"
 RECIPES = {
     "SD, full": Recipe(SD, FULL, FULL_FLAGS),
     "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
