@@ -1,6 +1,7 @@
 """The benchmark of what is learned: it runs the scripts, keeps what it measured, and puts it into tables."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -51,14 +52,37 @@ def test_the_table_compares_with_the_base_of_the_same_subject():
 def test_quick_runs_have_ranges_and_say_what_is_out_of_them():
     """A run at the bottom of every range is no surprise, one below is."""
     for name, ranges in fidelity.QUICK.items():
-        columns = {column: fidelity.COLUMNS[column] for column in ranges}
+        columns = {column: (fidelity.COLUMNS | fidelity.IF2_COLUMNS)[column] for column in ranges}
         model = fidelity.RECIPES[name].model
-        base = Record(None, model, SUBJECT, 0, 0, dict.fromkeys(exam.MEASURES, 1.0))
-        good = Record(name, model, SUBJECT, 0, 0, {columns[key].measure: low for key, (low, _) in ranges.items()})
+        base = Record(None, model, SUBJECT, 0, 0, {column.measure: 1.0 for column in columns.values()})
+        lowest = {key: low + (columns[key].against == "gain") for key, (low, _) in ranges.items()}
+        good = Record(name, model, SUBJECT, 0, 0, {columns[key].measure: lowest[key] for key in ranges})
         assert fidelity.find_surprises([base, good]) == []
-        bad = dataclasses.replace(good, scores=good.scores | {columns["seen backgrounds"].measure: 0.0})
-        lowest = ranges["seen backgrounds"][0]
-        assert fidelity.find_surprises([base, bad]) == [f"{name}: seen backgrounds is 0.00, not from {lowest:g} to 1."]
+        first, (low, high) = next(iter(ranges.items()))
+        worse = good.scores | {columns[first].measure: lowest[first] - 1}
+        (told,) = fidelity.find_surprises([base, dataclasses.replace(good, scores=worse)])
+        assert told == f"{name}: {first} is {low - 1:.2f}, not from {low:g} to {high:g}."
+
+
+def test_both_scripts_teach_what_they_should(tmp_path, capfd):
+    """Three runs on one subject, each measure within its range: `make fidelity QUICK=1`."""
+    assert fidelity.main(["--quick", "--output", str(tmp_path)]) == 0, capfd.readouterr().err
+
+
+def test_what_has_changed_is_measured_again(tmp_path):
+    """A record counts only for the flags, the exam and the model that it was made with."""
+    (tmp_path / "model").mkdir()
+    recipe, weights = Recipe(IF1, LORA, "--rank=4"), tmp_path / "model" / "weights"
+    weights.write_text("0.1")
+    prints = [fidelity.take_fingerprint(recipe, weights.parent, seeds) for seeds in (2, 4, 2)]
+    assert prints[0] == prints[2] != prints[1]
+    other = fidelity.take_fingerprint(dataclasses.replace(recipe, flags="--rank=8"), weights.parent, 2)
+    weights.write_text("0.2")
+    assert len({*prints, other, fidelity.take_fingerprint(recipe, weights.parent, 2)}) == 4
+    record = Record("r", "m", SUBJECT, 0, 1.0, {}, prints[0])
+    (tmp_path / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
+    assert fidelity.load_record(tmp_path / "record.json", prints[0]) == record
+    assert fidelity.load_record(tmp_path / "record.json", other) is None
 
 
 def test_every_recipe_and_column_is_of_things_that_exist():

@@ -139,6 +139,7 @@ QUICK = {
     "SD, LoRA, prior": {
         "seen backgrounds": (0.8, 1),
         "subject, unseen backgrounds": (0.7, 1),
+        "mean match": (0.5, 1),
         "prompts obeyed, of base": (0.75, 1.2),
         "other prompts, of base": (0.75, 1.2),
         "class colours, of base": (0.7, 1.5),
@@ -151,6 +152,7 @@ QUICK = {
         "class colours, of base": (0.6, 1.5),
         "leak into class": (0, 0.2),
     },
+    "IF II, full": {"subject, PSNR gain in dB": (-0.4, 4), "SSIM gain": (0, 0.1)},
 }
 
 
