@@ -181,9 +181,14 @@ def show_answers(answers: dict[str, list[Answer]]) -> Image.Image:
         for column in (*by_seed[BASE], *by_seed[RESULT]):
             answer = column[number]
             cells.append(answer.picture)
-            labels.append(f"{answer.match:.2f}{'' if answer.is_right else ', wrong'}")
-    rows = [by_seed[RESULT][0][number].question.prompt for number in numbers]
-    title = "Left: the base model, without the word. Right: the result. Below each: the match with the subject."
+            told = [f"{answer.match:.2f}"] if answer.question.topic in exam.SUBJECT_TOPICS else []
+            labels.append(", ".join(told if answer.is_right else [*told, "wrong"]))
+    prompts = [list(dict.fromkeys(rows[number].question.prompt for rows in by_seed[RESULT])) for number in numbers]
+    rows = [
+        first if not others else f"{topics[number]}, a prompt a seed"
+        for number, (first, *others) in zip(numbers, prompts)
+    ]
+    title = "Left: the base model, without the word. Right: the result. Numbers: the match with the subject."
     return make_sheet(cells, 2 * len(seeds), labels, rows, title)
 
 

@@ -38,7 +38,7 @@ def make_grid(
     size = min(max(12, width // 20), 28)  # of the letters, in pixels; readable when the sheet is scaled to a screen
     gap, font = max(4, size // 2), ImageFont.load_default(size)
     texts = [_wrap(text, font, width) for text in labels or [""] * len(images)]
-    side = [_wrap(text, font, width // 2) for text in row_labels or []]
+    side = [_wrap(text, font, max(width // 2, 10 * size)) for text in row_labels or []]
     left = gap + (max(round(_width(text, font)) for text in side) + gap if side else 0)
     sheet_width = left + min(columns, len(images)) * (width + gap)
     title_font = ImageFont.load_default(round(size * 1.3))
