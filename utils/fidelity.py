@@ -142,7 +142,7 @@ QUICK = {
         "mean match": (0.5, 1),
         "prompts obeyed, of base": (0.75, 1.2),
         "other prompts, of base": (0.75, 1.2),
-        "class colours, of base": (0.7, 1.5),
+        "class colours, of base": (0.6, 1.5),
         "leak into class": (0, 0.2),
     },
     "IF I, full, prior": {
