@@ -263,7 +263,7 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
-    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale"
+    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale class_guidance_scale"
 ).split()
 # A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
 FITS = (

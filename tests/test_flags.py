@@ -42,7 +42,7 @@ OUR_DEFAULTS = {
     **{"text_encoder_lr": None, "validation_guidance_scale": 7.5, "validation_negative_prompt": ""},
     **{"validation_num_inference_steps": 25, "hub_private_repo": False, "crop_style": None, "caption_dropout": 0.0},
     **{"cache_dir": None, "text_encoder_precision": None, "stage_one_model_name_or_path": None, "lr_end": None},
-    **{"validation_resolution": None, "num_eval_images": None, "train_variance": False},
+    **{"validation_resolution": None, "num_eval_images": None, "train_variance": False, "class_guidance_scale": None},
 }
 OWN_DEFAULTS = {
     FULL: {"output_dir": "dreambooth-model", "learning_rate": 5e-6, "skip_save_text_encoder": False},
@@ -61,7 +61,7 @@ AT_LEAST_1 = (
 INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")
 FROM_0 = (
     *("prior_loss_weight", "learning_rate", "text_encoder_lr", "lr_power", "adam_weight_decay", "max_grad_norm"),
-    *("noise_offset", "validation_guidance_scale", "lr_end"),
+    *("noise_offset", "validation_guidance_scale", "class_guidance_scale", "lr_end"),
 )
 ABOVE_0 = ("adam_epsilon", "snr_gamma")
 BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout")

@@ -309,10 +309,8 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         InputError: It failed.
     """
     recipe, shape = RECIPES[name], SUBJECTS[subject].shape
-    photos, result = (
-        args.output / "photos" / slug(subject),
-        args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}",
-    )
+    photos = args.output / "photos" / slug(subject)
+    result = args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}"
     shapes.write_photos(photos, subject)
     shutil.rmtree(result, ignore_errors=True)
     words = [
