@@ -123,20 +123,23 @@ def train_model(name: str, output: Path, seed: int) -> None:
     recipe, folder = RECIPES[name], output / name
     if folder.exists():
         raise InputError(f"{folder} exists. Remove it, or name another --output.")
+    source = output / recipe.starts_from if recipe.starts_from else None
+    if source and not (source / "model_index.json").is_file():
+        raise InputError(f"{source} is missing, from which this model starts. Train it first.")
     began = time.monotonic()
     shape = SHAPES[recipe.shape]
     pipeline = BUILDERS[shape["family"]](shape, recipe.prediction_type, seed)
     rng = np.random.default_rng(derive_seed(seed, "corpus", recipe.shape))
     pictures, captions, _ = shapes.draw_corpus(PICTURES, recipe.pixels, rng)
     report(name, began, f"{PICTURES} pictures of {recipe.pixels} px")
-    if recipe.starts_from:
-        take_over(pipeline, output / recipe.starts_from)
+    if source:
+        take_over(pipeline, source)
     else:
         teach_text_encoder(pipeline, recipe.text_steps, seed)
         report(name, began, "text encoder")
     embeds = encode_captions(pipeline, captions)
     if is_latent := hasattr(pipeline, "vae"):
-        if not recipe.starts_from:
+        if not source:
             train_vae(pipeline.vae, pictures, recipe, seed)
             report(name, began, "VAE")
             train_decoder(pipeline.vae, pictures, recipe, seed)
@@ -155,13 +158,7 @@ def report(name: str, began: float, text: str) -> None:
 
 
 def take_over(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Copy the weights of another model, of each network that is of the same shape.
-
-    Raises:
-        InputError: There is no such model.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is missing, from which this model starts. Train it first.")
+    """Copy the weights of another model, of each network that is of the same shape."""
     source = DiffusionPipeline.from_pretrained(folder)
     for part in ("text_encoder", "vae", "unet"):
         if hasattr(pipeline, part) and shapes_of(getattr(pipeline, part)) == shapes_of(getattr(source, part)):
