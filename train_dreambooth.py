@@ -326,7 +326,7 @@ def add_data_args(add, switch) -> None:
     add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss; 0: none.")
     add("--num_class_images", type=int, default=100, help="Class images used; missing ones are drawn by the model.")
-    add("--class_guidance_scale", type=float, help="Guidance they are drawn with; 1: none; unset: the pipeline's own.")
+    add("--class_guidance_scale", type=float, help="For drawing class images; 1: none; unset: the pipeline's own.")
     add("--sample_batch_size", type=int, default=4, help="Class images drawn at a time, per process.")
     add("--prior_generation_precision", choices=precisions, help="For drawing; unset: fp16 on a GPU, else fp32.")
 

@@ -108,6 +108,8 @@ def test_every_recipe_and_column_is_of_things_that_exist():
     [
         (["--only", "fast"], "--only 'fast' is in no name. There are: SD, full;"),
         (["--subjects", "dog"], "invalid choice"),
+        (["--exam_seeds", "0"], "--exam_seeds 0 is out of range"),
+        (["--jobs", "0"], "--jobs 0 is out of range"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(words, message, capsys):

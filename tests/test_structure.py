@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.check_sync import read_script
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 MAKES_BASE_MODELS = "utils/train_models.py"
@@ -27,6 +29,7 @@ TAKEN_NAMES = sys.stdlib_module_names | {
     *("safetensors", "tensorboard", "tokenizers", "torch", "transformers", "wandb"),
 }
 FLAG_MEANING = ("help", "type", "choices", "action", "nargs")
+METHODS_OWN = {"METHOD", "METHOD_TAGS", "DEFAULT_OUTPUT_DIR", "DEFAULT_LEARNING_RATE", "TRAINS_WHOLE_NETWORKS"}
 UNTESTED_FLAGS: dict[str, str] = {}  # flag: why no test names it
 MACHINE_PATH = re.compile(r"(?<![\w.~*)}\]/-])/(?:work|root|tmp/venv)(?![\w-])")
 
@@ -291,6 +294,15 @@ def test_every_flag_occurs_in_a_test():
 def test_shared_flags_mean_the_same():
     """A flag that both scripts have is the same flag; only its default may differ."""
     assert differing_flags(*(flags(parse(script)) for script in SCRIPTS)) == []
+
+
+def test_constants_of_both_scripts_are_equal():
+    """What is no method's own has one value; `check_sync` looks at functions only."""
+    first, second = (
+        {one.name: one.lines for one in read_script(ROOT / script).definitions if not one.is_code}
+        for script in SCRIPTS
+    )
+    assert {name for name in first.keys() & second.keys() if first[name] != second[name]} == METHODS_OWN
 
 
 def test_no_file_names_a_path_of_one_machine():

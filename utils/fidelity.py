@@ -31,6 +31,7 @@ from utils import checkpoints, exam, processes, results, shapes, stages
 from utils.benchmark import find_reason
 from utils.errors import InputError
 from utils.estimates import mean_of
+from utils.flag_checks import find_out_of_range
 from utils.results import SAVED
 from utils.shapes import SUBJECTS
 
@@ -193,6 +194,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
     add("--quick", action="store_true", help="some recipes on one subject, and an error if a measure is out of range")
     args = parser.parse_args(argv)
+    if problems := find_out_of_range(vars(args), dict.fromkeys(("seeds", "exam_seeds", "jobs"), "1 or more")):
+        parser.error(" ".join(problems))
     if args.quick:
         args.subjects, args.seeds, args.exam_seeds = CHOSEN[:1], 1, 2
     if not chosen(args):
