@@ -29,7 +29,7 @@ def test_a_recipe_is_run_measured_and_not_run_again(tmp_path, monkeypatch, capfd
     assert not any((tmp_path / "out" / "runs").glob("*/")) and (tmp_path / "out" / "fidelity.md").is_file()
     assert fidelity.main([*words, "--only", "quick"]) == 0
     second = capfd.readouterr().out
-    assert second.partition("| base model |")[2].rpartition(" in ")[0] in first and "seed 0" not in second
+    assert second.partition("| base model |")[2].partition(" measurements")[0] in first and "seed 0" not in second
     assert fidelity.main([*words, "--models", str(tmp_path)]) == 1
     assert f"{tmp_path} lacks {IF1}. Train them (python -m utils.train_models --only {IF1})" in capfd.readouterr().err
     assert fidelity.main(words) == 1

@@ -117,3 +117,14 @@ def test_every_word_is_one_token_and_survives_the_cleaning():
     assert captions.clean(text) == text
     for tokenizer in (small_tokenizers.build_tokenizer(words=WORDS), small_tokenizers.build_t5_tokenizer(WORDS)):
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(WORDS)
+
+
+def test_class_pictures_are_of_the_class_and_as_varied(tmp_path):
+    """They show that shape in many colours, never a subject's pattern, and are the same again."""
+    paths = shapes.write_class_pictures(tmp_path / "first", "circle")
+    again = shapes.write_class_pictures(tmp_path / "second", "circle")
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    readings = [judge.read(Image.open(path)) for path in paths]
+    assert len(paths) == shapes.CLASS_PICTURES and {reading.shape for reading in readings} == {"circle"}
+    assert len({reading.colour for reading in readings}) == len(shapes.COLOURS)
+    assert max(judge.match(Image.open(path), "quartered circle", "circle") for path in paths) < judge.PRESENT

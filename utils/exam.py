@@ -23,7 +23,7 @@ from utils.seeds import derive_seed
 from utils.shapes import SUBJECTS, Scene, random_scene
 
 CLASS_PICTURES = 6  # a seed
-STEPS, GUIDANCE, BATCH_SIZE = 25, 3.0, 64
+STEPS, GUIDANCE, BATCH_SIZE = 20, 3.0, 64
 NOISE_LEVEL = 100  # of what stage II enlarges
 HELD_SUBJECT, HELD_CLASS, HELD_OTHERS = "subject", "class", "others"
 

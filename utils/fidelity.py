@@ -50,6 +50,7 @@ class Recipe:
     model: str
     script: str
     flags: str
+    seeds: int = 2  # runs on each subject unless --seeds says otherwise; fewer of what is only compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +105,36 @@ IF2_BASE_COLUMNS = {
     for topic in ("subject", "class", "others")
     for name in (f"PSNR, {topic}", f"PSNR, {topic}, bilinear")
 }
-COMMON = "--train_batch_size=4 --lr_scheduler=cosine --lr_warmup_steps=0"
-PRIOR = "--with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32"
+COMMON = "--snr_gamma=5 --lr_scheduler=cosine --lr_warmup_steps=0"
+GIVEN = "--with_prior_preservation --num_class_images=96"
+PRIOR = f"{GIVEN} --class_guidance_scale=1.5 --sample_batch_size=32"
 # The larger epsilon keeps AdamW from moving weights whose gradients are small: with 1e-8, more damage is done to other
 # prompts by the time that the subject is there.
-FULL_FLAGS = f"--learning_rate=1e-3 --adam_epsilon=1e-4 --max_train_steps=600 --snr_gamma=5 {COMMON}"
-IF1_FULL_FLAGS = f"--learning_rate=7e-4 --adam_epsilon=1e-4 --max_train_steps=500 --snr_gamma=5 {COMMON}"
+FULL_FLAGS = f"--learning_rate=8e-4 --adam_epsilon=1e-4 --max_train_steps=600 {COMMON}"
+IF1_FULL_FLAGS = f"--learning_rate=7e-4 --adam_epsilon=1e-4 --max_train_steps=500 {COMMON}"
 # A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
 # stage I) does not reach it.
 LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
-LORA_FLAGS = f"--learning_rate=1e-3 --rank=16 --max_train_steps=500 --snr_gamma=5 {COMMON} --lora_layers={LAYERS}"
-IF1_LORA_FLAGS = (
-    f"--learning_rate=2e-3 --rank=16 --max_train_steps=600 --snr_gamma=5 {COMMON} "
-    f"--lora_layers={LAYERS},add_k_proj,add_v_proj"
-)
+LORA_FLAGS = f"--learning_rate=1e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={LAYERS}"
+# Without the last five, stripes were in half of stage I's pictures; with them in all.
+IF1_LAYERS = f"{LAYERS},add_k_proj,add_v_proj,conv_in,conv_out,conv_shortcut,time_emb_proj,linear_1,linear_2"
+IF1_LORA_FLAGS = f"--learning_rate=2.5e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={IF1_LAYERS}"
 TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
-# As its model was trained: without offset noise, the colours of what it enlarges drift.
-IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --snr_gamma=5 --noise_offset=0.15 {COMMON}"
+# As its model was trained: without offset noise, the colours of what it enlarges drift. So they do without pictures of
+# the class, which are given here: it cannot draw them from words alone.
+IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --train_batch_size=2 --noise_offset=0.15 {COMMON} {GIVEN}"
 RECIPES = {
-    "SD, full": Recipe(SD, FULL, FULL_FLAGS),
+    "SD, full": Recipe(SD, FULL, FULL_FLAGS, seeds=1),
     "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
-    "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS),
+    "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS, seeds=1),
     "SD, LoRA, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {PRIOR}"),
-    "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}"),
+    "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}", seeds=1),
     "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}"),
-    "SD, velocity, full, prior": Recipe(SD_V, FULL, f"{FULL_FLAGS} {PRIOR}"),
+    "SD, velocity, LoRA, prior": Recipe(SD_V, LORA, f"{LORA_FLAGS} {PRIOR}", seeds=1),
     "IF I, full, prior": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {PRIOR}"),
     "IF I, LoRA, prior": Recipe(IF1, LORA, f"{IF1_LORA_FLAGS} {PRIOR}"),
     "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
-    "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps"),
+    "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps", seeds=1),
 }
 # What --quick runs, and between what its measures must be: wide enough for other machines, narrow enough for a broken
 # loss, a wrong target or an adapter that was not trained.
@@ -189,15 +191,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--models", type=Path, default=ROOT / "models", metavar="DIR", help="what utils.train_models wrote")
     add("--only", metavar="TEXT", default="", help="only the recipes with this in their name; default: all")
     add("--subjects", nargs="+", choices=list(SUBJECTS), default=CHOSEN, help=f"default: {', '.join(CHOSEN)}")
-    add("--seeds", type=int, default=2, help="runs of each recipe and subject; default: 2")
-    add("--exam_seeds", type=int, default=4, help="of each prompt; default: 4")
+    add("--seeds", type=int, help="runs of each recipe and subject; default: 2, or 1 of what is only compared with")
+    add("--exam_seeds", type=int, default=2, help="of each prompt; default: 2")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
     add("--quick", action="store_true", help="some recipes on one subject, and an error if a measure is out of range")
     args = parser.parse_args(argv)
     if problems := find_out_of_range(vars(args), dict.fromkeys(("seeds", "exam_seeds", "jobs"), "1 or more")):
         parser.error(" ".join(problems))
     if args.quick:
-        args.subjects, args.seeds, args.exam_seeds = CHOSEN[:1], 1, 2
+        args.subjects, args.seeds = CHOSEN[:1], 1
     if not chosen(args):
         names = "; ".join(QUICK if args.quick else RECIPES)
         parser.error(f"--only {args.only!r} is in no name. There are: {names}.")
@@ -259,7 +261,8 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     torch.set_num_threads(1)
     names = [name for name in chosen(args) if RECIPES[name].model == model]
     records = []
-    for name, seed in [(None, 0), *itertools.product(names, range(args.seeds))]:
+    runs = [(name, seed) for name in names for seed in range(args.seeds or RECIPES[name].seeds)]
+    for name, seed in [(None, 0), *runs]:
         path = args.output / "measured" / f"{slug(subject)}-{slug(name or model)}-{seed}.json"
         fingerprint = take_fingerprint(RECIPES.get(name), args.models / model, args.exam_seeds)
         records.append(load_record(path, fingerprint) or measure(path, args, name, model, subject, seed, fingerprint))
@@ -315,6 +318,8 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
     photos = args.output / "photos" / slug(subject)
     result = args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}"
     shapes.write_photos(photos, subject)
+    if recipe.model == IF2:
+        shapes.write_class_pictures(class_folder(args, subject, IF2), shape)
     shutil.rmtree(result, ignore_errors=True)
     words = [
         f"--pretrained_model_name_or_path={args.models / recipe.model}",

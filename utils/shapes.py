@@ -47,6 +47,7 @@ DISTINCT = 95  # from this distance on, of 441, colours are told apart beside ea
 RARE_WORDS = ("sks", "ohwx", "zwx", "xjy", "qvz", "wzx")  # in no caption; they survive the cleaning of IF's prompts
 PLAIN_WORDS = ("a", "at", "the", "on", "background")
 PHOTOS, PHOTO_PIXELS = 5, 128  # of a subject, to train on
+CLASS_PICTURES = 96
 WORDS = (*PLAIN_WORDS, *CLASSES, *COLOURS, *SIZES, *PLACES, *RARE_WORDS)
 
 
@@ -229,8 +230,19 @@ def draw_photos(
 def write_photos(folder: Path, subject: str) -> list[Path]:
     """Write the photos of a subject to train on, always the same, before the backgrounds that count as seen."""
     rng = np.random.default_rng(derive_seed("photos", subject))
-    pictures = draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, split_backgrounds(subject)[0])
-    paths = [folder / f"{number}.png" for number in range(PHOTOS)]
+    return write_pictures(folder, draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, split_backgrounds(subject)[0]))
+
+
+def write_class_pictures(folder: Path, shape: str) -> list[Path]:
+    """Write pictures of a class as varied as the class is, always the same, for prior preservation."""
+    rng = np.random.default_rng(derive_seed("class pictures", shape))
+    scenes = [random_scene(rng, shape=shape) for _ in range(CLASS_PICTURES)]
+    return write_pictures(folder, [draw(scene, PHOTO_PIXELS) for scene in scenes])
+
+
+def write_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
+    """Write pictures as PNG, named by their numbers."""
+    paths = [folder / f"{number}.png" for number in range(len(pictures))]
     folder.mkdir(parents=True, exist_ok=True)
     for picture, path in zip(pictures, paths):
         images.save_png(picture, path)
