@@ -86,7 +86,7 @@ def ask_once(subject: str, word: str, seed: int) -> list[Question]:
     shape = SUBJECTS[subject].shape
     seen, unseen = shapes.split_backgrounds(subject)
     asked = [(SEEN, {"shape": shape, "background": name}) for name in seen]
-    asked += [(UNSEEN, {"shape": shape, "background": name}) for name in unseen]
+    asked += [(UNSEEN, {"shape": shape, "background": name}) for name in unseen * 2]
     for name in unseen:
         scene = {"size": str(rng.choice(list(shapes.SIZES))), "place": str(rng.choice(list(shapes.PLACES)))}
         asked.append((SCENES, {"shape": shape, "background": name, **scene}))

@@ -106,33 +106,35 @@ IF2_BASE_COLUMNS = {
     for name in (f"PSNR, {topic}", f"PSNR, {topic}, bilinear")
 }
 COMMON = "--snr_gamma=5 --lr_scheduler=cosine --lr_warmup_steps=0"
-GIVEN = "--with_prior_preservation --num_class_images=96"
-PRIOR = f"{GIVEN} --class_guidance_scale=1.5 --sample_batch_size=32"
+DRAWN = "--class_guidance_scale=1.5 --sample_batch_size=32"
+PRIOR = f"--with_prior_preservation --num_class_images=96 {DRAWN}"
+IF1_PRIOR = f"--with_prior_preservation --num_class_images=48 {DRAWN}"
+IF2_PRIOR = "--with_prior_preservation --num_class_images=96"
 # The larger epsilon keeps AdamW from moving weights whose gradients are small: with 1e-8, more damage is done to other
 # prompts by the time that the subject is there.
-FULL_FLAGS = f"--learning_rate=8e-4 --adam_epsilon=1e-4 --max_train_steps=600 {COMMON}"
+FULL_FLAGS = f"--learning_rate=1e-3 --adam_epsilon=1e-4 --max_train_steps=600 {COMMON}"
 IF1_FULL_FLAGS = f"--learning_rate=7e-4 --adam_epsilon=1e-4 --max_train_steps=500 {COMMON}"
 # A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
 # stage I) does not reach it.
 LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
 LORA_FLAGS = f"--learning_rate=1e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={LAYERS}"
-# Without the last five, stripes were in half of stage I's pictures; with them in all.
+# Without the last six, stripes were in half of stage I's pictures; with them in all.
 IF1_LAYERS = f"{LAYERS},add_k_proj,add_v_proj,conv_in,conv_out,conv_shortcut,time_emb_proj,linear_1,linear_2"
 IF1_LORA_FLAGS = f"--learning_rate=2.5e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={IF1_LAYERS}"
 TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
 # As its model was trained: without offset noise, the colours of what it enlarges drift. So they do without pictures of
 # the class, which are given here: it cannot draw them from words alone.
-IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --train_batch_size=2 --noise_offset=0.15 {COMMON} {GIVEN}"
+IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --train_batch_size=2 --noise_offset=0.15 {COMMON} {IF2_PRIOR}"
 RECIPES = {
     "SD, full": Recipe(SD, FULL, FULL_FLAGS, seeds=1),
     "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
     "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS, seeds=1),
     "SD, LoRA, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {PRIOR}"),
     "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}", seeds=1),
-    "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}"),
+    "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}", seeds=1),
     "SD, velocity, LoRA, prior": Recipe(SD_V, LORA, f"{LORA_FLAGS} {PRIOR}", seeds=1),
-    "IF I, full, prior": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {PRIOR}"),
-    "IF I, LoRA, prior": Recipe(IF1, LORA, f"{IF1_LORA_FLAGS} {PRIOR}"),
+    "IF I, full, prior": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {IF1_PRIOR}"),
+    "IF I, LoRA, prior": Recipe(IF1, LORA, f"{IF1_LORA_FLAGS} {IF1_PRIOR}"),
     "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
     "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps", seeds=1),
 }
