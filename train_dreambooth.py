@@ -671,6 +671,7 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     # --config with these would not repeat the run but continue it; the token is a secret.
     used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
+        checkpoints.announce_changes(plan.resume_from, used)
         checkpoints.open_folder(plan.output_dir)
         checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()
@@ -1003,10 +1004,11 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
     """Restore weights and optimizer from the checkpoint that the plan names; draws need nothing restored."""
     if plan.resume_from is None:
         return
-    load_weights(accelerator, plan.resume_from, models)
-    state = torch.load(plan.resume_from / "optimizer.pt", map_location="cpu", weights_only=True)
     flags = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    with checkpoints.explaining_damage(plan.resume_from):
+        load_weights(accelerator, plan.resume_from, models)
+        state = torch.load(plan.resume_from / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
     for group, given in zip(optimizer.param_groups, flags):
         # The checkpoint's state, but the weight decay and the like of this command.
         group.update(given)
@@ -1273,8 +1275,7 @@ def save_checkpoint(
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
-            state = {"step": step, "fits": plan.fits}
-            (folder / "trainer_state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+            checkpoints.write_state(folder, step, plan.fits)
         checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 

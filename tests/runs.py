@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import processes
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"full": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}
 LAUNCH = "-m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes"
@@ -268,7 +270,7 @@ def serve() -> None:
     """Import everything once, then fork for each request."""
     sys.path.insert(0, str(ROOT))
     modules = {script: __import__(Path(script).stem) for script in SCRIPTS.values()}
-    warm_up()
+    processes.import_what_is_imported_late()
     gc.freeze()  # children need not search what is imported here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which closes the pipe
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
@@ -276,25 +278,6 @@ def serve() -> None:
         request = json.loads(line)
         if os.fork() == 0:
             keep(modules[request["script"]], request)
-
-
-def warm_up() -> None:
-    """Import what the libraries import late."""
-    import bitsandbytes
-    import diffusers
-    import transformers
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from PIL import Image
-    from torch.utils import tensorboard
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    late = "AutoencoderKL DDPMScheduler DPMSolverMultistepScheduler PNDMScheduler UniPCMultistepScheduler"
-    late += " IFPipeline IFSuperResolutionPipeline StableDiffusionPipeline UNet2DConditionModel"
-    loaded = [getattr(diffusers, name) for name in late.split()]
-    loaded += [transformers.CLIPTextModel, transformers.CLIPTokenizer, transformers.T5EncoderModel]
-    assert all([*loaded, bitsandbytes, StableDiffusionLoraLoaderMixin, tensorboard])
-    Image.init()
-    get_checkpoint_conversion_mapping("clip_text_model")
 
 
 def keep(module, request: dict) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -114,6 +115,50 @@ def test_latest_is_the_newest_complete_one_and_says_what_it_passed_over(tmp_path
     assert find_checkpoint(tmp_path / "missing", "latest") is None
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_said_to_be_one(tmp_path, caplog):
+    """A file that is missing, or shorter than when it was written, is found without reading it."""
+    make_checkpoint(tmp_path / "checkpoint-2")
+    for step in (4, 6):
+        checkpoints.write_state(make_checkpoint(tmp_path / f"checkpoint-{step}"), step, {"seed": 1})
+    assert checkpoints.read_state(tmp_path / "checkpoint-4")["files"] == {"unet/weights": 3}
+    assert names(list_checkpoints(tmp_path)) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    (tmp_path / "checkpoint-4" / "unet" / "weights").unlink()
+    (tmp_path / "checkpoint-6" / "unet" / "weights").write_text("o")
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    assert [message.partition("checkpoint-")[2] for message in caplog.messages] == [
+        "4: it is damaged: it lacks unet/weights.",
+        "6: it is damaged: its unet/weights has 1 bytes, not 3.",
+    ]
+    with pytest.raises(InputError, match=r"checkpoint-6 is damaged.*Complete checkpoints in .*: checkpoint-2\."):
+        find_checkpoint(tmp_path, "checkpoint-6")
+
+
+def test_what_cannot_be_read_is_said_without_a_traceback(tmp_path):
+    """The message has the reason and the other checkpoints; mistakes of the code are not hidden."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        make_checkpoint(tmp_path / name)
+    for error in (OSError("short"), RuntimeError("short"), EOFError("short"), pickle.UnpicklingError("short")):
+        with (
+            pytest.raises(InputError, match=r"checkpoint-4 cannot be read.*: short\n.*: checkpoint-2\."),
+            checkpoints.explaining_damage(tmp_path / "checkpoint-4"),
+        ):
+            raise error
+    with pytest.raises(TypeError), checkpoints.explaining_damage(tmp_path / "checkpoint-4"):
+        raise TypeError
+
+
+def test_what_has_changed_since_the_checkpoint_is_said(tmp_path, caplog):
+    """Flags that are the same are not, nor is anything without the earlier run's flags."""
+    folder = make_checkpoint(tmp_path / "checkpoint-4")
+    with caplog.at_level(logging.INFO):
+        checkpoints.announce_changes(folder, {"seed": 1})
+        (tmp_path / "args.json").write_text(json.dumps({"seed": 1, "learning_rate": 1e-4, "gone": 0}))
+        checkpoints.announce_changes(None, {"seed": 2})
+        checkpoints.announce_changes(folder, {"seed": 1, "learning_rate": 5e-5, "new": 3})
+    assert caplog.messages == ["From step 4 on, --learning_rate is 5e-05; it was 0.0001."]
+
+
 def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "out" / "checkpoint-5")
     monkeypatch.chdir(tmp_path)
@@ -192,7 +237,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "checkpoint-5")
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if ".saving" not in str(a) else os.stat("/missing"))
-    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "checkpoint-5") as folder:
+    with pytest.raises(InputError, match="/missing"), atomic_folder(tmp_path / "checkpoint-5") as folder:
         make_checkpoint(folder / "part", "new")
     assert names(tmp_path.iterdir()) == ["checkpoint-5"] and content_of(tmp_path / "checkpoint-5") == "old"
 

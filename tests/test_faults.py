@@ -5,8 +5,10 @@ one, resuming a finished run that trains one more step, full training with preco
 Another is there because it takes two processes: class images that are the same in all of them.
 """
 
+import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -33,6 +35,7 @@ from tests.runs import (
     untimed,
     wait_until,
 )
+from utils import errors
 
 ENDLESS = "--max_train_steps 100000"
 
@@ -143,6 +146,49 @@ def test_a_kill_during_a_save_loses_only_what_came_after_the_last_one(trainer, t
     assert checkpoint_names(out) == [f"checkpoint-{step + 1}"]
     assert [line["step"] for line in read_metrics(out)] == list(range(1, step + 2))
     assert not list(out.glob(".saving-*")) and not list(out.glob(".re*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, script):
+    """No file may grow any more: the run ends with the folder and the free space, and can be gone on with."""
+    job = trainer.start(script, tmp_path / "out", f"{ENDLESS} --checkpointing_steps 2 --checkpoints_total_limit 1")
+    wait_until(lambda: written_steps(job.out) >= 2, "a checkpoint")
+    psutil.Process(job.pid).rlimit(psutil.RLIMIT_FSIZE, (20_000, psutil.RLIM_INFINITY))
+    run, step = job.finish(), written_steps(job.out)
+    assert run.code == 1 and "Traceback" not in run.text
+    assert re.search(rf"error: {job.out}/checkpoint-{step + 2} could not be written: .* GB are free there", run.stderr)
+    assert checkpoint_names(job.out) == [f"checkpoint-{step}"] and not list(job.out.glob(".saving-*"))
+    more = f"--max_train_steps {step + 1} --resume_from_checkpoint latest"
+    assert len(read_metrics(trainer.run(script, job.out, more).out)) == step + 1
+
+
+def test_a_disk_that_is_full_for_another_file_is_a_message_too(capsys):
+    """Pictures and metrics say so without a traceback; other errors of the system keep theirs."""
+    errors.show_traceback_or_message(OSError, OSError(errno.ENOSPC, "No space left on device", "grid.png"), None)
+    assert capsys.readouterr().err == "error: grid.png could not be written: No space left on device.\n"
+    errors.show_traceback_or_message(OSError, OSError(errno.EPIPE, "Broken pipe"), None)
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_damaged_checkpoint_is_named(trainer, tmp_path, script):
+    """Weights and a state that cannot be read, or would run code, are errors that name the other checkpoints."""
+    out = trainer.run(script, tmp_path / "out", "--checkpointing_steps 1").out
+    weights = next((out / "checkpoint-2").rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    more = "--max_train_steps 3 --resume_from_checkpoint"
+    assert "is damaged: its " in trainer.run(script, out, f"{more} checkpoint-2", code=1).stderr
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    (out / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state | {"files": {}}))
+    for damage in ("weights", "state"):
+        run = trainer.run(script, out, f"{more} checkpoint-2", code=1)
+        assert "checkpoint-2 cannot be read" in run.stderr and "Traceback" not in run.text
+        assert "Other checkpoints there: checkpoint-1." in run.stderr
+        if damage == "weights":
+            shutil.copytree(out / "checkpoint-1", out / "checkpoint-2", dirs_exist_ok=True)
+            (out / "checkpoint-2" / "optimizer.pt").write_bytes(pickle.dumps(Path.cwd))
+            (out / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state | {"files": {}}))
+    assert "weights_only" in run.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

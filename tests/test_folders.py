@@ -158,7 +158,10 @@ def test_a_result_makes_its_folder(tmp_path):
 def test_an_error_while_writing_leaves_the_old_result(tmp_path):
     """A full disk in the middle of a save changes nothing, and no hidden folder stays."""
     write_result(tmp_path, "old", "index.json", "unet/a")
-    with pytest.raises(OSError, match="full"), atomic_result(tmp_path, last="index.json") as folder:
+    with (
+        pytest.raises(InputError, match=r"the disk is full\..* GB are free there"),
+        atomic_result(tmp_path, last="index.json") as folder,
+    ):
         write_result(folder, "new", "index.json", "unet/a")
         raise OSError("the disk is full")
     assert tree(tmp_path) == {"index.json": "old", "unet/a": "old"}
@@ -181,7 +184,7 @@ def test_a_half_replaced_result_is_never_loadable(tmp_path, monkeypatch):
     for limit in range(4):
         output, renamed = tmp_path / str(limit), []
         write_result(output, "old", "index.json", "unet/a", "vae/a")
-        killed = pytest.raises(OSError, match="killed") if limit < 3 else contextlib.nullcontext()
+        killed = pytest.raises(InputError, match="killed") if limit < 3 else contextlib.nullcontext()
         with killed, atomic_result(output, last="index.json") as folder:
             write_result(folder, "new", "index.json", "unet/a", "vae/a")
         seen.append(tree(output))

@@ -10,11 +10,14 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from utils.errors import InputError
 
@@ -26,6 +29,7 @@ except ImportError:  # Windows has no such locks: there, every leftover counts a
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch says when it cannot write a file
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 HIDDEN_NAME = re.compile(r"\.(saving|replaced|removing)-(.+)-[0-9a-f]{8}")
 
@@ -60,7 +64,14 @@ def why_incomplete(folder: Path) -> str:
         return f"is incomplete: it has no readable {STATE_FILE}"
     except ValueError:
         return f"is incomplete: its {STATE_FILE} is no valid JSON"
-    return "" if isinstance(state, dict) else f"is incomplete: its {STATE_FILE} is no JSON object"
+    if not isinstance(state, dict):
+        return f"is incomplete: its {STATE_FILE} is no JSON object"
+    for name, size in state.get("files", {}).items():
+        if not (folder / name).is_file():
+            return f"is damaged: it lacks {name}"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"is damaged: its {name} has {found} bytes, not {size}"
+    return ""
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -108,6 +119,27 @@ def open_folder(output_dir: Path) -> None:
         raise InputError(f"--output_dir {output_dir} cannot be used: {error.strerror}. Use another folder.") from error
 
 
+def write_state(folder: Path, step: int, fits: dict) -> None:
+    """Write the last file of a checkpoint: its step, what a run that resumes it must share, and the others' sizes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    state = {"step": step, "fits": fits, "files": sizes}
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def explaining_damage(checkpoint: Path) -> Iterator[None]:
+    """Turn a failure to read a checkpoint's files into an InputError that names it and the others."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        others = [path.name for path in list_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+        raise InputError(
+            f"{checkpoint} cannot be read, so it is damaged or was not written by this script: {error}\nOther "
+            f"checkpoints there: {', '.join(others) or 'none'}."
+        ) from error
+
+
 def read_state(checkpoint: Path) -> dict:
     """Return what a complete checkpoint says of its run: `step`, and `fits`, what a run that resumes it must share."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
@@ -136,6 +168,17 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
         raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
+
+
+def announce_changes(checkpoint: Path | None, flags: dict) -> None:
+    """Say which flags are others than in the run that is gone on with, as far as its args.json lies beside it."""
+    path = checkpoint and checkpoint.parent / "args.json"
+    if path is None or not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = {name: value for name, value in flags.items() if name in before and before[name] != value}
+    for name, value in changed.items():
+        logger.info("From step %d on, --%s is %s; it was %s.", step_of(checkpoint) or 0, name, value, before[name])
 
 
 def warn_of_newer(output_dir: Path, step: int) -> None:
@@ -168,16 +211,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     final = Path(final)
     temporary, replaced = _hidden_path(final, "saving"), _hidden_path(final, "replaced")
-    temporary.mkdir(parents=True)
-    with _lock(temporary):
-        try:
-            yield temporary
-            sync_tree(temporary)
-            with _lock(final):
-                _swap_in(temporary, final, replaced)
-        except BaseException:
-            _delete(temporary)
-            raise
+    with _hidden_folder(temporary, final):
+        yield temporary
+        sync_tree(temporary)
+        with _lock(final):
+            _swap_in(temporary, final, replaced)
     _delete(replaced)
 
 
@@ -192,18 +230,37 @@ def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
     """
     output_dir = Path(output_dir)
     temporary = output_dir / f".saving-result-{secrets.token_hex(4)}"
-    temporary.mkdir(parents=True)
-    with _lock(temporary):
-        try:
-            yield temporary
-            sync_tree(temporary)
-            (output_dir / last).unlink(missing_ok=True)
-            for entry in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-                _delete(output_dir / entry.name)
-                entry.rename(output_dir / entry.name)
-            sync_folder(output_dir)
-        finally:
-            _delete(temporary)
+    with _hidden_folder(temporary, output_dir):
+        yield temporary
+        sync_tree(temporary)
+        (output_dir / last).unlink(missing_ok=True)
+        for entry in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+            _delete(output_dir / entry.name)
+            entry.rename(output_dir / entry.name)
+        sync_folder(output_dir)
+
+
+@contextlib.contextmanager
+def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
+    """Make a hidden folder, lock it, and remove it at the end if it is still there.
+
+    Args:
+        final: what it is for: named with the room that is left there if writing fails.
+    """
+    try:
+        temporary.mkdir(parents=True)
+        with _lock(temporary):
+            yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+            raise
+        there = next(path for path in (final, *final.absolute().parents) if path.is_dir())
+        raise InputError(
+            f"{final} could not be written: {error}. {shutil.disk_usage(there).free / 1e9:.2f} GB are free there. "
+            "What was saved before is as it was: once there is room, go on with --resume_from_checkpoint latest."
+        ) from error
+    finally:
+        _delete(temporary)
 
 
 def _swap_in(temporary: Path, final: Path, replaced: Path) -> None:

@@ -1,6 +1,9 @@
 """Mistakes that a person can mend: shown as one message instead of a traceback."""
 
+import errno
 import sys
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -8,13 +11,17 @@ class InputError(ValueError):
 
 
 def show_input_errors_without_traceback() -> None:
-    """Make an uncaught `InputError` or `ImportError` end the program with its message and exit status 1."""
-    sys.excepthook = _excepthook
+    """Make an uncaught `InputError`, `ImportError` or full disk end the program with a message and exit status 1."""
+    sys.excepthook = show_traceback_or_message
 
 
-def _excepthook(kind, error, traceback) -> None:
+def show_traceback_or_message(kind, error, traceback) -> None:
     """Print an input error's message; hand every other exception to Python's own hook."""
-    if issubclass(kind, (InputError, ImportError)):
+    if issubclass(kind, OSError) and error.errno in CANNOT_WRITE:
+        print(
+            f"error: {error.filename or 'A file of the run'} could not be written: {error.strerror}.", file=sys.stderr
+        )
+    elif issubclass(kind, (InputError, ImportError)):
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -1,5 +1,6 @@
 """Starting a script, and work that one of several processes does for all."""
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import diffusers
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 
 from utils.errors import InputError
 
@@ -63,3 +65,16 @@ def check_engine(accelerator: Accelerator) -> None:
             f"accelerate is set to {engine} with torch.compile by {compiler}. Supported are one process or plain data "
             "parallelism, not compiled: see `accelerate config`, or run `accelerate launch --multi_gpu`."
         )
+
+
+def import_what_is_imported_late() -> None:
+    """Import what runs of the scripts import when they need it, so that a fork of this process finds it there."""
+    for module in ("bitsandbytes", "diffusers.loaders", "torch.utils.tensorboard", "transformers.conversion_mapping"):
+        importlib.import_module(module)
+    late = "AutoencoderKL DDPMScheduler DPMSolverMultistepScheduler PNDMScheduler UniPCMultistepScheduler"
+    late += " IFPipeline IFSuperResolutionPipeline StableDiffusionPipeline UNet2DConditionModel"
+    for library, names in ((diffusers, late), (transformers, "CLIPTextModel CLIPTokenizer T5EncoderModel")):
+        for name in names.split():
+            getattr(library, name)
+    Image.init()
+    transformers.conversion_mapping.get_checkpoint_conversion_mapping("clip_text_model")
