@@ -1,6 +1,8 @@
 """Runs that are killed and resumed, and the tool that does it and compares."""
 
+import argparse
 import json
+import random
 import subprocess
 import sys
 
@@ -65,6 +67,16 @@ def test_a_script_that_fails_is_an_error(tmp_path, monkeypatch, capfd):
     """Its log is named."""
     assert run_tool(tmp_path, monkeypatch, remembers=True, status=3) == 1
     assert "ended with exit status 3: see" in (told := capfd.readouterr().err) and "lora-calm.log" in told
+
+
+def test_a_run_can_be_killed_in_its_first_moment(tmp_path, monkeypatch):
+    """Before it has got as far as to have a process group of its own."""
+    (tmp_path / "script.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(torture, "SCRIPTS", {"lora": tmp_path / "script.py"})
+    monkeypatch.setattr(torture, "AIMS", {"any time": (None, 1)})
+    args = argparse.Namespace(output=tmp_path, steps=2)
+    for _ in range(20):
+        assert torture.strike(torture.start(args, "lora", tmp_path / "run"), tmp_path / "run", random.Random(0), 0.0)
 
 
 def test_what_a_kill_interrupted_is_told_by_what_it_left(tmp_path):

@@ -126,7 +126,7 @@ def torture(args: argparse.Namespace, script: str, chance: random.Random) -> Tal
 
 
 def start(args: argparse.Namespace, script: str, out: Path) -> int:
-    """Start a run in a session of its own; return its process number."""
+    """Start a run in a process group of its own; return its number, which is the process's as well."""
     words = [
         f"--pretrained_model_name_or_path={args.output / 'model'}",
         f"--instance_data_dir={args.output / 'photos'}",
@@ -136,13 +136,14 @@ def start(args: argparse.Namespace, script: str, out: Path) -> int:
     ]
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         os._exit(run(script, words, out.with_suffix(".log")))
+    os.setpgid(child, child)  # by both, because either may come first, and a kill before both would find no group
     return child
 
 
 def run(script: str, words: list[str], log: Path) -> int:
     """Run a script in this process, as the interpreter would; return the exit status."""
-    os.setsid()
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
