@@ -671,7 +671,7 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     # --config with these would not repeat the run but continue it; the token is a secret.
     used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
-        checkpoints.announce_changes(plan.resume_from, used)
+        checkpoints.announce_changes(plan.resume_from, plan.first_step, used)
         checkpoints.open_folder(plan.output_dir)
         checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from utils import checkpoints
 from utils.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
@@ -146,16 +147,19 @@ def test_what_cannot_be_read_is_said_without_a_traceback(tmp_path):
             raise error
     with pytest.raises(TypeError), checkpoints.explaining_damage(tmp_path / "checkpoint-4"):
         raise TypeError
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError), checkpoints.explaining_damage(tmp_path / "checkpoint-4"):
+        raise full
 
 
 def test_what_has_changed_since_the_checkpoint_is_said(tmp_path, caplog):
     """Flags that are the same are not, nor is anything without the earlier run's flags."""
     folder = make_checkpoint(tmp_path / "checkpoint-4")
     with caplog.at_level(logging.INFO):
-        checkpoints.announce_changes(folder, {"seed": 1})
+        checkpoints.announce_changes(folder, 4, {"seed": 1})
         (tmp_path / "args.json").write_text(json.dumps({"seed": 1, "learning_rate": 1e-4, "gone": 0}))
-        checkpoints.announce_changes(None, {"seed": 2})
-        checkpoints.announce_changes(folder, {"seed": 1, "learning_rate": 5e-5, "new": 3})
+        checkpoints.announce_changes(None, 0, {"seed": 2})
+        checkpoints.announce_changes(folder, 4, {"seed": 1, "learning_rate": 5e-5, "new": 3})
     assert caplog.messages == ["From step 4 on, --learning_rate is 5e-05; it was 0.0001."]
 
 

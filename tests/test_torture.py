@@ -69,6 +69,14 @@ def test_a_script_that_fails_is_an_error(tmp_path, monkeypatch, capfd):
     assert "ended with exit status 3: see" in (told := capfd.readouterr().err) and "lora-calm.log" in told
 
 
+def test_nothing_that_was_there_is_removed(tmp_path, capfd):
+    """A folder that holds anything is refused."""
+    (tmp_path / "mine").touch()
+    assert torture.main(["--output", str(tmp_path)]) == 1
+    assert capfd.readouterr().err == f"error: --output {tmp_path} is not empty. Remove it, or use another folder.\n"
+    assert (tmp_path / "mine").exists()
+
+
 def test_a_run_can_be_killed_in_its_first_moment(tmp_path, monkeypatch):
     """Before it has got as far as to have a process group of its own."""
     (tmp_path / "script.py").write_text("import time; time.sleep(60)")

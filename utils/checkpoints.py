@@ -19,6 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from utils.devices import is_out_of_memory
 from utils.errors import InputError
 
 try:
@@ -133,6 +134,8 @@ def explaining_damage(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         others = [path.name for path in list_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
         raise InputError(
             f"{checkpoint} cannot be read, so it is damaged or was not written by this script: {error}\nOther "
@@ -170,15 +173,18 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
         raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
 
 
-def announce_changes(checkpoint: Path | None, flags: dict) -> None:
+def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:
     """Say which flags are others than in the run that is gone on with, as far as its args.json lies beside it."""
     path = checkpoint and checkpoint.parent / "args.json"
     if path is None or not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return
     changed = {name: value for name, value in flags.items() if name in before and before[name] != value}
     for name, value in changed.items():
-        logger.info("From step %d on, --%s is %s; it was %s.", step_of(checkpoint) or 0, name, value, before[name])
+        logger.info("From step %d on, --%s is %s; it was %s.", step, name, value, before[name])
 
 
 def warn_of_newer(output_dir: Path, step: int) -> None:

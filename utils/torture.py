@@ -92,8 +92,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(output: Path) -> None:
-    """Write the model and the photos, and import what the runs need, so that each of them starts quickly."""
-    shutil.rmtree(output, ignore_errors=True)
+    """Write the model and the photos, and import what the runs need, so that each of them starts quickly.
+
+    Raises:
+        InputError: The folder holds something already.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output {output} is not empty. Remove it, or use another folder.")
     processes.import_what_is_imported_late()
     make_model(output / "model", "tiny")
     shapes.write_photos(output / "photos", SUBJECT)
