@@ -60,6 +60,7 @@ from utils.errors import InputError, show_input_errors_without_traceback
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
 from utils.folder_checks import find_folder_problems
 from utils.geometry import CROP_STYLES, Size, crop_box, find_size_problems, parse_list, quarter
+from utils.memory_use import explaining_running_out
 from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
 from utils.processes import check_engine, on_main_process, set_up_logging
 from utils.seeds import derive_seed, generator, shuffled
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(args, accelerator, base, examples)
     repository = open_output(args, accelerator, plan)
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, explaining_running_out(accelerator, vars(args)) as networks:
         # 2. Words to tensors; a text encoder that the loop does not need is freed here.
         prompts = encode_prompts(args, accelerator, plan, examples)
 
@@ -219,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # 4. Networks, and which of their weights train.
         models = load_models(args, accelerator, plan, prompts)
+        networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
         prepare_training(args, plan, models)
         optimizer = make_optimizer(args, plan, models)
         optimizer = wrap_for_devices(accelerator, models, optimizer)
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
-            share(args, plan, summary, repository)
+            share(args, plan, summary, repository, stop)
         return 0 if finished else stop.exit_code
 
 
@@ -551,9 +553,9 @@ def recognise_model(args: Namespace) -> BaseModel:
 
 def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
-    is_if, enlarges = base.is_if, base.kind is ModelKind.IF_STAGE_2
-    sizes = base.resolution, *base.preview_sizes
-    uneven = ", ".join(str(size) for size in dict.fromkeys(sizes) if any(edge % base.size_factor for edge in size))
+    is_if, enlarges, factor = base.is_if, base.kind is ModelKind.IF_STAGE_2, base.size_factor
+    sizes = dict.fromkeys([base.resolution, *base.preview_sizes])
+    uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
     sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
     given = [name for name in sources if getattr(args, name)]
     unfit = [] if enlarges else given + ["class_labels_conditioning"] * bool(args.class_labels_conditioning)
@@ -563,10 +565,7 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     lost = captions.find_prompt_problems("--instance_prompt", args.instance_prompt) if is_if else []
     return problems_that_hold(
         *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
-        (
-            uneven,
-            f"--resolution or --validation_resolution {uneven}: the model needs multiples of {base.size_factor}.",
-        ),
+        (uneven, f"--resolution or --validation_resolution {uneven}: the model needs multiples of {factor}."),
         ((base.tokens or 0) > longest, f"--tokenizer_max_length {base.tokens}: the text encoder takes {longest}."),
         (precision, "--text_encoder_precision needs --pre_compute_text_embeddings."),
         (args.train_variance and not base.learns_variance, "--train_variance: this U-Net predicts no variance."),
@@ -586,8 +585,6 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
         InputError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
     """
     photos = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
-    for note in photos.notes:
-        logger.info(note)
     width, height = base.resolution
     if not args.resolution and width > 2 * base.own_size.width:
         logger.warning(f"the model draws {base.own_size} px, but trains at {width}: --resolution sets another size.")
@@ -693,22 +690,21 @@ def draw_class_images(
     numbers = sorted({int(path.stem) // size for path in missing})[accelerator.process_index :: plan.processes]
     batches = [range(number * size, min((number + 1) * size, args.num_class_images)) for number in numbers]
     logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r}.")
-    folder.mkdir(parents=True, exist_ok=True)
     images.remember_source(folder, args.class_prompt, args.class_guidance_scale)
     drawn = dict.fromkeys(batches)
     options = {} if args.class_guidance_scale is None else {"guidance_scale": args.class_guidance_scale}
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
         pipeline = load_pipeline(args, accelerator, plan.base, model)
-        for batch in tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process):
+        bar = tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process)
+        for batch in stop.until_asked(bar):
             drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch], options)
             paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
             for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
                 images.save_png(image, path)
-            if stop.check() is not None:
-                raise SystemExit(stop.exit_code)
         del pipeline
         devices.free_memory()
+        stop.leave_if_asked()
     accelerator.wait_for_everyone()
     if elsewhere := [path for path in missing if not path.exists()]:
         raise InputError(f"{len(elsewhere)} class images are on another machine: {folder} must be shared by all.")
@@ -785,15 +781,14 @@ def precompute_embeddings(args: Namespace, accelerator: Accelerator, plan: Plan,
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
     options = (args.variant, str(PRECISIONS.get(precision, precision)), accelerator.device.type)
     cache = open_cache(args.cache_dir, source, *options)
-    masks = [None] * len(prompts.texts) if prompts.mask is None else prompts.mask.cpu()
-    embeds = [cache.load(ids, mask) for ids, mask in zip(prompts.ids.cpu(), masks)]
+    embeds = cache.load_all(prompts.ids, prompts.mask)
     if missing := [row for row, known in enumerate(embeds) if known is None]:
         logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
         text_encoder = load_text_encoder(args, accelerator, plan, precision)
         for row in missing:
             with torch.no_grad():
                 embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
-            cache.save(prompts.ids[row].cpu(), masks[row], embeds[row])
+            cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
         del text_encoder
         devices.free_memory()
     return torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
@@ -921,6 +916,7 @@ class DreamBoothDataset(Dataset):
             "prompt_rows": self.empty_row if is_nameless else self.prompt_rows[draw.example],
             "is_prior": example.is_prior,
             "seeds": draw.seed,
+            "names": str(example.path),
         }
 
 
@@ -959,7 +955,7 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
 
     Returns:
         `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `prompt_rows` (B,) int64, rows of the prompt table;
-        `is_prior` (B,) bool; `seeds` (B,) int64, from which each example's noise is drawn.
+        `is_prior` (B,) bool; `seeds` (B,) int64, from which each example's noise is drawn; `names`, B paths.
     """
     return torch.utils.data.default_collate(items)
 
@@ -1226,22 +1222,25 @@ def train(
 ) -> bool:
     """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
     batches, parameters = iter(loader), [p for group in optimizer.param_groups for p in group["params"]]
-    metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps)
+    metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps, parameters)
     every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
+    stop.begin_loop()
     if plan.first_step == 0 and args.validation_prompt:
-        validate(args, accelerator, plan, models, prompts, 0)
+        validate(args, accelerator, plan, models, prompts, 0, stop)
     accumulation = args.gradient_accumulation_steps
     for step in range(plan.first_step, plan.steps):
-        began, done, losses = time.perf_counter(), step + 1, []
+        began, done, losses, names = time.perf_counter(), step + 1, [], []
         rates = [learning_rate(args, step, plan.steps, peak) for peak in plan.learning_rates]
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
         for micro_step in range(step * accumulation, done * accumulation):
             torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
+            batch = next(batches)
             with accelerator.accumulate(*models.trained.values()):
-                loss = compute_loss(args, accelerator, plan, models, prompts, next(batches))
+                loss = compute_loss(args, accelerator, plan, models, prompts, batch)
                 accelerator.backward(loss.total)
             losses.append(loss)
+            names += batch["names"]
         # Outside of `accumulate`, whose last turn has added up the processes' gradients.
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
@@ -1249,11 +1248,12 @@ def train(
 
         values = {"epoch": done * accumulation / plan.epoch_length, "grad_norm": norm}
         values |= dict(zip(("lr", "lr_text_encoder"), rates))
-        metrics.add(done, began, plan.examples_per_step, losses, values)
+        metrics.add(done, began, plan.examples_per_step, losses, values, names)
         stopped = stop.agree() is not None
         if not stopped and args.validation_prompt and (done % every == 0 or done == plan.steps):
             metrics.flush()  # trackers take no numbers of a step once they have its pictures
-            validate(args, accelerator, plan, models, prompts, done)
+            validate(args, accelerator, plan, models, prompts, done, stop)
+            stopped = stop.agree() is not None
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
             save_checkpoint(args, accelerator, plan, models, optimizer, done)
@@ -1294,16 +1294,30 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
 
 
 def validate(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, step: int
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    models: Models,
+    prompts: PromptTable,
+    step: int,
+    stop: StopRequest,
 ) -> None:
     """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
 
     Nothing of the run's randomness is touched: the sampler has generators of its own, and training seeds each
-    micro-step. The processes share the pictures. Running out of memory is a warning.
+    micro-step. The processes share the pictures. Running out of memory is a warning, a wish to stop leaves some out.
     """
-    folder = plan.output_dir / "samples" / f"step-{step:06d}"
+    samples = plan.output_dir / "samples"
+    folder, small = samples / f"step-{step:06d}", samples / "small" if plan.base.enlarges_from else None
+    mine = stop.until_asked(plan.previews[accelerator.process_index :: plan.processes])
+    text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
+    for model in models.trained.values():
+        model.eval()
     with devices.going_on_without_memory(f"Validation at step {step}"):
-        draw_previews(args, accelerator, plan, models, prompts, folder)
+        pipeline = make_preview_pipeline(args, accelerator, plan, models)
+        options = preview_options(args, prompts, text_encoder)
+        with torch.no_grad(), accelerator.autocast():
+            drawing.draw(pipeline, mine, folder, small, **options)
     for model in models.trained.values():
         model.train()
     accelerator.wait_for_everyone()
@@ -1311,20 +1325,6 @@ def validate(
         names, title = [preview.name for preview in plan.previews], f"{args.validation_prompt} (step {step})"
         if pictures := drawing.write_grid(names, folder, title):
             track_images(accelerator, "validation", pictures, step)
-
-
-def draw_previews(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, folder: Path
-) -> None:
-    """Draw this process's share of the pictures, as `utils.sample` draws them from the same seeds."""
-    for model in models.trained.values():
-        model.eval()
-    text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
-    options = preview_options(args, prompts, text_encoder)
-    small = folder.parent / "small" if plan.base.kind is ModelKind.IF_STAGE_2 else None
-    mine = plan.previews[accelerator.process_index :: plan.processes]
-    with torch.no_grad(), accelerator.autocast():
-        drawing.draw(make_preview_pipeline(args, accelerator, plan, models), mine, folder, small, **options)
 
 
 def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Module | None) -> dict[str, Any]:
@@ -1447,7 +1447,7 @@ def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
     return model_card.pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], picture)
 
 
-def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None) -> None:
+def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: StopRequest) -> None:
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
     family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
     card = model_card.Card(
@@ -1462,6 +1462,7 @@ def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str 
     )
     model_card.write(plan.output_dir, card, args.revision, args.hub_token)
     if repository:
+        stop.begin_upload(hub.say_how_to_upload(plan.output_dir, repository))
         logger.info(f"Uploaded to {hub.upload_result(plan.output_dir, repository, args.hub_token)}")
 
 

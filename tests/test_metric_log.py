@@ -172,9 +172,42 @@ def test_a_diverged_step_ends_the_run_before_anything_is_saved(recorder, tmp_pat
     """The flush that comes before a save raises, and names the step."""
     log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1)
     add(log, 1, **({"loss": 0.5} | {key: kind(value)}))
-    with pytest.raises(InputError, match=f"diverged: {{'{key}': .*}} at step 1"):
+    with pytest.raises(
+        InputError, match=f"diverged: {key} {value} at step 1\\. Nothing is saved from here on. Start anew"
+    ):
         log.flush()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_diverged_step_names_its_pictures_and_the_last_good_checkpoint(recorder, tmp_path):
+    """Pictures are named once each, and checkpoints of the step itself or later ones do not count as good."""
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 9)
+    names = [f"{number}.png" for number in (3, 1, 3, 0, 2, 4, 5, 6, 7, 8)]
+    log.add(4, time.perf_counter(), 8, [micro_step(math.nan, 0.25)], {}, names)
+    with pytest.raises(InputError) as refusal:
+        log.add(5, time.perf_counter(), 8, [micro_step(0.5, 0.25)], {}, [])
+    assert str(refusal.value) == (
+        "Training has diverged: loss nan at step 4 (its pictures: 3.png, 1.png, 0.png, 2.png, 4.png, 5.png, 6.png, "
+        "7.png, …). Nothing is saved from here on. Go on by --resume_from_checkpoint checkpoint-2, the last good one, "
+        "with a lower --learning_rate, in bf16 instead of fp16, or without these pictures."
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_never_saved(recorder, tmp_path, value):
+    """An update may overflow though its loss and gradient did not; the step's own line is still good."""
+    weights = [torch.ones(3), torch.ones(2)]
+    log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1, weights)
+    add(log, 1)
+    log.flush()
+    add(log, 2)
+    weights[1][0] = value
+    with pytest.raises(InputError, match="diverged: weights that are not finite at step 2"):
+        log.flush()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from utils.stop_request import LAUNCHER_VARIABLES, SIGNALS, StopRequest, ignore_signals
+from utils.stop_request import BEFORE, IN_LOOP, LAUNCHER_VARIABLES, SIGNALS, StopRequest, ignore_signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +21,7 @@ import os, sys, time
 from utils.stop_request import StopRequest
 
 with StopRequest() as stop:
+    stop.begin_loop()
     print("ready", os.getpid(), flush=True)
     end = time.monotonic() + 30
     while not stop.check() and time.monotonic() < end:
@@ -38,6 +39,7 @@ from utils.stop_request import StopRequest
 
 dist.init_process_group("gloo")
 with StopRequest() as stop:
+    stop.begin_loop()
     for step in range(3000):
         if stop.agree():
             break
@@ -47,6 +49,29 @@ with StopRequest() as stop:
 print(step, stop.exit_code, flush=True)
 dist.destroy_process_group()
 sys.exit(stop.exit_code)
+"""
+
+# What comes before the loop, and what comes after: "work" in Python, and a thread that goes on whatever happens.
+OTHER_PHASES = """
+import sys, threading, time
+from utils.stop_request import StopRequest
+
+threading.Thread(target=time.sleep, args=(3,), daemon=sys.argv[1] == "before").start()
+with StopRequest() as stop:
+    if sys.argv[1] != "before":
+        stop.begin_loop()
+    if sys.argv[1] == "result":
+        print("ready", flush=True)
+        while not stop.check():
+            time.sleep(0.01)
+        print("saved", flush=True)
+    if sys.argv[1] != "before":
+        stop.begin_upload("the result is safe.")
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    finally:
+        print("tidy", flush=True)
 """
 
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], '0'])"
@@ -93,6 +118,38 @@ def test_the_first_signal_lets_the_loop_save(trainers, name, code):
     output, errors = trainer.communicate(timeout=20)
     assert output == f"stopping\nsaved {code}\n" and trainer.returncode == code
     assert errors.count("\n") == 1 and "saving" in errors and "at once" in errors
+
+
+@pytest.mark.parametrize(
+    ("phase", "output", "words"),
+    [
+        ("before", "ready\ntidy\n", f"Stopping: {BEFORE}\n"),
+        ("upload", "ready\n", "Stopping: the result is safe.\n"),
+        ("result", "ready\nsaved\n", f"Stopping: {IN_LOOP}\nStopping: the result is safe.\n"),
+    ],
+)
+def test_a_signal_outside_of_the_loop_ends_the_process(phase, output, words):
+    """Before there is anything to save it unwinds; an upload, whose threads it could not end, it leaves at once."""
+    process = start(OTHER_PHASES, phase)
+    wait_for(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    told, errors = process.communicate(timeout=20)
+    assert (f"ready\n{told}", errors, process.returncode) == (output, words, 143)
+
+
+def test_items_come_until_there_is_a_wish_to_stop(capfd):
+    """What is begun is finished; what is left is left out."""
+    with StopRequest() as stop:
+        stop.begin_loop()
+        seen = []
+        for item in stop.until_asked(range(5)):
+            seen.append(item)
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        stop_code = stop.exit_code
+        with pytest.raises(SystemExit, match="130"):
+            stop.leave_if_asked()
+    assert seen == [0, 1, 2] and stop_code == 130 and IN_LOOP in capfd.readouterr().err
 
 
 def test_signals_within_a_second_count_as_one(trainers):
@@ -154,6 +211,7 @@ def test_the_old_handlers_come_back(monkeypatch, capfd):
         monkeypatch.delenv(name, raising=False)
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as stop:
+        stop.begin_loop()
         assert [signal.getsignal(number) for number in SIGNALS] != before
         assert stop.check() is None and stop.agree() is None and stop.exit_code == 0
         os.kill(os.getpid(), signal.SIGTERM)

@@ -69,6 +69,11 @@ class EmbeddingCache:
             logger.warning("The cached embeddings %s cannot be used and are made anew: %s.", path, error)
             return None
 
+    def load_all(self, ids: Tensor, masks: Tensor | None) -> list[Tensor | None]:
+        """Return the embeddings of prompts, ids and masks (N, L) on any device, None for those without an entry."""
+        masks = [None] * len(ids) if masks is None else masks.cpu()
+        return [self.load(*row) for row in zip(ids.cpu(), masks)]
+
     def save(self, ids: Tensor, mask: Tensor | None, embeds: Tensor) -> bool:
         """Write a prompt's embeddings, (L, D) of any float dtype, so that others see them whole or not at all.
 
@@ -77,7 +82,7 @@ class EmbeddingCache:
         """
         if embeds.ndim != 2 or len(embeds) != len(ids):
             raise ValueError(f"embeds are {tuple(embeds.shape)}, not (L, D) with L = {len(ids)}, one row a token.")
-        path = self.path_of(ids, mask)
+        path = self.path_of(ids.cpu(), mask)
         embeds = embeds.cpu().contiguous()
         metadata = self._metadata(path) | {"files": json.dumps(self.files)}
         content = safetensors.torch.save({_NAME: embeds}, metadata | {"checksum": _checksum(metadata, embeds)})

@@ -103,12 +103,15 @@ def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
         # Not `upload_folder`: where xet is installed, that one makes several commits.
         api.create_commit(repo_id, additions, commit_message="Upload the result of DreamBooth training")
     except Exception as error:  # hf_xet's errors and those of upload threads have no base class in common
-        command = f"python -m utils.upload {shlex.quote(str(folder))} --hub_model_id {repo_id}"
-        raise InputError(
-            f"the upload to {repo_id} failed: {_reason(error, token)}. The result is safe in {folder}. "
-            f"Try again with: {command}"
-        ) from error
+        way = say_how_to_upload(folder, repo_id)
+        raise InputError(f"the upload to {repo_id} failed: {_reason(error, token)}. {way}") from error
     return f"{api.endpoint}/{repo_id}"
+
+
+def say_how_to_upload(folder: Path, repo_id: str) -> str:
+    """Say that a result is safe, and by which command it is uploaded later."""
+    command = f"python -m utils.upload {shlex.quote(str(folder))} --hub_model_id {repo_id}"
+    return f"The result is safe in {folder}. Try again with: {command}"
 
 
 def _find_token(token: str | None) -> str:

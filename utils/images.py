@@ -169,7 +169,7 @@ def find_unreadable(flag: str, paths: Iterable[str]) -> list[str]:
 
 
 def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
-    """Look at every image of a folder that must hold some.
+    """Look at every image of a folder that must hold some, and log what a person should know of them.
 
     Args:
         flag: What the folder is called in messages.
@@ -195,6 +195,8 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
         notes.append("\n".join([head, *lines]))
     if inspection.transparent:
         notes.append(f"{len(inspection.transparent)} images in {folder} are transparent in parts: put on white.")
+    for note in notes:
+        logger.info(note)
     return replace(inspection, notes=tuple(notes))
 
 
@@ -221,8 +223,11 @@ def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -
 
 
 def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
-    """Write down, beside drawn images, what they were drawn from."""
-    (folder / PROMPT_FILE).write_text(describe_source(prompt, guidance), encoding="utf-8")
+    """Write down, beside drawn images, what they were drawn from; no kill may leave half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{PROMPT_FILE}-{secrets.token_hex(4)}"
+    partial.write_text(describe_source(prompt, guidance), encoding="utf-8")
+    os.replace(partial, folder / PROMPT_FILE)
 
 
 def check_source(folder: Path, prompt: str, guidance: float | None) -> None:

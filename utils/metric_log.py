@@ -4,12 +4,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, tracking
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -18,13 +20,22 @@ from utils.errors import InputError
 
 
 class MetricLog:
-    """Write one line per optimizer step, one step late, so that reading the loss never makes the device wait."""
+    """Write one line per optimizer step, one step late, so that reading the loss never makes the device wait.
 
-    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, steps: int):
-        """Keep the lines up to `first_step` of an earlier run and drop the rest."""
-        self.accelerator = accelerator
-        self.device = accelerator.device
-        self.waiting: tuple[int, dict] | None = None
+    A run whose numbers are no longer finite is ended by an InputError, at the latest by the `flush` before a save.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, first_step: int, steps: int, weights: Sequence[torch.Tensor] = ()
+    ):
+        """Keep the lines up to `first_step` of an earlier run and drop the rest.
+
+        Args:
+            weights: What trains; must be finite whenever it is to be saved.
+        """
+        self.accelerator, self.device, self.weights = accelerator, accelerator.device, weights
+        self.folder = path.parent
+        self.waiting: tuple[int, dict, list[str]] | None = None
         self.progress = tqdm(
             total=steps, initial=first_step, desc="steps", disable=not accelerator.is_local_main_process
         )
@@ -33,10 +44,19 @@ class MetricLog:
             checkpoints.truncate_metrics(path, first_step)
             self.file = path.open("a" if first_step else "w", encoding="utf-8")
 
-    def add(self, step: int, began: float, examples: int, losses: list[tuple], values: dict[str, Any]) -> None:
+    def add(
+        self,
+        step: int,
+        began: float,
+        examples: int,
+        losses: list[tuple],
+        values: dict[str, Any],
+        names: Sequence[str] = (),
+    ) -> None:
         """Take a step's values and write the step before.
 
         Args:
+            names: The files of this process's examples, to be named if the step goes wrong.
             losses: For each micro-step its total, instance and prior loss, or None for the last; their means over
                 micro-steps and processes are written.
             began: `time.perf_counter()` at the start of the step.
@@ -47,12 +67,15 @@ class MetricLog:
         seconds = time.perf_counter() - began
         speed = {"seconds": seconds, "samples_per_second": examples / seconds}
         values = self._mean(losses) | values
-        self.waiting = step, values | speed | {"memory_gb": devices.peak_memory_gb(self.device)}
+        self.waiting = step, values | speed | {"memory_gb": devices.peak_memory_gb(self.device)}, list(names)
         self.progress.update()
 
     def flush(self) -> None:
-        """Write what waits, to the disk."""
+        """Write what waits, to the disk; raise InputError if it, or the weights, are not to be saved."""
+        step, _, names = self.waiting or (None, {}, [])
         self._write()
+        if not all(weight.isfinite().all() for weight in self.weights):
+            raise self._divergence("weights that are not finite", step, names)
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -74,16 +97,13 @@ class MetricLog:
         """Write the step that waits; numbers that are not finite are left out, since JSON has no word for them."""
         if self.waiting is None:
             return
-        step, values = self.waiting
+        step, values, names = self.waiting
         self.waiting = None
         numbers = {key: float(value) for key, value in values.items()}
         # With fp16, a gradient that overflows is normal: the scaler skips that step.
         watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")
-        if bad := {key: numbers[key] for key in watched if not math.isfinite(numbers.get(key, 0))}:
-            raise InputError(
-                f"Training has diverged: {bad} at step {step}. Nothing is saved from here on. Go on from a "
-                "checkpoint of well before, with a lower --learning_rate, or train in bf16 instead of fp16."
-            )
+        if bad := [f"{key} {numbers[key]}" for key in watched if not math.isfinite(numbers.get(key, 0))]:
+            raise self._divergence(" and ".join(bad), step, names)
         shown = {key: f"{numbers[key]:.4g}" for key in ("loss", "lr", "seconds")}
         self.progress.set_postfix(shown, refresh=False)
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
@@ -91,6 +111,17 @@ class MetricLog:
         if self.file:
             self.file.write(json.dumps({"step": step} | finite) + "\n")
             self.file.flush()
+
+    def _divergence(self, what: str, step: int, names: list[str]) -> InputError:
+        """Return the error of a step after which nothing may be saved; all processes must come here."""
+        names = list(dict.fromkeys(gather_object(names)))
+        files = f" (its pictures: {', '.join(names[:8])}{', …' * (len(names) > 8)})" if names else ""
+        good = [path.name for path in checkpoints.list_checkpoints(self.folder) if checkpoints.step_of(path) < step]
+        way = f"Go on by --resume_from_checkpoint {good[-1]}, the last good one," if good else "Start anew"
+        return InputError(
+            f"Training has diverged: {what} at step {step}{files}. Nothing is saved from here on. {way} with a lower "
+            "--learning_rate, in bf16 instead of fp16, or without these pictures."
+        )
 
 
 def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:

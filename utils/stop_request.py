@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,14 +15,17 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 SIGHUP = getattr(signal, "SIGHUP", None)
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 GRACE_SECONDS = 1.0
+BEFORE = "training has not begun; what was drawn and encoded so far is kept."
+IN_LOOP = "finishing the step, then saving a checkpoint. Once more to exit at once without saving."
 
 
 class StopRequest:
     """Turn signals and the launcher's death into an answer that the loop asks for once a step.
 
-    The first signal is only remembered. One that comes later than `GRACE_SECONDS` after it ends the process at once,
-    without saving. Signals within that time count as the same wish: Ctrl-C in a terminal reaches the launcher and the
-    trainer, and the launcher passes its own on, as the same signal or another.
+    Until `begin_loop` there is nothing to save: the first signal raises SystemExit from wherever the process is. From
+    then on it is only remembered. From `begin_upload` on it ends the process at once. A signal that comes later than
+    `GRACE_SECONDS` after the first always does, without saving. Those within that time count as the same wish: Ctrl-C
+    in a terminal reaches the launcher and the trainer, and the launcher passes its own on, as the same or another.
 
     A launcher is only watched if its environment variables are there, because the shell above a `nohup` run may go.
     Construct it early, before the launcher can die unnoticed, and in the main thread, the only one that may set
@@ -32,6 +38,7 @@ class StopRequest:
         self._first_signal_time: float | None = None  # of a signal that this process itself received
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
         self._group = None
+        self._leave, self._words = sys.exit, BEFORE  # what a signal does, and says first
         # `nohup` ignores SIGHUP, and that stays so.
         heard = [number for number in SIGNALS if number != SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
         self._old_handlers = {number: signal.signal(number, self._receive) for number in heard}
@@ -40,8 +47,10 @@ class StopRequest:
         """Return the request itself; the handlers are already installed."""
         return self
 
-    def __exit__(self, *exception) -> None:
-        """Restore the handlers that were there before."""
+    def __exit__(self, kind, *exception) -> None:
+        """Restore the handlers that were there before, unless a signal is what ends the process: it may come twice."""
+        if kind is SystemExit and self._first_signal_time is not None:
+            return
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None stands for one that was not set by Python
 
@@ -52,17 +61,40 @@ class StopRequest:
             self._first_signal_time = now
             self._number = self._number or number
             if os.environ.get("RANK", "0") == "0":
-                _say(
-                    "Stopping: finishing the step, then saving a checkpoint. Once more to exit at once without saving."
-                )
+                _say(f"Stopping: {self._words}")
+            if self._leave is not None:
+                self._leave(self.exit_code)
         elif now - self._first_signal_time >= GRACE_SECONDS:
             os._exit(128 + number)
+
+    def begin_loop(self) -> None:
+        """Let signals wait from now on, for a loop that asks for them and saves."""
+        self._leave, self._words = None, IN_LOOP
+
+    def begin_upload(self, words: str) -> None:
+        """Let a signal end the process from now on at once, or here if there was one, and say first what is lost."""
+        self._leave, self._words = os._exit, words
+        if self.check() is not None:
+            _say(f"Stopping: {words}")
+            self.leave_if_asked()
+
+    def leave_if_asked(self) -> None:
+        """Raise SystemExit if there is a wish to stop, for work that saves as it goes."""
+        if self.check() is not None:
+            raise SystemExit(self.exit_code)
+
+    def until_asked(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield items as long as there is no wish to stop."""
+        for item in items:
+            if self.check() is not None:
+                return
+            yield item
 
     def check(self) -> int | None:
         """Return the number of the signal to stop for, None to go on; the launcher's death counts as SIGTERM."""
         if self._number is None and self._launcher is not None and os.getppid() != self._launcher:
             self._number = int(signal.SIGTERM)
-            _say("The launcher has ended. Stopping: finishing the step, then saving a checkpoint.")
+            _say(f"The launcher has ended. Stopping: {self._words}")
         return self._number
 
     def agree(self, group: "dist.ProcessGroup | None" = None) -> int | None:
