@@ -27,6 +27,7 @@ HOWS = {  # words between the interpreter and the script
     "python": "",
     "accelerate": f"{LAUNCH} 1",
     "two processes": f"{LAUNCH} 2 --multi_gpu --main_process_port 0",
+    "unprivileged": "-m tests.unprivileged",
 }
 PROMPT = "a photo of sks dog"
 CLASS_PROMPT = "a photo of dog"

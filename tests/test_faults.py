@@ -165,7 +165,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, script):
 def test_a_disk_that_is_full_for_another_file_is_a_message_too(capsys):
     """Pictures and metrics say so without a traceback; other errors of the system keep theirs."""
     errors.show_traceback_or_message(OSError, OSError(errno.ENOSPC, "No space left on device", "grid.png"), None)
-    assert capsys.readouterr().err == "error: grid.png could not be written: No space left on device.\n"
+    words = r"error: grid\.png could not be written: No space left on device\. \d+\.\d\d GB are free there\.\n"
+    assert re.fullmatch(words, capsys.readouterr().err)
     errors.show_traceback_or_message(OSError, OSError(errno.EPIPE, "Broken pipe"), None)
     assert "BrokenPipeError" in capsys.readouterr().err
 

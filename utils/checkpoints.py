@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from utils.devices import is_out_of_memory
-from utils.errors import InputError
+from utils.errors import InputError, cannot_write
 
 try:
     import fcntl
@@ -260,10 +260,9 @@ def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
-        there = next(path for path in (final, *final.absolute().parents) if path.is_dir())
         raise InputError(
-            f"{final} could not be written: {error}. {shutil.disk_usage(there).free / 1e9:.2f} GB are free there. "
-            "What was saved before is as it was: once there is room, go on with --resume_from_checkpoint latest."
+            f"{cannot_write(final, error)} What was saved before is as it was: once that is mended, go on with "
+            "--resume_from_checkpoint latest."
         ) from error
     finally:
         _delete(temporary)

@@ -91,5 +91,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory ran out, on any device."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     )

@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, the trackers, and the progress bar."""
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from utils import checkpoints, devices
-from utils.errors import InputError
+from utils.errors import InputError, naming_what_cannot_be_written
 
 
 class MetricLog:
@@ -34,7 +35,7 @@ class MetricLog:
             weights: What trains; must be finite whenever it is to be saved.
         """
         self.accelerator, self.device, self.weights = accelerator, accelerator.device, weights
-        self.folder = path.parent
+        self.path = path
         self.waiting: tuple[int, dict, list[str]] | None = None
         self.progress = tqdm(
             total=steps, initial=first_step, desc="steps", disable=not accelerator.is_local_main_process
@@ -77,8 +78,11 @@ class MetricLog:
         if not all(weight.isfinite().all() for weight in self.weights):
             raise self._divergence("weights that are not finite", step, names)
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with naming_what_cannot_be_written(self.path):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+                    raise FileNotFoundError(errno.ENOENT, "its folder was moved, removed or unmounted")
 
     def close(self) -> None:
         """Write what waits and end the progress bar."""
@@ -109,14 +113,16 @@ class MetricLog:
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self.accelerator.log(finite, step=step)
         if self.file:
-            self.file.write(json.dumps({"step": step} | finite) + "\n")
-            self.file.flush()
+            with naming_what_cannot_be_written(self.path):
+                self.file.write(json.dumps({"step": step} | finite) + "\n")
+                self.file.flush()
 
     def _divergence(self, what: str, step: int, names: list[str]) -> InputError:
         """Return the error of a step after which nothing may be saved; all processes must come here."""
         names = list(dict.fromkeys(gather_object(names)))
         files = f" (its pictures: {', '.join(names[:8])}{', …' * (len(names) > 8)})" if names else ""
-        good = [path.name for path in checkpoints.list_checkpoints(self.folder) if checkpoints.step_of(path) < step]
+        saved = checkpoints.list_checkpoints(self.path.parent)
+        good = [path.name for path in saved if checkpoints.step_of(path) < step]
         way = f"Go on by --resume_from_checkpoint {good[-1]}, the last good one," if good else "Start anew"
         return InputError(
             f"Training has diverged: {what} at step {step}{files}. Nothing is saved from here on. {way} with a lower "

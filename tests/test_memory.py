@@ -1,0 +1,188 @@
+"""Running out of memory for real, by a limit to the process: what is said, what is lost, and that nothing leaks."""
+
+import re
+import time
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.runs import PRIOR_FLAGS, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
+from utils import devices, memory_use
+from utils.errors import InputError
+
+
+def limit_memory(job: Job, room: int) -> None:
+    """Let a run have only so many bytes more than it has when it begins."""
+    wait_until((job.out / "args.json").exists, "the start")
+    process = psutil.Process(job.pid)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + room, psutil.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_that_needs_too_much_says_what_would_need_less(trainer, tmp_path, script):
+    """The message has the peak and flags by their gain, and no traceback; there is neither checkpoint nor result."""
+    out = tmp_path / "out"
+    job = trainer.start(script, out, "--resolution 1024 --train_batch_size 4 --train_text_encoder")
+    limit_memory(job, 300_000_000)
+    run = job.finish()
+    assert run.code == 1 and "Traceback" not in run.text
+    head, order, *lines = run.stderr[run.stderr.index("error: ") :].partition("\nWhat was asked for: ")[0].splitlines()
+    assert re.fullmatch(r"error: Memory ran out on cpu: at most 0\.\d GB were in use\.", head)
+    assert order == "Less is needed with, the largest saving first:"
+    changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines))
+    assert set(changes) == {
+        "--train_batch_size 1 --gradient_accumulation_steps 4",
+        "--gradient_checkpointing",
+        "--mixed_precision bf16",
+        "a --resolution of half the edge",
+    }
+    assert list(gains) == sorted(gains, reverse=True)
+    assert set(names(out)) <= {"args.json", "metrics.jsonl"}
+
+
+def test_previews_that_need_too_much_are_a_warning(trainer, tmp_path):
+    """Each round says so, and the run ends in the bits of one that draws nothing."""
+    flags = "--max_train_steps 2 --checkpointing_steps 2"
+    plain = trainer.start("lora", tmp_path / "plain", flags)
+    flags += " --validation_prompt dog --validation_resolution 960 --validation_num_inference_steps 1"
+    job = trainer.start("lora", tmp_path / "out", f"{flags} --validation_steps 2 --num_validation_images 1")
+    limit_memory(job, 200_000_000)
+    runs = [plain.finish(), job.finish()]
+    assert [run.code for run in runs] == [0, 0], runs[1].text
+    for step in (0, 2):
+        assert runs[1].stderr.count(f"Validation at step {step} ran out of memory; the run goes on.") == 1
+    assert differing(read_tensors(plain.out), read_tensors(job.out)) == []
+    state = [(out / "checkpoint-2" / "optimizer.pt").read_bytes() for out in (plain.out, job.out)]
+    assert state[0] == state[1] and untimed(plain.out) == untimed(job.out)
+
+
+def test_two_thousand_steps_leak_nothing(trainer, class_images, tmp_path):
+    """From step 100 on, the process hardly grows, though it saves and draws in between."""
+    flags = f"{PRIOR_FLAGS} --class_data_dir {class_images} --resolution 32 --train_batch_size 1"
+    flags += " --checkpointing_steps 250 --checkpoints_total_limit 1 --validation_prompt dog --validation_steps 250"
+    flags += " --num_validation_images 1 --validation_num_inference_steps 2"
+    job = trainer.start("full", tmp_path / "out", f"{flags} --max_train_steps 2000")
+    wait_until(lambda: job.steps_logged() >= 100, "step 100")
+    process, used = psutil.Process(job.pid), []
+    while (steps := job.steps_logged()) < 1990:
+        used.append((steps, process.memory_info().rss))
+        time.sleep(0.5)
+    assert job.finish().code == 0
+    assert max(size for _, size in used) < 1.02 * used[0][1], used
+
+
+# What would save how much.
+
+
+FLAGS = {
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": False,
+    "mixed_precision": "no",
+    "use_8bit_adam": False,
+    "train_text_encoder": False,
+    "text_encoder_precision": None,
+    "sample_batch_size": 4,
+    "prior_generation_precision": None,
+}
+RESIDUAL = 2.4  # 10^9 bytes of a peak that are neither weights nor gradients
+
+
+def encoder() -> CLIPTextModel:
+    """Make a text encoder whose weights take 30 kB."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=850, **sizes)).requires_grad_(False)
+
+
+def savings(networks: list[nn.Module], residual: float, **changes) -> dict[str, float]:
+    """Return what is found for networks and a peak of so many bytes above theirs, in bytes."""
+    weights = [weight for network in networks for weight in network.parameters()]
+    held = sum(weight.nbytes + (weight.grad is not None) * weight.nbytes for weight in weights) / 1e9
+    found = memory_use.find_savings(FLAGS | changes, networks, held + residual)
+    assert [gain for _, gain in found] == sorted((gain for _, gain in found), reverse=True)
+    return {change: round(gain * 1e9) for change, gain in found}
+
+
+def test_activations_shrink_with_the_batch_and_the_picture():
+    """Weights are too few to matter, so only flags that change the activations are named."""
+    unet = nn.Linear(10, 10).requires_grad_(False)
+    assert savings([unet], RESIDUAL) == {
+        "--train_batch_size 1 --gradient_accumulation_steps 8": 1_800_000_000,
+        "a --resolution of half the edge": 1_800_000_000,
+        "--gradient_checkpointing": 1_680_000_000,
+        "--mixed_precision bf16": 840_000_220,
+    }
+    spared = {"gradient_checkpointing": True, "mixed_precision": "bf16", "train_batch_size": 1}
+    assert list(savings([unet], RESIDUAL, **spared)) == ["a --resolution of half the edge"]
+
+
+def test_weights_that_train_cost_their_gradients_and_moments():
+    """A million weights: 8 bytes of moments each, 2 in 8 bits, and 4 of gradient that adapters would not need."""
+    unet = nn.Linear(1000, 1000, bias=False)
+    assert savings([unet], 0.0) == {"train_dreambooth_lora.py": 12_000_000, "--use_8bit_adam": 6_000_000}
+    assert savings([unet], 0.0, use_8bit_adam=True) == {"train_dreambooth_lora.py": 6_000_000}
+    unet.weight.grad = torch.zeros_like(unet.weight)
+    assert savings([unet], 0.0) == {"train_dreambooth_lora.py": 12_000_000, "--use_8bit_adam": 6_000_000}
+
+
+def test_a_text_encoder_can_be_freed_or_left_untrained():
+    """A frozen one takes its own bytes, and one that trains its gradients and moments."""
+    unet, text_encoder = nn.Linear(10, 10).requires_grad_(False), encoder()
+    count = sum(weight.numel() for weight in text_encoder.parameters())
+    found = savings([unet, text_encoder], 0.0)
+    assert found["--pre_compute_text_embeddings"] == 4 * count
+    text_encoder.requires_grad_(True)
+    found = savings([unet, text_encoder], 0.0, train_text_encoder=True)
+    assert found["--no-train_text_encoder"] == 12 * count and "--pre_compute_text_embeddings" not in found
+
+
+def test_before_the_networks_are_loaded_other_flags_help():
+    """Each of them is named once, and not if it is set."""
+    changes = [change.split()[0] for change, _ in memory_use.find_early_savings(FLAGS)]
+    assert changes == [
+        "--text_encoder_precision", "--sample_batch_size", "--prior_generation_precision", "--mixed_precision"
+    ]  # fmt: skip
+    spared = {"text_encoder_precision": "int8", "sample_batch_size": 1, "prior_generation_precision": "bf16"}
+    assert memory_use.find_early_savings(FLAGS | spared | {"mixed_precision": "bf16"}) == []
+
+
+class Setting:
+    """Stand where accelerate stands."""
+
+    device = torch.device("cpu")
+    mixed_precision = "no"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_what_is_no_lack_of_memory_is_let_through(error):
+    """Only that is turned into a message; the networks are not kept alive by the set."""
+    with pytest.raises(RuntimeError, match="shapes"), memory_use.explaining_running_out(Setting, FLAGS):
+        raise RuntimeError("shapes cannot be multiplied")
+    words = r"Memory ran out on cpu: at most .* GB were in use.\nLess is needed with"
+    with (
+        pytest.raises(InputError, match=words),
+        memory_use.explaining_running_out(Setting, FLAGS) as networks,
+    ):
+        networks.add(nn.Linear(1, 1))
+        assert len(networks) == 0
+        raise error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_every_devices_words_for_it_are_known(text):
+    """They are no exceptions of a class of their own on all devices."""
+    assert devices.is_out_of_memory(RuntimeError(text))
