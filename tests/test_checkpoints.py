@@ -35,7 +35,8 @@ def save():
     with checkpoints.atomic_folder(out / "checkpoint-500") as folder:
         (folder / "unet").mkdir()
         (folder / "unet" / "weights").write_text("new")
-        (folder / "trainer_state.json").write_text('{"content": "new"}')
+        state = '{"step": 500, "fits": {}, "files": {}, "content": "new"}'
+        (folder / "trainer_state.json").write_text(state)
 
 def prune():
     checkpoints.prune(out, 1, 500)
@@ -51,14 +52,15 @@ def make_checkpoint(folder: Path, content: str = "old") -> Path:
     """Write a complete checkpoint of two files."""
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "weights").write_text(content)
-    (folder / "trainer_state.json").write_text(json.dumps({"content": content}))
+    state = {"step": checkpoints.step_of(folder) or 0, "fits": {}, "files": {}, "content": content}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
 
 def content_of(folder: Path) -> str:
     """Return the content that both files of a checkpoint agree on."""
     weights = (folder / "unet" / "weights").read_text()
-    assert json.loads((folder / "trainer_state.json").read_text()) == {"content": weights}
+    assert json.loads((folder / "trainer_state.json").read_text())["content"] == weights
     return weights
 
 
@@ -161,6 +163,41 @@ def test_what_has_changed_since_the_checkpoint_is_said(tmp_path, caplog):
         checkpoints.announce_changes(None, 0, {"seed": 2})
         checkpoints.announce_changes(folder, 4, {"seed": 1, "learning_rate": 5e-5, "new": 3})
     assert caplog.messages == ["From step 4 on, --learning_rate is 5e-05; it was 0.0001."]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"step": 3}, "is that of step 3"),
+        ({"step": "4"}, "has no usable step"),
+        ({"step": None, "fits": []}, "has no usable step and no usable fits"),
+        ({"files": ["unet/weights"]}, "has no usable files"),
+    ],
+)
+def test_a_state_that_was_tampered_with_is_found_out(tmp_path, change, reason):
+    """What resuming reads has the kinds that it is written with, and the step is that of the name."""
+    folder = make_checkpoint(tmp_path / "checkpoint-4")
+    assert checkpoints.why_unusable(folder) == ""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps(state | change))
+    assert checkpoints.why_unusable(folder) == f"is damaged: its trainer_state.json {reason}"
+    assert checkpoints.why_incomplete(folder.rename(tmp_path / "mine")) == (
+        "" if change == {"step": 3} else f"is damaged: its trainer_state.json {reason}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "empty folder"])
+def test_what_is_not_ours_is_kept_under_another_name_when_its_place_is_needed(tmp_path, caplog, kind):
+    """It is no loss to us, but may be one to somebody; a link's target is not touched."""
+    final, elsewhere = tmp_path / "checkpoint-7", make_checkpoint(tmp_path / "mine", "other")
+    make = {"file": final.touch, "link": lambda: final.symlink_to(elsewhere), "empty folder": final.mkdir}
+    make[kind]()
+    with atomic_folder(final) as folder:
+        make_checkpoint(folder / "inner", "new")
+    assert sorted(names(final.iterdir())) == ["inner"] and content_of(elsewhere) == "other"
+    (kept,) = tmp_path.glob("passed-over-7-*")
+    assert (kept.is_file(), kept.is_symlink()) == (kind == "file", kind == "link")
+    assert f"it is kept as {kept.name}" in caplog.text
 
 
 def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):

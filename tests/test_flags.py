@@ -12,7 +12,7 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import config_file, schedules
+from utils import checkpoints, config_file, schedules
 from utils.errors import InputError
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
@@ -444,7 +444,7 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with(script, needed, capsys
     out = tmp_path / "out"
     for step in (20, 100, 3):
         (out / f"checkpoint-{step}").mkdir(parents=True)
-        (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        checkpoints.write_state(out / f"checkpoint-{step}", step, {})
     (out / "checkpoint-best").mkdir()
     sentence = refuse_one(script, needed, capsys)
     assert sentence == (

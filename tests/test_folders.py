@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from utils import checkpoints
-from utils.checkpoints import atomic_result, check_fits, remove_leftovers, warn_of_newer
+from utils.checkpoints import atomic_result, check_fits, remove_leftovers, step_of, warn_of_newer, write_state
 from utils.errors import InputError
 from utils.images import IMAGE_SUFFIXES, inspect_folder
 
@@ -237,7 +237,7 @@ def test_checkpoints_that_lie_ahead_are_named(tmp_path, caplog, step, named):
     for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-7-backup", "checkpoint-500"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-500":
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+            write_state(tmp_path / name, step_of(tmp_path / name) or 0, {})
     with caplog.at_level(logging.WARNING):
         warn_of_newer(tmp_path, step)
     assert len(caplog.messages) == bool(named)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import metric_log
+from utils import checkpoints, metric_log
 from utils.errors import InputError
 from utils.metric_log import MetricLog, start_trackers, track_images
 
@@ -183,7 +183,7 @@ def test_a_diverged_step_names_its_pictures_and_the_last_good_checkpoint(recorde
     """Pictures are named once each, and checkpoints of the step itself or later ones do not count as good."""
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        checkpoints.write_state(tmp_path / f"checkpoint-{step}", step, {})
     log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 9)
     names = [f"{number}.png" for number in (3, 1, 3, 0, 2, 4, 5, 6, 7, 8)]
     log.add(4, time.perf_counter(), 8, [micro_step(math.nan, 0.25)], {}, names)

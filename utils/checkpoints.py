@@ -67,7 +67,12 @@ def why_incomplete(folder: Path) -> str:
         return f"is incomplete: its {STATE_FILE} is no valid JSON"
     if not isinstance(state, dict):
         return f"is incomplete: its {STATE_FILE} is no JSON object"
-    for name, size in state.get("files", {}).items():
+    kinds = {"step": int, "fits": dict, "files": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]:
+        return f"is damaged: its {STATE_FILE} has no usable {' and no usable '.join(wrong)}"
+    if step_of(folder) not in (None, state["step"]):
+        return f"is damaged: its {STATE_FILE} is that of step {state['step']}"
+    for name, size in state["files"].items():
         if not (folder / name).is_file():
             return f"is damaged: it lacks {name}"
         if (found := (folder / name).stat().st_size) != size:
@@ -182,7 +187,8 @@ def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return
-    changed = {name: value for name, value in flags.items() if name in before and before[name] != value}
+    known = before.keys() - {"output_dir"}  # a folder may be moved
+    changed = {name: value for name, value in flags.items() if name in known and before[name] != value}
     for name, value in changed.items():
         logger.info("From step %d on, --%s is %s; it was %s.", step, name, value, before[name])
 
@@ -271,14 +277,23 @@ def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
 def _swap_in(temporary: Path, final: Path, replaced: Path) -> None:
     """Rename `temporary` to `final`, after renaming an old `final` to `replaced`; put it back if that fails."""
     try:
-        if os.path.lexists(final):
-            final.rename(replaced)
+        _make_way(final, replaced)
         temporary.rename(final)
     except BaseException:
         if os.path.lexists(replaced) and not os.path.lexists(final):
             replaced.rename(final)
         raise
     sync_folder(final.parent)
+
+
+def _make_way(final: Path, replaced: Path) -> None:
+    """Rename what lies in the place of a new folder: to `replaced`, but to a name that stays if it is not ours."""
+    if os.path.lexists(final) and (step_of(final) is None or not why_unusable(final)):
+        final.rename(replaced)
+    elif os.path.lexists(final):
+        kept = final.with_name(f"passed-over-{step_of(final)}-{secrets.token_hex(4)}")
+        logger.warning("%s %s: it is kept as %s.", final, why_unusable(final), kept.name)
+        final.rename(kept)
 
 
 def remove_leftovers(output_dir: Path) -> None:
