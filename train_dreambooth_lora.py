@@ -54,9 +54,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils import adapters, captions, checkpoints, devices, drawing, hub, images, model_card, model_files, schedules
-from utils.config_file import parse_with_config
+from utils.config_file import hide_from_command_line, parse_with_config
 from utils.embedding_cache import open_cache
-from utils.errors import InputError, show_input_errors_without_traceback
+from utils.errors import InputError, exit_status
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
 from utils.folder_checks import find_folder_problems
 from utils.geometry import CROP_STYLES, Size, crop_box, find_size_problems, parse_list, quarter
@@ -116,6 +116,7 @@ class BaseModel:
     learns_variance: bool  # the U-Net puts out twice its image channels
     hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
+    vocabulary: int | None  # words that its text encoder knows
     tokens: int | None  # per prompt; None: the tokenizer's own limit
     own_size: Size  # in pixels, of what its pipeline draws unless told otherwise
     resolution: Size  # in pixels, to train at
@@ -279,9 +280,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
     parser = make_parser()
     args = parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
-    if args.hub_token:
-        # Trackers copy the command line into their run files.
-        sys.argv[:] = [word.replace(args.hub_token, "<token>") for word in sys.argv]
+    hide_from_command_line(args.hub_token)
     if problems := find_problems(args) + find_method_problems(args):
         parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
     return args
@@ -441,7 +440,8 @@ def find_problems(args: Namespace) -> list[str]:
     photos, output = args.instance_data_dir and Path(args.instance_data_dir), Path(args.output_dir)
     classes = class_folder(args) if args.with_prior_preservation else None
     return [
-        *(f"--{name} is required." for name in needed if not getattr(args, name)),
+        *(f"--{name} is required." for name in needed if not (getattr(args, name) or "").strip()),
+        *captions.find_undecodable({name: value for name, value in vars(args).items() if name.endswith("_prompt")}),
         *find_out_of_range(vars(args), ranges),
         *find_size_problems("--resolution", args.resolution),
         *find_size_problems("--validation_resolution", args.validation_resolution, many=True),
@@ -495,6 +495,7 @@ def class_folder(args: Namespace) -> Path:
 # Same in train_dreambooth.py
 def start(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
+    check_engine()
     devices.set_arithmetic(args.deterministic, args.allow_tf32)
     logging_dir = str(Path(args.output_dir, args.logging_dir))
     accelerator = Accelerator(
@@ -506,7 +507,6 @@ def start(args: Namespace) -> Accelerator:
         kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
     set_up_logging(accelerator)
-    check_engine(accelerator)
     for note in idle_flags(args):
         logger.warning(note)
     return accelerator
@@ -569,6 +569,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         learns_variance=learns_variance,
         hides_padding=bool(hides_padding),
         precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
+        vocabulary=configs.text_encoder.get("vocab_size"),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
         own_size=own if is_if else Size(own.width * factor, own.height * factor),
         resolution=Size.parse(args.resolution or usual),
@@ -734,8 +735,9 @@ def draw_class_images(
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
         pipeline = load_pipeline(args, accelerator, plan.base, model)
-        bar = tqdm(batches, desc="class images", unit="batch", disable=not accelerator.is_local_main_process)
-        for batch in stop.until_asked(bar):
+        for batch in stop.until_asked(
+            tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process)
+        ):
             drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch], options)
             paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
             for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
@@ -798,18 +800,16 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, exampl
     texts = [example.prompt for example in examples]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
-    if args.caption_dropout or plan.base.is_if:
-        texts.append("")
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(texts + [""] * bool(args.caption_dropout or plan.base.is_if)))
     tokenizer = load_tokenizer(args, plan.base)
     length = plan.base.tokens or tokenizer.model_max_length
+    captions.check_tokenizer(tokenizer, length, plan.base.vocabulary)
     # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
     words = [captions.clean(text) for text in texts] if plan.base.is_if else texts
     rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
     captions.warn_of_losses(texts, words, tokenizer, length)
-    ids = rows["input_ids"].to(accelerator.device)
     mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
-    prompts = PromptTable(texts, ids, mask)
+    prompts = PromptTable(texts, rows["input_ids"].to(accelerator.device), mask)
     if plan.base.precomputes_text:
         # The first process of a machine fills the cache, the others then find it full.
         with accelerator.local_main_process_first():
@@ -1496,5 +1496,5 @@ def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str 
 
 
 if __name__ == "__main__":
-    show_input_errors_without_traceback()
-    sys.exit(main())
+    status = exit_status(main)
+    sys.exit(status)  # a tracker may have replaced sys.exit in the meantime, to learn the status

@@ -7,16 +7,20 @@
     python -m tests.hub_server --port-file port --record-dir records --fail /commit/:1:500
 
 There is one user, `tester`. Tokens other than the two below are refused, and so is writing to another owner's
-repository. `fail` lets a later request fail. The client reads HF_ENDPOINT when it is imported, so it must run in a
-process of its own, with the variables that `environment` returns.
+repository. `fail` lets later requests fail: refused, cut off or never answered. The client reads HF_ENDPOINT when it
+is imported, so it must run in a process of its own, with the variables that `environment` returns.
 """
 
 import argparse
 import base64
 import hashlib
+import io
 import json
+import math
 import os
 import re
+import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,19 +60,29 @@ class Request:
 
 @dataclass
 class Failure:
-    """A request that shall fail: the one that brings the countdown to zero."""
+    """Requests that shall fail: the one that brings the countdown to zero, and those after it as long as it lasts."""
 
     pattern: str
     countdown: int
-    status: int
+    status: int | str
+    times: float = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    words: str = "made to fail"
+
+    def hits(self, path: str) -> bool:
+        """Count a request if it is one of those, and tell whether it is to fail."""
+        if not re.search(self.pattern, path):
+            return False
+        self.countdown -= 1
+        return -self.times < self.countdown <= 0
 
 
 class Refusal(Exception):
     """An answer other than success."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 class HubServer(ThreadingHTTPServer):
@@ -89,6 +103,7 @@ class HubServer(ThreadingHTTPServer):
         self.large_files: dict[str, bytes] = {}  # by sha256; uploaded, but not necessarily committed
         self.failures: list[Failure] = []
         self.lock = threading.RLock()
+        self.ending = threading.Event()
 
     def __enter__(self) -> "HubServer":
         """Start to serve."""
@@ -96,7 +111,8 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *exception) -> None:
-        """Stop to serve."""
+        """Stop to serve, and let go of those who wait for an answer."""
+        self.ending.set()
         self.shutdown()
         self.server_close()
 
@@ -109,29 +125,36 @@ class HubServer(ThreadingHTTPServer):
         """
         drop = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_OFFLINE")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
-        environment |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return environment if token is None else environment | {"HF_TOKEN": token}
+        return environment | self.variables(home, token)
 
-    def fail(self, pattern: str, nth: int = 1, status: int = 500) -> None:
-        """Let the nth request from now on fail, of those in whose path the regular expression is found."""
-        self.failures.append(Failure(pattern, nth, status))
+    def variables(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Return what `environment` sets, for an environment without other settings of the client."""
+        fixed = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        fixed |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return fixed if token is None else fixed | {"HF_TOKEN": token}
 
-    def record(self, request: Request) -> None:
-        """Remember a request, and refuse it if it is one that shall fail."""
+    def fail(self, pattern: str, nth: int = 1, status: int | str = 403, times: float = 1, **answer) -> None:
+        """Let requests from now on fail, of those in whose path the regular expression is found.
+
+        Args:
+            nth: The first of them that fails.
+            status: Of the answer; "reset" breaks the connection in the middle of the request's body, "lost" instead of
+                the answer, and "hang" leaves the request without one until the server ends.
+            times: How many fail; the later ones do well.
+            answer: Its `headers` and `words`.
+        """
+        self.failures.append(Failure(pattern, nth, status, times, **answer))
+
+    def record(self, request: Request) -> Failure | None:
+        """Remember a request, and return the failure that it shall meet."""
         with self.lock:
             self.requests.append(request)
             if self.record_dir:
                 self.record_dir.mkdir(parents=True, exist_ok=True)
                 with open(self.record_dir / "requests.jsonl", "a") as file:
                     file.write(json.dumps(vars(request)) + "\n")
-            for failure in self.failures:
-                if re.search(failure.pattern, request.path):
-                    failure.countdown -= 1
-                    if failure.countdown == 0:
-                        # As careless as a proxy may be: what the client prints of it must not hold the token.
-                        login = request.headers.get("authorization")
-                        raise Refusal(failure.status, f"made to fail: {request.method} {request.path}, {login}")
+            hits = [failure for failure in self.failures if failure.hits(request.path)]
+            return hits[0] if hits else None
 
     def save_records(self) -> None:
         """Write down the repositories and their files, if there is a folder for it."""
@@ -172,21 +195,40 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Record a request, find what answers it, and send its answer or its refusal."""
-        body = self.read_body()
         path = unquote(urlsplit(self.path).path)
         headers = {name.lower(): value for name, value in self.headers.items()}
+        failure = self.server.record(Request(self.command, path, headers))
+        status = failure and failure.status
+        if status == "reset":
+            self.rfile.read(int(headers.get("content-length", 0)) // 2)
+            return self.cut()
+        body = self.read_body()
+        if status == "hang":
+            self.close_connection = self.server.ending.wait()
+            return None
         try:
-            self.server.record(Request(self.command, path, headers))
+            if isinstance(status, int):
+                # As careless as a proxy may be: what the client prints of it must not hold the token.
+                words = f"{failure.words}: {self.command} {path}, {headers.get('authorization')}"
+                raise Refusal(status, words, headers=failure.headers)
             with self.server.lock:
-                self.send(200, self.dispatch(path, body))
+                content = self.dispatch(path, body)
+            return self.cut() if status == "lost" else self.send(200, content)
         except Refusal as refusal:
-            extra = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code}
+            extra = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code} | refusal.headers
             if refusal.status == 409:  # the client wants to know what exists already
-                self.send(409, {"error": refusal.message, "url": f"{self.server.url}/{refusal.code}"})
+                self.send(409, {"error": refusal.message, "url": f"{self.server.url}/{refusal.code or f'{USER}/dog'}"})
             else:
                 self.send(refusal.status, {"error": refusal.message}, extra)
 
-    do_GET = do_POST = do_PUT = answer
+    def cut(self) -> None:
+        """Break the connection without a farewell, as a router does that restarts."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for end in (self.rfile, self.wfile, self.connection):
+            end.close()
+        self.close_connection, self.wfile = True, io.BytesIO()  # whatever is still to be flushed
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def dispatch(self, path: str, body: bytes) -> dict:
         """Call the route's method with the parts of the path and the body, and return its answer."""
@@ -218,7 +260,8 @@ class HubHandler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *_) -> None:
         """Keep standard error clean; `HubServer.requests` has it all."""
@@ -338,17 +381,27 @@ def object_id(content: bytes, mode: str) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def read_failure(text: str) -> Failure:
+    """Read PATTERN:NTH:STATUS."""
+    pattern, nth, status = text.rsplit(":", 2)
+    first, _, last = nth.partition("-")
+    times = math.inf if nth.endswith("-") else int(last or first) - int(first) + 1
+    status, *headers = status.split(",")
+    fields = dict(header.split("=", 1) for header in headers)
+    return Failure(pattern, int(first), int(status) if status.isdecimal() else status, times, fields)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__.partition("\n")[0])
     parser.add_argument("--port-file", type=Path, required=True, help="file to write the port's number into")
     parser.add_argument("--record-dir", type=Path, help="folder for requests.jsonl, repositories.json and files/")
-    parser.add_argument("--fail", metavar="PATTERN:NTH:STATUS", action="append", default=[], help="see HubServer.fail")
+    help = "see HubServer.fail; NTH as 2, 1-3 or 2-, STATUS as 500, hang, lost, reset or 429,Retry-After=5"
+    parser.add_argument("--fail", metavar="PATTERN:NTH:STATUS", action="append", default=[], help=help)
     args = parser.parse_args(argv)
     server = HubServer(args.record_dir)
     for failure in args.fail:
-        pattern, nth, status = failure.rsplit(":", 2)
-        server.fail(pattern, int(nth), int(status))
+        server.failures.append(read_failure(failure))
     # Renamed into place: whoever sees the file can read the whole number.
     temporary = args.port_file.with_name(f"{args.port_file.name}.tmp")
     temporary.write_text(str(server.server_port))

@@ -311,8 +311,7 @@ def run_main(module, request: dict) -> int:
     os.environ.update(request["variables"])
     sys.argv = [str(ROOT / request["script"]), *request["words"]]
     try:
-        module.show_input_errors_without_traceback()
-        code = module.main() or 0
+        code = module.exit_status(module.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -6,6 +6,7 @@ Another is there because it takes two processes: class images that are the same 
 """
 
 import errno
+import functools
 import json
 import os
 import pickle
@@ -38,6 +39,11 @@ from tests.runs import (
 from utils import errors
 
 ENDLESS = "--max_train_steps 100000"
+
+
+def fail(error: BaseException) -> None:
+    """Raise what is given."""
+    raise error
 
 
 def checkpoint_names(out: Path) -> list[str]:
@@ -164,11 +170,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, script):
 
 def test_a_disk_that_is_full_for_another_file_is_a_message_too(capsys):
     """Pictures and metrics say so without a traceback; other errors of the system keep theirs."""
-    errors.show_traceback_or_message(OSError, OSError(errno.ENOSPC, "No space left on device", "grid.png"), None)
+    full, broken = OSError(errno.ENOSPC, "No space left on device", "grid.png"), OSError(errno.EPIPE, "Broken pipe")
     words = r"error: grid\.png could not be written: No space left on device\. \d+\.\d\d GB are free there\.\n"
+    assert errors.exit_status(functools.partial(fail, full)) == 1
     assert re.fullmatch(words, capsys.readouterr().err)
-    errors.show_traceback_or_message(OSError, OSError(errno.EPIPE, "Broken pipe"), None)
-    assert "BrokenPipeError" in capsys.readouterr().err
+    assert errors.exit_status(functools.partial(fail, OSError(errno.ENOSPC, "No space left on device"))) == 1
+    assert capsys.readouterr().err == "error: A file of the run could not be written: No space left on device.\n"
+    with pytest.raises(BrokenPipeError):
+        errors.exit_status(functools.partial(fail, broken))
+
+
+def test_ctrl_c_while_nothing_is_begun_is_no_traceback(capsys):
+    """Configs are read and photos looked at before there is anything to save."""
+    assert errors.exit_status(functools.partial(fail, KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: stopped before anything was begun.\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,11 +1,13 @@
 """Sharing: what is uploaded, what is refused before training, and what a failed upload says."""
 
 import json
+import math
 import shlex
 import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -148,7 +150,7 @@ REFUSALS = {  # token, flags, part of the message
     "foreign owner": (WRITE_TOKEN, ["--hub_model_id", "other/new"], "may not write to the repository other/new: 403"),
     "name": (WRITE_TOKEN, ["--hub_model_id", "my dog"], f"'{USER}/my dog' cannot be a repository: Repo id must use"),
     "exposed": (WRITE_TOKEN, ["--hub_private_repo", "--hub_model_id", "public"], "exists and is public. Make it"),
-    "bad card": (WRITE_TOKEN, ["--hub_model_id", "broken"], "the upload to tester/broken failed: 502 made to fail"),
+    "bad card": (WRITE_TOKEN, ["--hub_model_id", "broken"], "the upload to tester/broken failed: 403 made to fail"),
 }
 
 
@@ -157,7 +159,7 @@ def test_refusals(server, tmp_path, case):
     """Say what is wrong and what to do, create nothing and upload nothing."""
     token, flags, message = REFUSALS[case]
     server.repositories |= {name: Repository() for name in ("other/dog", f"{USER}/public", f"{USER}/broken")}
-    server.fail("/validate-yaml", status=502)
+    server.fail("/validate-yaml", status=403)
     done = upload(server, write_run(tmp_path / "dog", SHARED, LORA), *flags, token=token)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr
@@ -188,16 +190,138 @@ def test_a_hub_that_does_not_answer(server, tmp_path, case):
             "offline": {"HF_HUB_OFFLINE": "1"},
             "broken": {},
         }[case]
-        server.fail("/repos/create" if case == "broken" else "nothing", status=503)
+        server.fail("/repos/create" if case == "broken" else "nothing", status=501)
         done = upload(server, write_run(tmp_path / "dog", LORA), **changes)
     assert done.returncode == 1
-    start = "the repository tester/dog was not prepared: 503" if case == "broken" else "the login cannot be checked: "
+    start = "the repository tester/dog was not prepared: 501" if case == "broken" else "the login cannot be checked: "
     assert done.stderr.startswith(f"error: {start}")
     assert "train without --push_to_hub and upload later" in done.stderr
 
 
+QUESTIONS = {  # whose request fails: with a status, part of the message, part of the advice
+    "/whoami": [
+        (401, "the Hub refuses the token: 401 ", "write role"),
+        (403, "the Hub refuses the token: 403 made to fail", "write role"),
+        (
+            404,
+            "the login cannot be checked: 404 made to fail",
+            "upload later with `python -m utils.upload OUTPUT_DIR`",
+        ),
+        (409, "the login cannot be checked: 409 made to fail", "upload later"),
+        (413, "the login cannot be checked: 413 made to fail", "upload later"),
+        ("reset", "the login cannot be checked: ", "Check the connection to http://127.0.0.1:"),
+    ],
+    "/create": [
+        (401, "tester may not write to the repository tester/dog: 401 made", "set another --hub_model_id"),
+        (403, "tester may not write to the repository tester/dog: 403 made", "set another --hub_model_id"),
+        (404, "tester may not write to the repository tester/dog: 404 made", "set another --hub_model_id"),
+        (409, "tester may not write to the repository tester/dog: 404 Repo", "set another --hub_model_id"),
+        (413, "the repository tester/dog was not prepared: 413 made to fail", "upload later"),
+    ],
+    "/auth-check": [(409, "the repository tester/dog was not prepared: 409 made to fail", "upload later")],
+}
+
+
+def test_each_refusal_of_a_question_is_said_once_and_at_once(server, tmp_path):
+    """Let each question fail in each way: one message with what to do, no second try, and nothing is uploaded."""
+    cases = [(pattern, *case) for pattern, cases in QUESTIONS.items() for case in cases]
+    code = (
+        "import sys; from pathlib import Path; from utils import hub, errors\n"
+        f"for _ in range({len(cases)}):\n"
+        "    try: hub.prepare_repository(None, Path('dog'), None, False)\n"
+        "    except errors.InputError as error: print(error)"
+    )
+    for pattern, kinds in QUESTIONS.items():
+        for number, (status, *_) in enumerate(kinds):
+            # A repository that exists, as 409 says, is asked for before its turn.
+            server.fail(pattern, number + 1 + (pattern == "/auth-check"), status)
+    done = run_python(server, tmp_path, "-c", code)
+    messages = done.stdout.splitlines()
+    assert len(messages) == len(cases) and done.stderr == ""
+    for message, (_, _, words, advice) in zip(messages, cases):
+        assert words in message and advice in message
+    assert [request.path for request in server.requests].count("/api/whoami-v2") == len(cases)
+    assert not any(repository.files for repository in server.repositories.values())
+
+
+def test_what_passes_is_waited_for(server, tmp_path):
+    """Meet a busy Hub, a broken one and a lost answer on the way: the result arrives, in one commit."""
+    server.fail("/whoami", status=429, headers={"Retry-After": "2"})
+    server.fail("/create", status=502)
+    server.fail("/auth-check", status=429, headers={"RateLimit": '"api";r=0;t=2'})
+    server.fail("^/lfs/", status="reset")
+    server.fail("/commit/", status="lost")
+    done = upload(server, write_run(tmp_path / "dog", SHARED, LORA))
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("The Hub")]
+    waits = [
+        "answers 429; trying again in 2 s.",
+        "answers 502; trying again in 1 s.",
+        "answers 429; trying again in 2 s.",
+    ]
+    assert said[:3] == [f"The Hub {words}" for words in waits]
+    assert len(said) == 4 and said[3].startswith("The Hub cannot be reached (") and said[3].endswith(" in 1 s.")
+    repository = server.repositories[f"{USER}/dog"]
+    assert repository.files == SHARED | LORA and len(repository.commits) == 1
+
+
+@pytest.mark.parametrize("pattern", ["/whoami", "/preupload/"])
+def test_a_long_pause_is_not_waited_for(server, tmp_path, pattern):
+    """Say how long the Hub wants to be left alone, instead of sleeping for an hour."""
+    server.fail(pattern, status=429, headers={"Retry-After": "3600"})
+    done = upload(server, write_run(tmp_path / "dog", SHARED, LORA))
+    assert done.returncode == 1 and "429 " in done.stderr and "(it wants 3600 s of pause)" in done.stderr
+    assert "python -m utils.upload " in done.stderr
+
+
+def test_a_conflict_that_stays_is_no_endless_loop(server, tmp_path):
+    """Answer as the Hub does while it creates another repository of the user; the client asks again at once."""
+    server.fail(
+        "/create", status=409, times=math.inf, words="Cannot create repo: another conflicting operation is in progress"
+    )
+    done = upload(server, write_run(tmp_path / "dog", LORA))
+    assert done.returncode == 1 and "tester/dog was not prepared: 409 Cannot create repo: another" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("/whoami", "the login cannot be checked"), ("/dog$", "tester/dog was not prepared")]
+)
+def test_a_hub_that_hangs_is_given_up(server, tmp_path, pattern, words):
+    """Leave the first question or the last one without an answer; the client would set no limit to either."""
+    server.fail(pattern, status="hang")
+    folder = write_run(tmp_path / "dog", LORA)
+    done = upload(server, folder, "--hub_private_repo", HF_HUB_ETAG_TIMEOUT="1")
+    assert done.returncode == 1
+    assert f"{words}: no answer within 3 s. Check the connection" in done.stderr
+
+
+def test_an_answer_of_something_else_than_a_hub_is_said_to_be_one(tmp_path):
+    """Meet the page that a hotel's network shows to everybody."""
+
+    class Page(BaseHTTPRequestHandler):
+        content = b"<html>Welcome</html>"
+
+        def do_GET(self):
+            """Welcome the guest."""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.content)))
+            self.end_headers()
+            self.wfile.write(self.content)
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    with HubServer() as hotel:
+        hotel.RequestHandlerClass = Page
+        folder = write_run(tmp_path / "dog", LORA)
+        for Page.content in (b"<html>Welcome</html>", b'["Welcome"]', b"{}"):
+            done = upload(hotel, folder)
+            assert done.returncode == 1
+            assert done.stderr.startswith("error: the login cannot be checked: the answer is none of a Hub (")
+
+
 FAILED_UPLOADS = {  # what fails, with which status, part of the message
-    "end": ("/commit/", 500, "tester/dog failed: 500 made to fail"),
+    "end": ("/commit/", 413, "tester/dog failed: 413 made to fail"),
     "plan": ("/objects/batch", 403, "tester/dog failed: 403 made to fail"),
     "verification": ("/lfs-verify", 403, "to the Hub: 403 made to fail: POST /tester/dog/lfs-verify, Bearer <token>."),
     "thread": ("^/lfs/", 403, "failed: Error while uploading 'pytorch_lora_weights.safetensors' to the Hub: 403 made"),
@@ -217,6 +341,26 @@ def test_the_message_of_a_failed_upload_has_the_command_that_mends_it(server, tm
     assert (python, command) == ("python", ["-m", "utils.upload", str(folder), "--hub_model_id", f"{USER}/dog"])
     assert run_python(server, tmp_path, *command).returncode == 0
     assert server.repositories[f"{USER}/dog"].files == LORA | {"README.md": b"# Dog\n"}
+
+
+def test_a_commit_that_is_refused_is_not_tried_again(server, tmp_path):
+    """Refuse the commit in each way; once the Hub is well, one commit has it all."""
+    statuses = [401, 403, 404, 409, 413]
+    for number, status in enumerate(statuses):
+        server.fail("/commit/", number + 1, status)
+    server.repositories[f"{USER}/dog"] = Repository()
+    code = (
+        "import sys; from pathlib import Path; from utils import hub, errors\n"
+        f"for _ in range({len(statuses) + 1}):\n"
+        f"    try: print(hub.upload_result(Path(sys.argv[1]), '{USER}/dog', None))\n"
+        "    except errors.InputError as error: print(error)"
+    )
+    *messages, last = run_python(server, tmp_path, "-c", code, write_run(tmp_path / "dog", LORA)).stdout.splitlines()
+    assert len(messages) == len(statuses) and last == f"{server.url}/{USER}/dog"
+    for message, status in zip(messages, statuses):
+        assert f"the upload to {USER}/dog failed: {status} made to fail" in message and "Try again with: " in message
+    assert len([request for request in server.requests if "/commit/" in request.path]) == len(statuses) + 1
+    assert server.repositories[f"{USER}/dog"].files == LORA
 
 
 def test_a_folder_without_a_result_is_refused(server, tmp_path):
@@ -254,7 +398,8 @@ def test_an_index_that_is_no_object_is_refused(tmp_path):
 def test_the_server_as_a_program(server, tmp_path):
     """Upload to a server in a process of its own, and find what arrived in its record folder."""
     port_file, records = tmp_path / "port", tmp_path / "records"
-    command = ["-m", "tests.hub_server", "--port-file", port_file, "--record-dir", records, "--fail", "/commit/:2:500"]
+    failures = ["--fail", "/commit/:2-:413", "--fail", "/whoami:1-1:429,Retry-After=1", "--fail", "/create:2:lost"]
+    command = ["-m", "tests.hub_server", "--port-file", port_file, "--record-dir", records, *failures]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 20
@@ -262,8 +407,11 @@ def test_the_server_as_a_program(server, tmp_path):
             time.sleep(0.02)
         endpoint = f"http://127.0.0.1:{port_file.read_text()}"
         folder = write_run(tmp_path / "dog", LORA)
-        assert upload(server, folder, HF_ENDPOINT=endpoint).stdout == f"{endpoint}/{USER}/dog\n"
-        assert upload(server, folder, "--hub_model_id", "second", HF_ENDPOINT=endpoint).returncode == 1
+        first = upload(server, folder, HF_ENDPOINT=endpoint)
+        assert first.stdout == f"{endpoint}/{USER}/dog\n"
+        assert first.stderr.startswith("The Hub answers 429; trying again in 1 s.\n")
+        second = [upload(server, folder, "--hub_model_id", "second", HF_ENDPOINT=endpoint) for _ in range(2)]
+        assert [done.returncode for done in second] == [1, 1]
     finally:
         process.terminate()
         process.wait(10)
@@ -275,4 +423,4 @@ def test_the_server_as_a_program(server, tmp_path):
         f"{USER}/second": 0,
     }
     requests = [json.loads(line) for line in (records / "requests.jsonl").read_text().splitlines()]
-    assert [request["path"] for request in requests].count("/api/whoami-v2") == 2
+    assert [request["path"] for request in requests].count("/api/whoami-v2") == 4

@@ -431,6 +431,7 @@ def test_the_text_encoder_is_of_the_class_that_the_index_names(script, parse, ti
     args = parse(model)
     for name, kind in (("CLIPTextModel", CLIPTextModel), ("CLIPTextModelWithProjection", CLIPTextModelWithProjection)):
         change(model, "model_index.json", text_encoder=["transformers", name])
+        kind.from_pretrained(model / "text_encoder").save_pretrained(model / "text_encoder")  # with a projection
         plan = SimpleNamespace(base=script.recognise_model(args))
         encoder = script.load_text_encoder(args, accelerator, plan, "bf16")
         assert not any(parameter.requires_grad for parameter in encoder.parameters())

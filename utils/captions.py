@@ -17,6 +17,8 @@ from typing import Any
 
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
+from utils.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 IDENTIFIERS = ("sks", "ohwx", "zwx", "xjy", "qvx", "krtz", "vqw", "jxk")  # rare strings that mean nothing
@@ -55,6 +57,33 @@ def find_prompt_problems(flag: str, prompt: str) -> list[str]:
     ]
 
 
+def find_undecodable(prompts: dict[str, str | None]) -> list[str]:
+    """Return a sentence for each flag's prompt that holds bytes that are no text."""
+    return [
+        f"--{flag} {prompt!r} is not written in UTF-8."
+        for flag, prompt in prompts.items()
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt or "")  # Python's stand-ins for such bytes
+    ]
+
+
+def check_tokenizer(tokenizer, length: int, vocabulary: int | None) -> None:
+    """Raise InputError if a tokenizer does not say how long prompts are, or knows words that a text encoder does not.
+
+    Args:
+        length: Tokens per prompt, of a flag or of the tokenizer.
+        vocabulary: How many words the text encoder's config says it knows.
+    """
+    name = tokenizer.name_or_path
+    if length > 10**6:  # transformers writes 10^30 where a tokenizer says nothing
+        raise InputError(
+            f"The tokenizer of {name} does not say how many tokens a prompt may have: give --tokenizer_max_length."
+        )
+    if vocabulary and len(tokenizer) > vocabulary:
+        raise InputError(
+            f"The tokenizer of {name} has {len(tokenizer)} words, the text encoder {vocabulary}. Use another."
+        )
+
+
 def lost_words(text: str) -> list[str]:
     """Return the words that the cleaning deletes or damages, as they are written.
 
@@ -74,13 +103,22 @@ def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length
     Args:
         cleaned_texts: What is left of the texts after cleaning; the texts themselves for a model that does not clean.
     """
-    for text, cleaned, ids in zip(texts, cleaned_texts, tokenizer(cleaned_texts)["input_ids"]):
+    rows = tokenizer(cleaned_texts, return_offsets_mapping=tokenizer.is_fast)
+    places = rows.get("offset_mapping", [None] * len(texts))
+    for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places):
         if cleaned != text and (lost := lost_words(text)):
             words = ", ".join(map(repr, lost))
             logger.warning("The prompt %r loses %s when IF's pipelines clean it: T5 reads %r.", text, words, cleaned)
         if len(ids) > length:
-            cut = tokenizer.decode(ids[length - 1 : -1])
+            # The last token that is seen is the one that ends each prompt.
+            cut = _from_word(cleaned, spans[length - 1][0]) if spans else tokenizer.decode(ids[length - 1 : -1])
             logger.warning("The prompt %r is longer than %d tokens; the model will not see %r.", text, length, cut)
+
+
+def _from_word(text: str, start: int) -> str:
+    """Return the end of a text from the word on that has a character at a place, or is the next one there."""
+    rest = text[start:].lstrip()
+    return text[:start].rpartition(" ")[2] + rest if rest == text[start:] else rest
 
 
 def suggest_identifiers(count: int = 4) -> list[str]:

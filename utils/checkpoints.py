@@ -63,7 +63,7 @@ def why_incomplete(folder: Path) -> str:
         state = json.loads((folder / STATE_FILE).read_bytes())
     except OSError:
         return f"is incomplete: it has no readable {STATE_FILE}"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"is incomplete: its {STATE_FILE} is no valid JSON"
     if not isinstance(state, dict):
         return f"is incomplete: its {STATE_FILE} is no JSON object"
@@ -96,8 +96,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     if wanted == "latest":
         return _find_latest(output_dir)
     inside = Path(output_dir, wanted)
-    folder = inside if inside.exists() else Path(wanted)
-    problem = why_incomplete(folder) if folder.exists() else "does not exist"
+    folder = inside if os.path.exists(inside) else Path(wanted)  # Path.exists raises for a name that is too long
+    problem = why_incomplete(folder) if os.path.exists(folder) else "does not exist"
     if problem:
         names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
         raise InputError(f"The checkpoint {wanted} {problem}. Complete checkpoints in {output_dir}: {names}.")
@@ -108,8 +108,8 @@ def is_of(output_dir: Path, wanted: str | None) -> bool:
     """Say whether a checkpoint that a person asked for is one of an output folder's own."""
     if wanted in (None, "latest"):
         return wanted is not None and bool(list_checkpoints(output_dir))
-    own = Path(output_dir).resolve()
-    return own in (Path(own, wanted).resolve().parent, Path(wanted).resolve().parent)
+    own = os.path.realpath(output_dir)  # Path.resolve raises where links run in a circle
+    return own in [os.path.dirname(os.path.realpath(path)) for path in (os.path.join(own, wanted), wanted)]
 
 
 def open_folder(output_dir: Path) -> None:

@@ -1,7 +1,11 @@
 """Reading an args.json back as flags, so that argparse checks it like the command line."""
 
 import difflib
+import functools
 import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +14,63 @@ from utils.errors import InputError
 
 def parse_with_config(parser, argv: list[str]) -> Any:
     """Parse a command line over the file that its --config names, if it names one; mistakes end in `parser.error`."""
+    parser.error = functools.partial(say_without_tokens, parser.error)
     args = parser.parse_args(argv)
     if not args.config:
         return args
     known = [action for action in parser._actions if action.dest not in ("help", "config")]
     switches = {action.dest: any(word.startswith("--no-") for word in action.option_strings) for action in known}
+    lists = {action.dest for action in known if action.nargs == "+"}
     try:
-        return parser.parse_args([*read_flags(args.config, switches), *argv])
+        return parser.parse_args([*read_flags(args.config, switches, lists), *argv])
     except InputError as error:
         return parser.error(str(error))
 
 
-def read_flags(path: str, switches: dict[str, bool]) -> list[str]:
+def hide_from_command_line(token: str | None) -> None:
+    """Take a token out of sys.argv, because trackers copy that into their files."""
+    if token:
+        sys.argv[:] = [word.replace(token, "<token>") for word in sys.argv]
+
+
+def say_without_tokens(say: Callable[[str], Any], message: str) -> None:
+    """Say a message of the parser, which repeats words that it does not know, without access tokens."""
+    say(re.sub(r"\bhf_[\w-]+", "<token>", message))
+
+
+def read_flags(path: str, switches: dict[str, bool], lists: set[str]) -> list[str]:
     """Return the content of a JSON file of flags and values as words of a command line.
 
     Args:
-        path: The file; `null` leaves a flag at its default, a list gives one flag several values.
+        path: The file; `null` leaves a flag at its default.
         switches: Every known flag without its dashes; True for those that are on or off.
+        lists: Those flags that take several values, as a list.
 
     Raises:
         InputError: The file cannot be read, holds no object, has an unknown key, or a value of the wrong type.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {path} holds no JSON object of flags and values.")
-    return [word for key, value in values.items() for word in _words(path, key, value, switches)]
+    return [word for key, value in values.items() for word in _words(path, key, value, switches, lists)]
 
 
-def _words(path: str, key: str, value: object, switches: dict[str, bool]) -> list[str]:
+def _words(path: str, key: str, value: object, switches: dict[str, bool], lists: set[str]) -> list[str]:
     """Return the words that set one flag."""
     if key not in switches:
         near = difflib.get_close_matches(key, switches, n=1)
         raise InputError(f"--config {path} has the unknown key {key!r}." + (f" Meant: {near[0]!r}?" if near else ""))
     if value is None:
         return []
-    if switches[key] != isinstance(value, bool) or isinstance(value, dict):
-        wanted = "true or false" if switches[key] else "a value"
+    values = value if isinstance(value, list) and key in lists else [value]
+    if any(switches[key] != isinstance(one, bool) or isinstance(one, dict | list) for one in values):
+        wanted = "true or false" if switches[key] else "a list of values" if key in lists else "a value"
         raise InputError(f"--config {path} has {key!r}: {json.dumps(value)}, but that flag takes {wanted}.")
     if isinstance(value, bool):
         return [f"--{key}" if value else f"--no-{key}"]
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *map(str, values)]
     return [f"--{key}={value}"]

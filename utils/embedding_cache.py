@@ -63,7 +63,7 @@ class EmbeddingCache:
         path = self.path_of(ids, mask)
         try:
             return _read(path.read_bytes(), self._metadata(path), self.files)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # damaged bytes raise nearly every type
             logger.warning("The cached embeddings %s cannot be used and are made anew: %s.", path, error)
@@ -206,5 +206,5 @@ def _list_files(folder: Path, part: str) -> list[list]:
     """Return the path, bytes and time of change in nanoseconds of each file of a part, sorted."""
     # Links to folders count: large models are often kept elsewhere.
     found = [Path(place, name) for place, _, names in os.walk(folder / part, followlinks=True) for name in names]
-    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in found]
+    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in found if path.exists()]
     return sorted([name, state.st_size, state.st_mtime_ns] for name, state in states)

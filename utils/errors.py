@@ -4,7 +4,7 @@ import contextlib
 import errno
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -34,21 +34,28 @@ def naming_what_cannot_be_written(path: Path) -> Iterator[None]:
         raise InputError(cannot_write(path, error)) from error
 
 
-def show_input_errors_without_traceback() -> None:
-    """Make an uncaught `InputError`, `ImportError` or full disk end the program with a message and exit status 1."""
-    sys.excepthook = show_traceback_or_message
+def exit_status(main: Callable[[], int]) -> int:
+    """Call a program's `main` and return its exit status; what a person can mend is a message, and status 1.
 
-
-def show_traceback_or_message(kind, error, traceback) -> None:
-    """Print an input error's message; hand every other exception to Python's own hook."""
-    if issubclass(kind, OSError) and error.errno in OF_THE_DISK and error.filename:
-        message = cannot_write(Path(error.filename), error)
-    elif issubclass(kind, OSError) and error.errno in OF_THE_DISK:
-        message = f"A file of the run could not be written: {error.strerror}."
-    elif issubclass(kind, (InputError, ImportError)):
-        message = str(error)
-    elif issubclass(kind, KeyboardInterrupt):
-        message = "stopped before anything was begun."
-    else:
-        return sys.__excepthook__(kind, error, traceback)
+    No excepthook does this, because trackers replace that by one that prints a traceback first.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, status = "stopped before anything was begun.", 130
+    except (InputError, ImportError, OSError) as error:
+        message, status = explain(error), 1
+        if not message:
+            raise
     tqdm.write(f"error: {message}", file=sys.stderr)  # `print` would go on in the line of a progress bar
+    return status
+
+
+def explain(error: Exception) -> str:
+    """Return the message of an error that a person can mend, "" for others."""
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        words = f"A file of the run could not be written: {error.strerror}."
+        return cannot_write(Path(error.filename), error) if error.filename else words
+    if isinstance(error, (InputError, ImportError)):
+        return str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]  # of a data worker's
+    return ""

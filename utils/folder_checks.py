@@ -17,6 +17,10 @@ def find_folder_problems(
         classes: Where class images are or will be; None without prior preservation.
         resume_from: --resume_from_checkpoint.
     """
+    given = [("--instance_data_dir", photos), ("--output_dir", output), ("--class_data_dir", classes)]
+    found = [(flag, folder, _why_unusable(folder)) for flag, folder in given if folder]
+    if unusable := [f"{flag} {folder} cannot be used: {why}. Use another." for flag, folder, why in found if why]:
+        return unusable
     ours = [("--output_dir", output), *([("--class_data_dir", classes)] if classes else [])]
     inside = [flag for flag, folder in ours if photos and folder.resolve().is_relative_to(photos.resolve())]
     others = [("--instance_data_dir", photos), ("--output_dir", output)]
@@ -31,6 +35,20 @@ def find_folder_problems(
         (photos and not photos.exists(), f"--instance_data_dir {photos} does not exist."),
         (inside, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
         (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
+        (classes and classes.is_file(), f"--class_data_dir {classes} is not a folder."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {held}."),
     )
+
+
+def _why_unusable(folder: Path) -> str:
+    """Say why there cannot be a folder of that name, "" if there can be."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return "it is a link to nowhere" if folder.is_symlink() else ""
+    except OSError as error:
+        return error.strerror
+    except ValueError as error:  # a zero byte
+        return str(error)
+    return ""

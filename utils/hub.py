@@ -1,23 +1,28 @@
-"""Sharing on the Hub: check before training that a repository can be written, list what is shared, and upload it."""
+"""Sharing on the Hub: check before training that a repository can be written, list what is shared, and upload it.
 
+Errors of requests are raised `from None`: trackers print the whole chain, and a careless answer repeats the token.
+"""
+
+import functools
 import json
 import shlex
-import textwrap
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OIDCError
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from utils.errors import InputError
+from utils.hub_requests import BROKEN, FAILURES, answers_within, persist, reason_of, status_of
 
 PIPELINE = "model_index.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
-# What the client raises when it cannot reach the Hub, is refused, or cannot read the answer.
-FAILURES = (HTTPError, OSError, ValueError, OIDCError)
+PRIVATE = {"class_images", "logs", "samples", "wandb"}  # folders of a run, whatever model_index.json says they are
+PATIENCE = constants.HF_HUB_ETAG_TIMEOUT  # 10 s, unless the environment sets it
 NEW_TOKEN = "Make a token with write role at https://huggingface.co/settings/tokens and log in: `hf auth login`"
 
 
+@answers_within(3 * PATIENCE)
 def prepare_repository(name: str | None, output_dir: Path, token: str | None, private: bool) -> str:
     """Create the model repository unless it exists, and check that the login may write to it.
 
@@ -42,18 +47,18 @@ def prepare_repository(name: str | None, output_dir: Path, token: str | None, pr
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(f"{repository!r} cannot be a repository: {error} Set another --hub_model_id.") from error
+        raise InputError(f"{repository!r} cannot be a repository: {error} Set another --hub_model_id.") from None
     try:
         # None, not False: an organisation may have made private its default.
-        api.create_repo(repository, private=private or None, exist_ok=True)
-        api.auth_check(repository, write=True)
-        is_exposed = private and not api.model_info(repository).private
+        persist(functools.partial(api.create_repo, repository, private=private or None, exist_ok=True))
+        persist(functools.partial(api.auth_check, repository, write=True))
+        is_exposed = private and not persist(functools.partial(api.model_info, repository)).private
     except FAILURES as error:
-        reason = _reason(error, token)
-        if _status(error) in (401, 402, 403, 404):
+        reason = reason_of(error, token)
+        if status_of(error) in (401, 402, 403, 404):
             advice = f"{NEW_TOKEN}, or set another --hub_model_id"
-            raise InputError(f"{user} may not write to the repository {repository}: {reason}. {advice}.") from error
-        raise InputError(f"the repository {repository} was not prepared: {reason}. {_detour(api)}") from error
+            raise InputError(f"{user} may not write to the repository {repository}: {reason}. {advice}.") from None
+        raise InputError(f"the repository {repository} was not prepared: {reason}. {_detour(api)}") from None
     if is_exposed:
         raise InputError(
             f"--hub_private_repo is set, but the repository {repository} exists and is public. Make it private at "
@@ -83,13 +88,15 @@ def result_files(folder: Path) -> list[Path]:
     if (folder / PIPELINE).is_file():
         files.append(folder / PIPELINE)
         # Components are named after parameters of the pipeline's class; "../elsewhere" or "checkpoint-500" are none.
-        parts |= {name for name in _read_index(folder / PIPELINE) if name.isidentifier() and not name.startswith("_")}
+        named = {name for name in _read_index(folder / PIPELINE) if name.isidentifier() and not name.startswith("_")}
+        parts |= named - PRIVATE
     if (folder / ADAPTER).is_file():
         files.append(folder / ADAPTER)
         parts.add("scheduler")
     return files + [path for part in sorted(parts) for path in (folder / part).rglob("*") if path.is_file()]
 
 
+@answers_within(6 * PATIENCE)  # a commit of many files takes the Hub a while
 def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
     """Upload in one commit what `files_to_upload` lists, and return the repository's URL.
 
@@ -99,13 +106,19 @@ def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
     try:
         token = _find_token(token)
         api = HfApi(token=token)
-        additions = [CommitOperationAdd(name, folder.resolve() / name) for name in files_to_upload(folder)]
-        # Not `upload_folder`: where xet is installed, that one makes several commits.
-        api.create_commit(repo_id, additions, commit_message="Upload the result of DreamBooth training")
+        persist(functools.partial(_commit, api, folder, repo_id), BROKEN)
     except Exception as error:  # hf_xet's errors and those of upload threads have no base class in common
         way = say_how_to_upload(folder, repo_id)
-        raise InputError(f"the upload to {repo_id} failed: {_reason(error, token)}. {way}") from error
+        raise InputError(f"the upload to {repo_id} failed: {reason_of(error, token)}. {way}") from None
     return f"{api.endpoint}/{repo_id}"
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str) -> None:
+    """Send what has not arrived yet, and commit it unless an earlier commit was done and only its answer was lost."""
+    # Made anew for each try: an addition remembers what the Hub had before.
+    additions = [CommitOperationAdd(name, folder.resolve() / name) for name in files_to_upload(folder)]
+    # Not `upload_folder`: where xet is installed, that one makes several commits.
+    api.create_commit(repo_id, additions, commit_message="Upload the result of DreamBooth training")
 
 
 def say_how_to_upload(folder: Path, repo_id: str) -> str:
@@ -119,7 +132,7 @@ def _find_token(token: str | None) -> str:
     try:
         token = (token or "").strip() or get_token()
     except FAILURES as error:
-        raise InputError(f"the environment's login failed: {_reason(error, token)}. Run `hf auth login`.") from error
+        raise InputError(f"the environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
     if token is None:
         raise InputError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
     if not (token.isascii() and token.isprintable() and " " not in token):
@@ -131,13 +144,13 @@ def _find_token(token: str | None) -> str:
 def _check_login(api: HfApi) -> str:
     """Return the user's name, or raise an `InputError` if the Hub refuses the token or lets it only read."""
     try:
-        account = api.whoami()
+        account = persist(api.whoami)
         user, access = account["name"], account.get("auth", {}).get("accessToken", {})
-    except (*FAILURES, KeyError) as error:
-        reason = _reason(error, api.token)
-        if _status(error) in (401, 403):
-            raise InputError(f"the Hub refuses the token: {reason}. {NEW_TOKEN}.") from error
-        raise InputError(f"the login cannot be checked: {reason}. {_detour(api)}") from error
+    except FAILURES as error:
+        reason = reason_of(error, api.token)
+        if status_of(error) in (401, 403):
+            raise InputError(f"the Hub refuses the token: {reason}. {NEW_TOKEN}.") from None
+        raise InputError(f"the login cannot be checked: {reason}. {_detour(api)}") from None
     if access.get("role") == "read":
         raise InputError(f"the token of {user} can only read. {NEW_TOKEN}.")
     return user
@@ -149,24 +162,6 @@ def _detour(api: HfApi) -> str:
         f"Check the connection to {api.endpoint} and that HF_HUB_OFFLINE is not set, or train without --push_to_hub "
         "and upload later with `python -m utils.upload OUTPUT_DIR`."
     )
-
-
-def _status(error: Exception) -> int | None:
-    """Return the status of the answer that an error is about, if there was one."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
-def _reason(error: BaseException, token: str | None) -> str:
-    """Return in one line what an error says, without the token and without a full stop."""
-    if isinstance(error, HfHubHTTPError):
-        words = f"{_status(error)} {error.server_message or str(error).strip().partition(chr(10))[0]}"
-    else:
-        words = str(error) or type(error).__name__
-        if error.__cause__ and str(error.__cause__) not in words:
-            words = f"{words.rstrip('.')}: {_reason(error.__cause__, token)}"
-    if token:
-        words = words.replace(token, "<token>")
-    return textwrap.shorten(words, 400, placeholder=" …").rstrip(".")
 
 
 def _read_index(path: Path) -> dict:

@@ -8,7 +8,9 @@ import io
 import logging
 import os
 import secrets
+import stat
 import unicodedata
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -33,6 +35,7 @@ PROMPT_FILE = ".prompt"
 # run Ghostscript on PostScript that is named photo.jpg.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_LARGEST_RATIO = 100  # beyond it, a picture whose short edge is made the resolution takes gigabytes
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS archives and Synology disks add
 
 _EXIF_ORIENTATION = 0x0112
@@ -121,7 +124,7 @@ def open_rgb(path: Path) -> Image.Image:
         InputError: the file is missing, cut off, corrupt, suspiciously large, or of a kind that cannot become RGB.
     """
     try:
-        with _open(path) as image:
+        with warnings.catch_warnings(action="ignore"), _open(path) as image:
             raw_mode = _raw_mode(image)
             image.load()
             turn, profile = _turn(image), image.info.get("icc_profile")
@@ -233,7 +236,11 @@ def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
 def check_source(folder: Path, prompt: str, guidance: float | None) -> None:
     """Raise InputError if a folder's images were drawn from another prompt or with another guidance."""
     path, source = folder / PROMPT_FILE, describe_source(prompt, guidance)
-    if path.is_file() and (drawn_from := path.read_text(encoding="utf-8")) != source:
+    try:
+        drawn_from = path.read_text(encoding="utf-8") if path.is_file() else source
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Use another folder.") from error
+    if drawn_from != source:
         raise InputError(f"The images in {folder} were drawn from {drawn_from!r}, not {source!r}. Use another folder.")
 
 
@@ -274,6 +281,9 @@ def _sort_key(folder: Path, path: Path) -> tuple[str, str]:
 
 def _open(path: Path) -> Image.Image:
     """Open an image file by its content without decoding it."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
+        raise InputError("it is no file")
     with Path(path).open("rb") as file:
         head = file.read(64)
     if not head:
@@ -314,13 +324,15 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _inspect(path: Path) -> tuple[tuple[int, int], bool]:
     """Decode an image; return its upright (width, height) and whether any pixel is not opaque."""
-    with _open(path) as image:
+    with warnings.catch_warnings(action="ignore"), _open(path) as image:  # of size and EXIF data: the pixels are good
         width, height = image.size
         raw_mode = _raw_mode(image)
         image.draft(None, (max(1, width // 8), max(1, height // 8)))  # JPEG only: all bytes are read, few pixels made
         image.load()
         if _turn(image) in _QUARTER_TURNS:
             width, height = height, width
+        if max(width, height) > _LARGEST_RATIO * min(width, height):
+            raise InputError(f"it is {width} x {height} pixels, more than {_LARGEST_RATIO} times as long as wide")
         alpha = _split_alpha(image, raw_mode)[1]
         return (width, height), alpha is not None and alpha.getextrema()[0] < 255
 

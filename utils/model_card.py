@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 from utils import checkpoints, model_files
 
@@ -59,7 +59,7 @@ def find_license(base_model: str, revision: str | None, token: str | None) -> di
         if not Path(base_model).is_dir():
             path = Path(huggingface_hub.hf_hub_download(base_model, "README.md", revision=revision, token=token))
         data = huggingface_hub.ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
         return {}
     names = ("license", "license_name", "license_link")
     return {name: data.get(name) for name in names if data.get(name)}

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,13 @@ from PIL import Image
 
 from utils.errors import InputError
 
+# The launcher's variables, which come before accelerate's own state: of that, some ask for packages.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -43,7 +51,8 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments) ->
 def set_up_logging(accelerator: Accelerator) -> None:
     """Write messages to stderr, those of utils from the main process only, and none of the libraries' own."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2"):  # they list requests, some with addresses that let anybody send a file
+        logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product in 8 bits
     if not accelerator.is_main_process:
         logging.getLogger("utils").setLevel(logging.ERROR)
@@ -57,13 +66,17 @@ def silence_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def check_engine(accelerator: Accelerator) -> None:
-    """Raise InputError if accelerate is set to more than one process or plain data parallelism."""
-    engine, compiler = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or compiler != "NO":
+def check_engine() -> None:
+    """Raise InputError if accelerate is set to more than one process, plain data parallelism, or to compile."""
+    asked = [name for variable, name in ENGINES.items() if os.environ.get(variable, "").lower() in ("true", "1")]
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper()
+    if compiler != "NO":
+        asked.append(f"torch.compile by {compiler}")
+    if asked:
         raise InputError(
-            f"accelerate is set to {engine} with torch.compile by {compiler}. Supported are one process or plain data "
-            "parallelism, not compiled: see `accelerate config`, or run `accelerate launch --multi_gpu`."
+            f"accelerate is set to {' with '.join(asked)}, which this script does not support: it runs in one process "
+            "or in plain data parallelism, not compiled. Change it by `accelerate config`, or launch with "
+            "`accelerate launch --multi_gpu --dynamo_backend no`."
         )
 
 
