@@ -707,8 +707,7 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
         checkpoints.announce_changes(plan.resume_from, plan.first_step, used)
-        checkpoints.open_folder(plan.output_dir)
-        checkpoints.atomic_write_text(plan.output_dir / "args.json", json.dumps(used, indent=2) + "\n")
+        checkpoints.open_folder(plan.output_dir, json.dumps(used, indent=2) + "\n")
     accelerator.wait_for_everyone()
     start_trackers(accelerator, used, plan.output_dir)
     return repository

@@ -1,13 +1,15 @@
 """What lies beside a run's own checkpoints, and checkpoints that do not fit a run: through the trainer."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.runs import SCRIPTS, Trainer, differing, names, read_metrics, read_tensors, untimed
+from tests.runs import SCRIPTS, Trainer, differing, names, read_metrics, read_tensors, untimed, wait_until
 
 SAVE_EACH = "--checkpointing_steps 1 --checkpoints_total_limit 1 --max_train_steps"
 LATEST = "--resume_from_checkpoint latest"
@@ -131,3 +133,19 @@ def test_a_changed_rate_and_length_hold_from_there_on_and_are_said(trainer, outp
         ("max_train_steps", "3", "1"),
     ]
     assert [line["lr"] for line in read_metrics(out)] == [1e-3, 5e-4, 5e-4]
+
+
+def test_two_runs_do_not_share_a_folder(trainer, tmp_path):
+    """The second is refused as long as the first lives, however its data workers live on, and changes nothing."""
+    flags = "--max_train_steps 100000 --checkpointing_steps 2 --checkpoints_total_limit 1 --dataloader_num_workers 1"
+    job = trainer.start("lora", tmp_path / "out", flags)
+    wait_until(lambda: list(job.out.glob("checkpoint-*")), "a checkpoint")
+    before = (job.out / "args.json").read_bytes()
+    refused = trainer.run("lora", job.out, f"{flags} --seed 51 {LATEST}", code=1)
+    assert refused.stderr.endswith(
+        f"error: --output_dir {job.out} is in use by another run. Wait, or use another folder.\n"
+    )
+    assert (job.out / "args.json").read_bytes() == before
+    os.kill(job.pid, signal.SIGKILL)
+    step = int(list(job.out.glob("checkpoint-*"))[-1].name.partition("-")[2])
+    trainer.run("lora", job.out, f"--max_train_steps {step + 3} {LATEST}")

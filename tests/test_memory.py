@@ -180,9 +180,11 @@ def test_what_is_no_lack_of_memory_is_let_through(error):
         "MPS backend out of memory (MPS allocated: 1 GB)",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
         "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "could not create a primitive",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
 def test_every_devices_words_for_it_are_known(text):
     """They are no exceptions of a class of their own on all devices."""
     assert devices.is_out_of_memory(RuntimeError(text))
+    assert not devices.is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))

@@ -80,3 +80,13 @@ def test_the_commands_run_in_their_order(trainer, home):
         run = subprocess.run([sys.executable, *words], cwd=home, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, f"{block}\n{run.stderr}"
         assert f"Wrote {count} pictures and grid.png to pictures" in run.stdout
+
+
+def test_what_can_go_wrong_has_a_module_for_each_line():
+    """Every line of the table names modules that are there and hold tests."""
+    section = TEXT.partition("## What can go wrong, and what happens then\n")[2].partition("\n## ")[0]
+    rows = [row.rpartition(" | ")[2] for row in re.findall(r"^\| (.*) \|$", section, re.MULTILINE)][1:]
+    assert len(rows) > 15
+    for row in rows:
+        modules = [ROOT / "tests" / f"{name}.py" for name in re.findall(r"`(test_\w+)`", row)]
+        assert modules and all("\ndef test_" in module.read_text(encoding="utf-8") for module in modules), row

@@ -30,6 +30,8 @@ except ImportError:  # Windows has no such locks: there, every leftover counts a
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
+ARGS_FILE = "args.json"
+_CLAIMS = []  # open files, whose locks say that this process works in their folders
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch says when it cannot write a file
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 HIDDEN_NAME = re.compile(r"\.(saving|replaced|removing)-(.+)-[0-9a-f]{8}")
@@ -112,17 +114,45 @@ def is_of(output_dir: Path, wanted: str | None) -> bool:
     return own in [os.path.dirname(os.path.realpath(path)) for path in (os.path.join(own, wanted), wanted)]
 
 
-def open_folder(output_dir: Path) -> None:
-    """Make a run's output folder, and clear it of what dead runs left half done.
+def open_folder(output_dir: Path, settings: str) -> None:
+    """Make a run's output folder its own until it ends, clear it of what dead runs left, and write its args.json.
+
+    Args:
+        settings: The content of args.json.
 
     Raises:
-        InputError: It cannot be made or written.
+        InputError: It cannot be made or written, or another run is at work in it.
     """
+    path = output_dir / ARGS_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _claim(path)
         remove_leftovers(output_dir)
+        atomic_write_text(path, settings)
+        _claim(path)
+    except BlockingIOError as error:
+        raise InputError(
+            f"--output_dir {output_dir} is in use by another run. Wait, or use another folder."
+        ) from error
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be used: {error.strerror}. Use another folder.") from error
+
+
+def _claim(path: Path) -> None:
+    """Lock a file for the life of this process, or raise BlockingIOError; forks of it, like data workers, hold none.
+
+    This process must not open the file again: the lock would go with the first handle that is closed.
+    """
+    if fcntl is None:
+        return
+    _CLAIMS.append(path.open("r+b"))
+    try:
+        fcntl.lockf(_CLAIMS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(str(error)) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def write_state(folder: Path, step: int, fits: dict) -> None:
@@ -180,7 +210,7 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
 
 def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:
     """Say which flags are others than in the run that is gone on with, as far as its args.json lies beside it."""
-    path = checkpoint and checkpoint.parent / "args.json"
+    path = checkpoint and checkpoint.parent / ARGS_FILE
     if path is None or not path.is_file():
         return
     try:

@@ -14,6 +14,8 @@ from utils.flag_checks import is_installed
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+
 
 def has_accelerator() -> bool:
     """Say whether training will run on a GPU or the like, as `accelerate` will decide it."""
@@ -89,7 +91,10 @@ def going_on_without_memory(what: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory ran out, on any device."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    text = str(error).strip()
+    # oneDNN says the last of these where it has no memory, and more words than that where something else is wrong.
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or any(sign in text for sign in OUT_OF_MEMORY)
+        or text == "could not create a primitive"
     )
