@@ -98,6 +98,13 @@ def test_what_a_kill_interrupted_is_told_by_what_it_left(tmp_path):
     assert found == ["the start", "a step", *list(torture.AIMS)[1:]]
 
 
+def test_a_line_that_is_cut_off_is_found(tmp_path):
+    """As it would be if it were written in two parts."""
+    assert torture.find_torn_lines(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert torture.find_torn_lines(tmp_path) == ['{"st']
+
+
 def test_every_file_and_every_number_of_a_step_counts(tmp_path):
     """But not the folder's name and the timings."""
     for name, loss in (("one", 0.5), ("two", 0.5), ("three", 0.25)):

@@ -4,7 +4,8 @@
 
 Each run trains a tiny model and saves a checkpoint every other step, keeping one. It is killed by SIGKILL, with all
 that it has started, resumed by `--resume_from_checkpoint latest`, and killed again, until it ends. Then its result,
-its last checkpoint and its metrics must be those of the run that was left alone, to the bit.
+its last checkpoint and its metrics must be those of the run that was left alone, to the bit. After each kill, every
+line of its metrics must be whole.
 
 Random moments would hardly hit a save, which is short: most kills wait for the hidden folder of one and strike within.
 """
@@ -119,6 +120,7 @@ def torture(args: argparse.Namespace, script: str, chance: random.Random) -> Tal
         out = args.output / f"{script}-{tally.rounds}"
         while tally.kills.total() < args.kills and strike(start(args, script, out), out, chance, seconds):
             tally.kills[find_half_done(out)] += 1
+            tally.differences += [f"{out}: a kill left {line!r} in its metrics" for line in find_torn_lines(out)]
             print(f"\r{script}: {tally.kills.total()} of {args.kills} kills", end="", file=sys.stderr, flush=True)
         finish(start(args, script, out), out)
         tally.rounds += 1
@@ -221,6 +223,17 @@ def find_half_done(out: Path) -> str:
         if pattern and any(out.glob(pattern)):
             return name
     return "a step" if (out / "metrics.jsonl").exists() else "the start"
+
+
+def find_torn_lines(out: Path) -> list[str]:
+    """Return the lines of a run's metrics that are no JSON."""
+    path, torn = out / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            json.loads(line)
+        except ValueError:
+            torn.append(line)
+    return torn
 
 
 def compare(calm: Path, out: Path) -> list[str]:
