@@ -121,6 +121,16 @@ def test_a_checkpoint_that_does_not_fit_names_the_difference(trainer, outputs, t
     assert contents(out) == before
 
 
+def test_a_checkpoint_of_another_number_of_processes_is_named(trainer, outputs, tmp_path):
+    """Its batches were others, even if as many pictures came in each."""
+    shutil.copytree(outputs / "lora", out := tmp_path / "out")
+    path = out / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"fits": state["fits"] | {"processes": 2}}))
+    run = trainer.run("lora", out, f"--max_train_steps 2 {LATEST}", code=1)
+    assert "in\n  processes: 2 there, 1 here\nGive the same as there" in run.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_changed_rate_and_length_hold_from_there_on_and_are_said(trainer, outputs, tmp_path, script):
     """Only what is changed is said, once each."""
