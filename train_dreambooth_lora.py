@@ -54,7 +54,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils import adapters, captions, checkpoints, devices, drawing, hub, images, model_card, model_files, schedules
-from utils.config_file import hide_from_command_line, parse_with_config
+from utils.caption_files import STRATEGIES, find_captions
+from utils.config_file import parse_with_config
 from utils.embedding_cache import open_cache
 from utils.errors import InputError, exit_status
 from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
@@ -63,6 +64,7 @@ from utils.geometry import CROP_STYLES, Size, crop_box, find_size_problems, pars
 from utils.memory_use import explaining_running_out
 from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
 from utils.processes import check_engine, on_main_process, set_up_logging
+from utils.run_summary import describe_run
 from utils.seeds import derive_seed, generator, shuffled
 from utils.stop_request import StopRequest, ignore_signals
 
@@ -138,7 +140,7 @@ class Example(NamedTuple):
     """One picture of the run: known before any pixel is read."""
 
     path: Path
-    prompt: str
+    prompts: tuple[str, ...]  # one is drawn at each visit
     is_prior: bool
     is_missing: bool = False  # a class image that is still to be drawn
 
@@ -172,6 +174,7 @@ class Plan:
     previews: list[drawing.Preview]  # the pictures of each round of validation
     output_dir: Path
     resume_from: Path | None
+    prompt: str  # the instance prompt, or a photo's caption
     fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
 
 
@@ -242,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. The loop.
         loader = make_loader(args, accelerator, plan, prompts, examples)
-        summary = describe_run(args, plan, examples, models, optimizer)
+        method, kind = method_fits(args, plan.base), type(optimizer.optimizer).__name__
+        summary = describe_run(vars(args), plan, method, examples, models, kind)
         accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
         accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
         finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
@@ -280,7 +284,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
     parser = make_parser()
     args = parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
-    hide_from_command_line(args.hub_token)
     if problems := find_problems(args) + find_method_problems(args):
         parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
     return args
@@ -330,7 +333,10 @@ def add_data_args(add, switch) -> None:
     """Add the flags of the photos and class images."""
     modes, precisions = [mode.name.lower() for mode in Image.Resampling], ["no", "fp32", "fp16", "bf16"]
     add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
-    add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog' (required).")
+    add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog'.")
+    where = "textfile: the lines of photo.txt beside photo.jpg, one a visit; metadata: metadata.jsonl."
+    add("--caption_strategy", default="instanceprompt", choices=STRATEGIES, help=f"Where captions are. {where}")
+    switch("--prepend_instance_prompt", help="Begin each of those captions with the instance prompt.")
     add("--resolution", metavar="SIZE", help="Pixels, as 512 or 512x640 (width x height); unset: the model's own.")
     add("--crop_style", choices=CROP_STYLES, help="shifted_center: up to a tenth off, as IF had it. Unset: random.")
     switch("--center_crop", help="The same as --crop_style center.")
@@ -436,12 +442,13 @@ def find_problems(args: Namespace) -> list[str]:
     ranges = dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
     ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout"), "in [0, 1)")
     ranges |= dict.fromkeys(NOT_NEGATIVE, "0 or more") | dict.fromkeys(AT_LEAST_ONE, "1 or more")
-    needed = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
+    wants_prompt = args.caption_strategy == "instanceprompt" or args.prepend_instance_prompt
+    needed = ["pretrained_model_name_or_path", "instance_data_dir", *["instance_prompt"] * wants_prompt]
     photos, output = args.instance_data_dir and Path(args.instance_data_dir), Path(args.output_dir)
     classes = class_folder(args) if args.with_prior_preservation else None
     return [
         *(f"--{name} is required." for name in needed if not (getattr(args, name) or "").strip()),
-        *captions.find_undecodable({name: value for name, value in vars(args).items() if name.endswith("_prompt")}),
+        *captions.find_undecodable(vars(args)),
         *find_out_of_range(vars(args), ranges),
         *find_size_problems("--resolution", args.resolution),
         *find_size_problems("--validation_resolution", args.validation_resolution, many=True),
@@ -522,12 +529,14 @@ def idle_flags(args: Namespace) -> list[str]:
     has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
     unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
     lacking = {name: need for name, need in needs.items() if getattr(args, name) and not getattr(args, need)}
+    prepends = args.prepend_instance_prompt and args.caption_strategy == "instanceprompt"
     return problems_that_hold(
         (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
         (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
         (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
         (xformers, "xformers is not installed: torch's own attention serves instead."),
         *((True, f"--{name} has no effect without --{need}.") for name, need in lacking.items()),
+        (prepends, "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt."),
         (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
         (args.class_labels_conditioning == "timesteps", published),
     )
@@ -555,7 +564,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
         scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
-    own = Size.of_config(unet.get("sample_size", 64))
+    own = Size.of_config(unet.get("sample_size") or 64)
     usual = str(own) if is_if else "768" if prediction_type == "v_prediction" else "512"
     hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
     base = BaseModel(
@@ -595,7 +604,7 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
     precision = args.text_encoder_precision and not base.precomputes_text
     unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
-    lost = captions.find_prompt_problems("--instance_prompt", args.instance_prompt) if is_if else []
+    lost = captions.find_prompt_problems("--instance_prompt", args.instance_prompt or "") if is_if else []
     return problems_that_hold(
         *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
         (uneven, f"--resolution or --validation_resolution {uneven}: the model needs multiples of {factor}."),
@@ -624,7 +633,9 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
         logger.warning(f"the model draws {base.own_size} px, but trains at {width}: --resolution sets another size.")
     if small := sum(size[0] < width or size[1] < height for size in photos.sizes.values()):
         logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
-    examples = [Example(path, args.instance_prompt, is_prior=False) for path in photos.sizes]
+    options = (args.instance_prompt, args.prepend_instance_prompt)
+    prompts = find_captions(args.caption_strategy, Path(args.instance_data_dir), list(photos.sizes), *options)
+    examples = [Example(path, prompts[path], is_prior=False) for path in photos.sizes]
     if not args.with_prior_preservation:
         return examples
     folder = class_folder(args)
@@ -634,7 +645,7 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
             f"{folder} lacks {len(missing)} of {len(paths)} class images, and stage II cannot draw from words alone. "
             "Give --class_data_dir with enough of them, or --stage_one_model_name_or_path."
         )
-    return examples + [Example(path, args.class_prompt, is_prior=True, is_missing=path in missing) for path in paths]
+    return examples + [Example(path, (args.class_prompt,), True, is_missing=path in missing) for path in paths]
 
 
 # Same in train_dreambooth.py
@@ -661,6 +672,8 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     fits |= {"resolution": str(base.resolution), "precision": accelerator.mixed_precision}
     fits |= {"processes": processes, "photos": photos, "class images": priors, "fed by": base.conditioning}
     fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base)
+    prompts = [list(example.prompts) for example in examples if not example.is_prior]
+    fits["captions"] = None if args.caption_strategy == "instanceprompt" else prompts
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], fits)
         checkpoints.warn_of_newer(Path(args.output_dir), state["step"])
@@ -681,6 +694,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         previews=drawing.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
         output_dir=Path(args.output_dir),
         resume_from=resume_from,
+        prompt=args.instance_prompt or examples[0].prompts[0],
         fits=fits,
     )
     schedules.check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
@@ -796,24 +810,32 @@ def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, mo
 # Same in train_dreambooth.py
 def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example]) -> PromptTable:
     """Tokenise every prompt of the run, and encode them here and now if the text encoder is to be freed."""
-    texts = [example.prompt for example in examples]
-    if args.validation_prompt:
-        texts += [args.validation_prompt, args.validation_negative_prompt]
-    texts = list(dict.fromkeys(texts + [""] * bool(args.caption_dropout or plan.base.is_if)))
-    tokenizer = load_tokenizer(args, plan.base)
-    length = plan.base.tokens or tokenizer.model_max_length
-    captions.check_tokenizer(tokenizer, length, plan.base.vocabulary)
-    # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
-    words = [captions.clean(text) for text in texts] if plan.base.is_if else texts
-    rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    captions.warn_of_losses(texts, words, tokenizer, length)
-    mask = rows["attention_mask"].to(accelerator.device) if plan.base.hides_padding else None
-    prompts = PromptTable(texts, rows["input_ids"].to(accelerator.device), mask)
+    prompts = tokenise_prompts(args, plan.base, examples, accelerator.device)
     if plan.base.precomputes_text:
         # The first process of a machine fills the cache, the others then find it full.
         with accelerator.local_main_process_first():
             prompts.embeds = precompute_embeddings(args, accelerator, plan, prompts)
     return prompts
+
+
+# Same in train_dreambooth.py
+def tokenise_prompts(args: Namespace, base: BaseModel, examples: list[Example], device: torch.device) -> PromptTable:
+    """Tokenise every prompt of the run, and say what the model will not see of it."""
+    texts = [prompt for example in examples for prompt in example.prompts]
+    if args.validation_prompt:
+        texts += [args.validation_prompt, args.validation_negative_prompt]
+    if args.caption_dropout or base.is_if:
+        texts.append("")
+    texts = list(dict.fromkeys(texts))
+    tokenizer = load_tokenizer(args, base)
+    length = base.tokens or tokenizer.model_max_length
+    captions.check_tokenizer(tokenizer, length, base.vocabulary)
+    # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
+    words = [captions.clean(text) for text in texts] if base.is_if else texts
+    rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    captions.warn_of_losses(texts, words, tokenizer, length)
+    mask = rows["attention_mask"].to(device) if base.hides_padding else None
+    return PromptTable(texts, rows["input_ids"].to(device), mask)
 
 
 # Same in train_dreambooth.py
@@ -948,7 +970,7 @@ class DreamBoothDataset(Dataset):
         """Remember what is needed to cut pictures; read none."""
         self.examples = examples
         rows = {text: row for row, text in enumerate(prompts.texts)}
-        self.prompt_rows, self.empty_row = [rows[example.prompt] for example in examples], rows.get("")
+        self.prompt_rows, self.empty_row = [[rows[text] for text in one.prompts] for one in examples], rows.get("")
         self.caption_dropout, self.random_flip = args.caption_dropout, args.random_flip
         self.seed, self.size = plan.seed, plan.base.resolution
         self.crop_style = "center" if args.center_crop else args.crop_style or "random"
@@ -956,7 +978,7 @@ class DreamBoothDataset(Dataset):
         self.resample = Image.Resampling[mode.upper()]
 
     def __getitem__(self, draw: Draw) -> dict:
-        """Return one example; its crop and flip depend on the seed, the example and the visit alone."""
+        """Return one example; its crop, flip and caption depend on the seed, the example and the visit alone."""
         example = self.examples[draw.example]
         chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, draw.visit))
         image = images.open_covering(example.path, self.size, self.resample)
@@ -966,7 +988,7 @@ class DreamBoothDataset(Dataset):
         is_nameless = random.Random(derive_seed(draw.seed, "caption dropout")).random() < self.caption_dropout
         return {
             "pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1,
-            "prompt_rows": self.empty_row if is_nameless else self.prompt_rows[draw.example],
+            "prompt_rows": self.empty_row if is_nameless else chance.choice(self.prompt_rows[draw.example]),
             "is_prior": example.is_prior,
             "seeds": draw.seed,
             "names": str(example.path),
@@ -1423,37 +1445,6 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
 # ------------------------------------------------------------------------------------------------------------ result
 
 
-# Same in train_dreambooth.py
-def describe_run(
-    args: Namespace, plan: Plan, examples: list[Example], models: Models, optimizer: Optimizer
-) -> dict[str, str]:
-    """Return the run in words, for the start-up screen and the model card."""
-    base, prompts = plan.base, [repr(example.prompt) for example in examples if not example.is_prior]
-    trained, frozen = devices.count_parameters(models.unet, models.vae, models.text_encoder)
-    class_images, rates = len(examples) - len(prompts), " and ".join(f"{rate:g}" for rate in plan.learning_rates)
-    batch = f"{args.train_batch_size} x {plan.processes} processes x {args.gradient_accumulation_steps} accumulated"
-    words = f"{class_images} of {args.class_prompt!r}, prior weight {args.prior_loss_weight:g}"
-    text = "trained" if args.train_text_encoder else "encoded once and freed" if base.precomputes_text else "frozen"
-    text += f", {base.tokens} tokens" * bool(base.tokens) + ", padding hidden" * base.hides_padding
-    text += f", {args.caption_dropout:.0%} of the captions empty" * bool(args.caption_dropout)
-    variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
-    return {
-        "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
-        "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
-        "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
-        **{name: str(value) for name, value in method_fits(args, base).items()},
-        "text encoder": text,
-        **({"variance": variance} if base.learns_variance else {}),
-        "photos": f"{len(prompts)} of {' or '.join(sorted(set(prompts))[:3])}",
-        "class images": words if class_images else "none",
-        "batch": f"{batch} = {plan.examples_per_step} pictures a step",
-        "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
-        "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
-        "learning rate": f"{rates}, {args.lr_scheduler}, {type(optimizer.optimizer).__name__}",
-        "arithmetic": f"{plan.fits['precision']} mixed precision on {models.unet.device.type}, seed {plan.seed}",
-    }
-
-
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write the adapter file and, beside it, the scheduler that the result draws with."""
     if accelerator.is_main_process:
@@ -1464,9 +1455,10 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     accelerator.wait_for_everyone()
 
 
-def usage_snippet(args: Namespace, base: BaseModel, name: str) -> str:
+def usage_snippet(args: Namespace, base: BaseModel, name: str, prompt: str) -> str:
     """Return Python code that draws a picture with the result; stage II's wants a small picture beside it."""
-    prompt, max_length = args.validation_prompt or args.instance_prompt, args.tokenizer_max_length
+    prompt = args.validation_prompt or prompt
+    max_length = args.tokenizer_max_length
     reading = () if base.is_if else model_card.reading_lines(max_length, args.text_encoder_use_attention_mask)
     places = (args.pretrained_model_name_or_path, args.revision, args.variant, reading)
     has_scheduler = base.learns_variance and not args.train_variance
@@ -1482,11 +1474,11 @@ def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str 
         title=repository or plan.output_dir.resolve().name,
         base_model=args.pretrained_model_name_or_path,
         tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", family, *METHOD_TAGS],
-        instance_prompt=args.instance_prompt,
+        instance_prompt=plan.prompt,
         validation_prompt=args.validation_prompt,
         grid=f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png",
         settings=summary,
-        snippet=usage_snippet(args, plan.base, repository or str(plan.output_dir)),
+        snippet=usage_snippet(args, plan.base, repository or str(plan.output_dir), plan.prompt),
     )
     model_card.write(plan.output_dir, card, args.revision, args.hub_token)
     if repository:

@@ -1,6 +1,18 @@
 """Bad flags, folders, pictures, models and checkpoints: each run by a script, with the whole of what it must say.
 
-Between « and » a message holds a regular expression for a library's own words; all else is compared letter by letter.
+To add a case, put an entry into the table of its subject:
+
+    FLAGS, OF_ONE_SCRIPT, PARSER, UNFIT     flags, and the sentence about the one mistake in them
+    CONFIGS                                 the content of a --config, and what is said of it
+    PHOTOS                                  the name of a photo, what is wrong with it, and what is in it
+    FOLDERS, MODELS, CHECKPOINTS, OTHERS    a name and a `Case` that is refused before anything is written
+    LOADED                                  the same for what loading a model finds, once args.json is written
+    FINE                                    a name and a `Case` that is taken, with warnings or without a word
+
+A `Case` is the message, the makers of the input, which are called in their order, and flags on top of the usual ones.
+The scripts take turns; `pytest tests/test_bad_input.py -k 'part of the name'` runs one case. In flags and messages,
+{root}, {photos}, {model} and {out} are paths of the case's `Place`. Between « and » a message holds a regular
+expression for a library's own words; all else is compared letter by letter.
 """
 
 import dataclasses
@@ -10,7 +22,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,43 +35,15 @@ from tests.conftest import draw_picture
 from tests.runs import BASE_FLAGS, SCRIPTS, WEIGHTS_FILE, Run, Trainer
 from utils.make_model import build_tokenizer
 
-USAGE = "--pretrained_model_name_or_path MODEL --instance_data_dir DIR --instance_prompt PROMPT [...]"
-WEIGHTS = {
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-}
-LAYER = {"unet": "conv_in.bias", "vae": "encoder.conv_in.bias", "text_encoder": "final_layer_norm.bias"}
-SIZE_WORDS = "is no size: give the edge of a square in pixels, such as 512, or WIDTHxHEIGHT, such as 96x64."
-SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif .avif"
-EVIL = "open({!r}, 'w').close()\n"  # code that leaves a file behind
 
-
-@dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a case lies; the photos, a good one among them, and the model are there before it is made."""
+    """The paths of a case; the model and one good photo are there before its makers are called."""
 
-    root: Path
-
-    @property
-    def photos(self) -> Path:
-        """Return the folder of photos."""
-        return self.root / "photos"
-
-    @property
-    def model(self) -> Path:
-        """Return the folder of the model."""
-        return self.root / "model"
-
-    @property
-    def out(self) -> Path:
-        """Return the output folder, which does not exist."""
-        return self.root / "out"
-
-    @property
-    def executed(self) -> Path:
-        """Return the file that exists once evil code has run."""
-        return self.root / "executed"
+    def __init__(self, root: Path):
+        """Name what is below a folder."""
+        self.root, self.model, self.photos = root, root / "model", root / "photos"
+        self.out = root / "out"  # does not exist
+        self.executed = root / "executed"  # exists once evil code has run
 
     def fill(self, text: str) -> str:
         """Put the paths into a message or into flags."""
@@ -68,62 +52,68 @@ class Place:
         return text
 
 
+Maker = Callable[[Place], object]
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An input, and what is said of it."""
 
     message: str  # of a refusal what follows "error: "; else the whole of the warnings and notes
-    make: Callable[[Place], object] = lambda at: None
+    makers: Sequence[Maker] = ()
     flags: str = ""
-    status: int = 1
+    status: int = 1  # 2: the flags are wrong
     left: tuple[str, ...] = ()  # what the output folder holds afterwards, beside what it held
     script: str | None = None  # None: either will do
     told: str = ""  # what stands before the error
 
+    def make(self, at: Place) -> None:
+        """Call the makers."""
+        for maker in self.makers:
+            maker(at)
 
-# Makers.
+
+# Makers of files and folders; names are paths below the root.
 
 
-def write(name: str, content: bytes | str) -> Callable[[Place], object]:
-    """Write a file below the case's root."""
+def write(name: str, content: bytes | str) -> Maker:
+    """Write a file, in a folder that is made for it if need be."""
     content = content.encode() if isinstance(content, str) else content
-    return lambda at: at.root.joinpath(name).write_bytes(content)
+    return lambda at: [make_parents(at.root / name), (at.root / name).write_bytes(content)]
 
 
-def photo(name: str, content: bytes | str) -> Callable[[Place], object]:
-    """Put a file among the photos."""
-    return write(f"photos/{name}", content)
+def make_parents(path: Path) -> None:
+    """Make the folder that something is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def picture(name: str, image: Image.Image, **options) -> Callable[[Place], object]:
-    """Put a picture among the photos."""
-    return lambda at: image.save(at.photos / name, **options)
+def folder(name: str) -> Maker:
+    """Make an empty folder."""
+    return lambda at: (at.root / name).mkdir()
 
 
-def encoded(kind: str, width: int = 64, height: int = 64) -> bytes:
-    """Return the bytes of a picture."""
-    file = io.BytesIO()
-    draw_picture(width, height, 1).save(file, kind)
-    return file.getvalue()
+def link(name: str, target: str) -> Maker:
+    """Make a link."""
+    return lambda at: [make_parents(at.root / name), (at.root / name).symlink_to(at.fill(target))]
 
 
-def link(name: str, target: str) -> Callable[[Place], object]:
-    """Make a link below the case's root."""
-    return lambda at: (at.root / name).symlink_to(at.fill(target))
-
-
-def empty(name: str) -> Callable[[Place], object]:
-    """Empty a folder below the case's root."""
-    return lambda at: [shutil.rmtree(at.root / name), (at.root / name).mkdir()]
-
-
-def remove(name: str) -> Callable[[Place], object]:
-    """Remove a file or folder below the case's root."""
+def remove(name: str) -> Maker:
+    """Remove a file or folder."""
     return lambda at: (shutil.rmtree if (at.root / name).is_dir() else os.unlink)(at.root / name)
 
 
-def lock(name: str, mode: int) -> Callable[[Place], object]:
-    """Change what may be done with a file or folder below the case's root, or skip the case if nobody minds."""
+def empty(name: str) -> Maker:
+    """Empty a folder."""
+    return lambda at: [remove(name)(at), folder(name)(at)]
+
+
+def cut_off(name: str, size: int | None = None) -> Maker:
+    """Cut a file off after some bytes, or near its end."""
+    return lambda at: os.truncate(at.root / name, size or (at.root / name).stat().st_size - 999)
+
+
+def lock(name: str, mode: int) -> Maker:
+    """Change what may be done with a file or folder, or skip the case if nobody minds."""
 
     def make(at: Place) -> None:
         (at.root / name).chmod(mode)
@@ -133,12 +123,57 @@ def lock(name: str, mode: int) -> Callable[[Place], object]:
     return make
 
 
-def both(*makers: Callable[[Place], object]) -> Callable[[Place], object]:
-    """Do several things."""
-    return lambda at: [make(at) for make in makers]
+# Makers of photos.
+
+PICTURE = draw_picture(64, 64, 1)
 
 
-def config(filename: str, removed: tuple[str, ...] = (), **changes) -> Callable[[Place], object]:
+def photo(name: str, content: bytes | str) -> Maker:
+    """Put a file among the photos."""
+    return write(f"photos/{name}", content)
+
+
+def encoded(kind: str) -> bytes:
+    """Return the bytes of a picture."""
+    file = io.BytesIO()
+    PICTURE.save(file, kind)
+    return file.getvalue()
+
+
+def picture(name: str, image: Image.Image, **options) -> Maker:
+    """Put a picture among the photos."""
+    return lambda at: image.save(at.photos / name, **options)
+
+
+def blank(name: str, mode: str, width: int, height: int) -> Maker:
+    """Put a picture of one colour among the photos; some are too large to be kept in memory until their turn."""
+    return lambda at: Image.new(mode, (width, height)).save(at.photos / name)
+
+
+def heic(name: str) -> Maker:
+    """Put a photo as a phone writes it among the photos, or skip the case if it cannot be written."""
+    return lambda at: pytest.importorskip("pillow_heif").from_pillow(PICTURE).save(at.photos / name)
+
+
+def captions(count: int) -> Maker:
+    """Put empty text files among the photos."""
+    return lambda at: [(at.photos / f"{number:04d}.txt").touch() for number in range(count)]
+
+
+# Makers of models.
+
+UNET, VAE, TEXT_ENCODER = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
+LAYER = {"unet": "conv_in.bias", "vae": "encoder.conv_in.bias", "text_encoder": "final_layer_norm.bias"}
+EVIL = "open({!r}, 'w').close()\n"  # code that leaves a file behind
+
+
+def config(filename: str, removed: tuple[str, ...] = (), **changes) -> Maker:
     """Change entries of one of the model's JSON files."""
 
     def make(at: Place) -> None:
@@ -149,12 +184,17 @@ def config(filename: str, removed: tuple[str, ...] = (), **changes) -> Callable[
     return make
 
 
-def index(**changes) -> Callable[[Place], object]:
+def index(**changes) -> Maker:
     """Change entries of the model's index."""
     return config("model_index.json", **changes)
 
 
-def tensors(part: str, change: Callable[[dict], object]) -> Callable[[Place], object]:
+def scheduler(*removed: str, **changes) -> Maker:
+    """Change entries of the scheduler's config."""
+    return config(SCHEDULER, removed, **changes)
+
+
+def tensors(part: str, change: Callable[[dict], object]) -> Maker:
     """Change the weights of a part of the model."""
 
     def make(at: Place) -> None:
@@ -165,13 +205,23 @@ def tensors(part: str, change: Callable[[dict], object]) -> Callable[[Place], ob
     return make
 
 
-def not_finite(part: str, value: float) -> Callable[[Place], object]:
+def without_layer(part: str) -> Maker:
+    """Remove a layer."""
+    return tensors(part, lambda weights: weights.pop(LAYER[part]))
+
+
+def other_shape(part: str) -> Maker:
+    """Give a layer three numbers."""
+    return tensors(part, lambda weights: weights.update({LAYER[part]: torch.zeros(3)}))
+
+
+def not_finite(part: str, value: float) -> Maker:
     """Put one number that is none into a layer."""
     return tensors(part, lambda weights: weights[LAYER[part]].view(-1)[:1].fill_(value))
 
 
-def pickled(part: str, content: Callable[[dict, Place], object]) -> Callable[[Place], object]:
-    """Replace the weights of a part by a pickle."""
+def pickled(part: str, content: Callable[[dict, Place], object] = lambda weights, at: weights) -> Maker:
+    """Replace the weights of a part by a pickle, of the same weights or of what is made in their place."""
 
     def make(at: Place) -> None:
         path = at.model / WEIGHTS[part]
@@ -194,48 +244,21 @@ class Evil:
         return exec, (self.code,)
 
 
-def code(name: str) -> Callable[[Place], object]:
+def code(name: str) -> Maker:
     """Put a Python file into the model that leaves a trace where it is executed."""
     return lambda at: (at.model / name).write_text(EVIL.format(str(at.executed)))
 
 
-def checkpoint(state: object, name: str = "checkpoint-1", folder: str = "out") -> Callable[[Place], object]:
-    """Write a checkpoint that holds nothing but its state."""
-
-    def make(at: Place) -> None:
-        (at.root / folder / name).mkdir(parents=True)
-        text = state if isinstance(state, str) else json.dumps(state)
-        (at.root / folder / name / "trainer_state.json").write_text(text)
-
-    return make
+def more_words(at: Place) -> None:
+    """Write a tokenizer that knows one word more than the model's."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["wombat"])
+    tokenizer.save_pretrained(at.root / "words")
 
 
 # The tables.
 
-
-def unreadable(name: str, reason: str, count: int = 2) -> str:
-    """Return what is said of one photo that cannot be read."""
-    return (
-        f"1 of {count} images in --instance_data_dir {{photos}} cannot be read:\n  {{photos}}/{name}: {reason}\n"
-        "Mend or remove them, or go on without them by --skip_bad_images."
-    )
-
-
-def not_loaded(part: str, reason: str, advice: str = "Download the model again, or use another.") -> str:
-    """Return what is said of a part of the model that cannot be loaded."""
-    return f"The {part} of {{model}} cannot be loaded: {reason} {advice}"
-
-
-def lacking(part: str, layers: str) -> str:
-    """Return what is said of weights that are not complete."""
-    return f"The {part} of {{model}} lacks weights of {layers}. Download the model again, or use another."
-
-
-def no_readable(name: str, reason: str) -> str:
-    """Return what is said of a model without one of its configs."""
-    return f"The model {{model}} is a folder without a readable {name}: {reason}"
-
-
+SIZE_WORDS = "is no size: give the edge of a square in pixels, such as 512, or WIDTHxHEIGHT, such as 96x64."
 PRIOR = "--with_prior_preservation --class_prompt 'a dog' --num_class_images 1"
 FLAGS = {  # by flags, the sentence of the one mistake in them
     "--resolution 0": f"--resolution 0 {SIZE_WORDS}",
@@ -292,6 +315,8 @@ FLAGS = {  # by flags, the sentence of the one mistake in them
     "--validation_prompt x --validation_images {photos}/none.png": (
         "--validation_images {photos}/none.png: No such file or directory"
     ),
+    "--instance_prompt ' '": "--instance_prompt is required.",
+    "--instance_prompt 'a \udcff dog'": "--instance_prompt 'a \\udcff dog' is not written in UTF-8.",
 }
 OF_ONE_SCRIPT = {
     "--skip_save_text_encoder --train_text_encoder": (
@@ -331,69 +356,70 @@ UNFIT = {  # by flags, what is said of them once the model is known
 }
 DAMAGED = "it is cut off or damaged («.+»)"
 NO_FORMAT = "it is damaged, or in no format that is read here (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
-PHOTOS = {
-    "truncated.jpg": Case(DAMAGED, photo("truncated.jpg", encoded("JPEG")[:700])),
-    "truncated.png": Case(DAMAGED, photo("truncated.png", encoded("PNG")[:-500])),
-    "truncated.webp": Case(DAMAGED, photo("truncated.webp", encoded("WEBP")[:-100])),
-    "empty.png": Case("the file is empty", photo("empty.png", "")),
-    "drawing.png": Case(NO_FORMAT, photo("drawing.png", "<svg xmlns='http://www.w3.org/2000/svg'/>")),
-    "page.jpg": Case(NO_FORMAT, photo("page.jpg", "<!DOCTYPE html><title>404</title>")),
-    "script.jpg": Case(NO_FORMAT, photo("script.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),
-    "phone.heic": Case(NO_FORMAT, photo("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))),
-    "pointer.png": Case(NO_FORMAT, photo("pointer.png", "version https://git-lfs.github.com/spec/v1\n")),
-    "deep.tiff": Case(
+PHOTOS = {  # by name, what is said of the photo, and its content or makers
+    "truncated.jpg": (DAMAGED, encoded("JPEG")[:700]),
+    "truncated.png": (DAMAGED, encoded("PNG")[:-500]),
+    "truncated.webp": (DAMAGED, encoded("WEBP")[:-100]),
+    "empty.png": ("the file is empty", ""),
+    "drawing.png": (NO_FORMAT, "<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "page.jpg": (NO_FORMAT, "<!DOCTYPE html><title>404</title>"),
+    "script.jpg": (NO_FORMAT, "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "phone.heic": (NO_FORMAT, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)),
+    "pointer.png": (NO_FORMAT, "version https://git-lfs.github.com/spec/v1\n"),
+    "deep.tiff": (
         "its pixels are of mode F, without a fixed range; save it with 8 bits per colour",
-        picture("deep.tiff", Image.new("F", (64, 64))),
+        [blank("deep.tiff", "F", 64, 64)],
     ),
-    "long.png": Case(
+    "long.png": (
         "it is 30000 x 1 pixels, more than 100 times as long as wide",
-        picture("long.png", Image.new("RGB", (30_000, 1))),
+        [blank("long.png", "RGB", 30_000, 1)],
     ),
-    "bomb.png": Case(
+    "bomb.png": (
         "Image size (400000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack",
-        picture("bomb.png", Image.new("1", (20_000, 20_000))),
+        [blank("bomb.png", "1", 20_000, 20_000)],
     ),
-    "gone.png": Case("No such file or directory", link("photos/gone.png", "{root}/nowhere.png")),
-    "loop.png": Case("Too many levels of symbolic links", link("photos/loop.png", "{photos}/loop.png")),
-    "pipe.png": Case("it is no file", lambda at: os.mkfifo(at.photos / "pipe.png")),
-    "device.png": Case("it is no file", link("photos/device.png", "/dev/zero")),
-    "locked.png": Case("Permission denied", both(photo("locked.png", encoded("PNG")), lock("photos/locked.png", 0))),
-    "two\nlines.png": Case("the file is empty", photo("two\nlines.png", "")),
+    "gone.png": ("No such file or directory", [link("photos/gone.png", "{root}/nowhere.png")]),
+    "loop.png": ("Too many levels of symbolic links", [link("photos/loop.png", "{photos}/loop.png")]),
+    "pipe.png": ("it is no file", [lambda at: os.mkfifo(at.photos / "pipe.png")]),
+    "device.png": ("it is no file", [link("photos/device.png", "/dev/zero")]),
+    "locked.png": ("Permission denied", [photo("locked.png", encoded("PNG")), lock("photos/locked.png", 0)]),
+    "two\nlines.png": ("the file is empty", ""),
 }
+SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif .avif"
 NO_IMAGES = f"--instance_data_dir {{photos}} holds no images (looked for {SUFFIXES}). "
+NOT_FITTING = "the flags do not fit:\n  - "
 FOLDERS = {
-    "an empty folder": Case(NO_IMAGES + "It is empty.", empty("photos")),
+    "an empty folder": Case(NO_IMAGES + "It is empty.", [empty("photos")]),
     "captions alone": Case(
         NO_IMAGES + "Found: a.caption, a.txt.",
-        both(empty("photos"), photo("a.txt", "a dog"), photo("a.caption", "a dog")),
+        [empty("photos"), photo("a.txt", "a dog"), photo("a.caption", "a dog")],
     ),
-    "an SVG alone": Case(NO_IMAGES + "Found: dog.svg.", both(empty("photos"), photo("dog.svg", "<svg/>"))),
+    "an SVG alone": Case(NO_IMAGES + "Found: dog.svg.", [empty("photos"), photo("dog.svg", "<svg/>")]),
     "a folder that is named like a picture": Case(
-        NO_IMAGES + "It is empty.", both(empty("photos"), lambda at: (at.photos / "x.png").mkdir())
+        NO_IMAGES + "It is empty.", [empty("photos"), folder("photos/x.png")]
     ),
     "10,000 captions": Case(
         NO_IMAGES + f"Found: {', '.join(f'{number:04d}.txt' for number in range(10))} and 9990 more.",
-        both(empty("photos"), lambda at: [(at.photos / f"{number:04d}.txt").touch() for number in range(10_000)]),
+        [empty("photos"), captions(10_000)],
     ),
     "a link to itself in place of the folder": Case(
-        "the flags do not fit:\n  - --instance_data_dir {photos} cannot be used: Too many levels of symbolic "
-        "links. Use another.",
-        both(remove("photos"), link("photos", "{photos}")),
+        NOT_FITTING + "--instance_data_dir {photos} cannot be used: Too many levels of symbolic links. Use another.",
+        [remove("photos"), link("photos", "{photos}")],
         status=2,
     ),
     "all photos bad, and none to go on with": Case(
         "1 of 1 images in --instance_data_dir {photos} cannot be read:\n  {photos}/good.png: the file is empty\n"
         "Mend or remove them.",
-        photo("good.png", ""),
+        [photo("good.png", "")],
         "--skip_bad_images",
     ),
     "a folder that may not be read": Case(
         "The image folder {photos}/locked cannot be listed: Permission denied. Name a folder that you may read.",
-        both(lambda at: (at.photos / "locked").mkdir(), lock("photos/locked", 0)),
+        [folder("photos/locked"), lock("photos/locked", 0)],
     ),
     "an output folder that may not be written": Case(
         "--output_dir {root}/locked/out cannot be used: Permission denied. Use another folder.",
-        both(lambda at: (at.root / "locked").mkdir(), lock("locked", 0o500)),
+        [folder("locked"), lock("locked", 0o500)],
         "--output_dir {root}/locked/out",
     ),
     "an output folder where nobody can make one": Case(
@@ -401,81 +427,55 @@ FOLDERS = {
         flags="--output_dir /proc/out",
     ),
     "a link to nowhere as output folder": Case(
-        "the flags do not fit:\n  - --output_dir {root}/link cannot be used: it is a link to nowhere. Use another.",
-        link("link", "{root}/nowhere"),
+        NOT_FITTING + "--output_dir {root}/link cannot be used: it is a link to nowhere. Use another.",
+        [link("link", "{root}/nowhere")],
         "--output_dir {root}/link",
         status=2,
     ),
     "a name with a zero byte": Case(
-        "the flags do not fit:\n  - --class_data_dir a\0b cannot be used: embedded null byte. Use another.",
-        write("args.json", '{"class_data_dir": "a\\u0000b"}'),
+        NOT_FITTING + "--class_data_dir a\0b cannot be used: embedded null byte. Use another.",
+        [write("args.json", '{"class_data_dir": "a\\u0000b"}')],
         f"{PRIOR} --config {{root}}/args.json",
         status=2,
     ),
     "class images of another prompt": Case(
         "The images in {root}/class were drawn from 'a cat', not 'a dog'. Use another folder.",
-        both(lambda at: (at.root / "class").mkdir(), write("class/.prompt", "a cat")),
+        [write("class/.prompt", "a cat")],
         f"{PRIOR} --class_data_dir {{root}}/class",
     ),
     "a note of bytes beside the class images": Case(
         "{root}/class/.prompt cannot be read: «.+invalid start byte». Use another folder.",
-        both(lambda at: (at.root / "class").mkdir(), write("class/.prompt", b"\xff\xfe")),
+        [write("class/.prompt", b"\xff\xfe")],
         f"{PRIOR} --class_data_dir {{root}}/class",
     ),
 }
 SUPPORTED = "Supported: Stable Diffusion 1.x/2.x, DeepFloyd IF stage I, DeepFloyd IF stage II."
 NOT_THIS = "--pretrained_model_name_or_path {model} is "
-LOADED_LATE = ("args.json",)  # weights are read once the output folder is there
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1822064\n"
+DOWNLOAD = "Download the model again, or use another."
 
 
-TOKENIZER_OF_CODE = both(
-    config("tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"),
-    code("tokenizer/evil.py"),
-)
-NO_WORDS = (
-    "The tokenizer of {model} knows no words: it lacks its files (merges.txt, tokenizer.json, "
-    "vocab.json). Download the "
-    "model again."
-)
-NO_WEIGHTS = "The {0} of {{model}} has no weights: {{model}}/{0} holds neither .safetensors nor .bin files."
-CUT_OFF = "Error while deserializing header: incomplete metadata, file not fully covered."
-PICKLE = (
-    "WARNING: The {} of {{model}} is read from a pickle, by weights_only=True: numbers, no code. "
-    "Safetensors are safer.\n"
-)
-ENCODING = "INFO: [RANK 0] Encoding 1 of 1 prompts; the others are in «.+».\n"
+def no_readable(name: str, reason: str) -> str:
+    """Return what is said of a model without one of its configs."""
+    return f"The model {{model}} is a folder without a readable {name}: {reason}"
 
 
-def cut_off(part: str) -> Callable[[Place], object]:
-    """Cut off the end of a part's weights."""
-    return lambda at: os.truncate(at.model / WEIGHTS[part], (at.model / WEIGHTS[part]).stat().st_size - 999)
+def bad_value(filename: str, key: str, value: object, needed: str) -> Case:
+    """Return the case of a value that no config has."""
+    message = f'{{model}}/{filename} has "{key}": {json.dumps(value)}; it must be {needed}.'
+    return Case(message, [config(filename, **{key: value})])
 
 
-def more_words(at: Place) -> None:
-    """Write a tokenizer that knows one word more than the model's."""
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens(["wombat"])
-    tokenizer.save_pretrained(at.root / "words")
+def no_value(filename: str, key: str) -> Case:
+    """Return the case of a config that lacks a value."""
+    return Case(f"{{model}}/{filename} has no {key}. {DOWNLOAD}", [config(filename, (key,))])
 
 
-def evil(part: str) -> Case:
-    """Return the case of a part whose pickle runs code."""
-    what = "its pickle holds more than weights, perhaps code, so it is not read (Unsupported global: «.+»)."
-    message = not_loaded(part, what, "Use a model with safetensors.")
-    return Case(message, pickled(part, lambda weights, at: Evil(at)), left=LOADED_LATE, told=PICKLE.format(part))
+def bad_class(part: str, library: str, name: str, why: str) -> Case:
+    """Return the case of an index that names a class that cannot be."""
+    return Case(f"model_index.json names {library}.{name} as its {part}{why}", [index(**{part: [library, name]})])
 
 
-def rotten(part: str, value: float, layer: str, flags: str = "", told: str = "") -> Case:
-    """Return the case of a part of which one layer holds a number that is none."""
-    message = (
-        f"The {part} of {{model}} holds numbers that are not finite in {layer}: it is damaged, was saved by a "
-        f"run that "
-        "diverged, or is too large for this precision. Use another model."
-    )
-    return Case(message, not_finite(part, value), flags, left=LOADED_LATE, told=told)
-
-
+NOT_INSTALLED, NOT_SUCH = "; no installed package has it.", ", which it is not."
 MODELS = {
     "a name that is neither here nor on the Hub": Case(
         "The model nobody/nothing is no folder here, and the Hub gave no such model with a readable model_index.json: "
@@ -484,11 +484,11 @@ MODELS = {
     ),
     "a folder without a model": Case(
         no_readable("model_index.json", "[Errno 2] No such file or directory: '{model}/model_index.json'"),
-        empty("model"),
+        [empty("model")],
     ),
     "a name that is too long": Case(
         f"The model {'long' * 70} is no folder here, and the Hub gave no such model with a readable "
-        f"model_index.json: «.+»",
+        "model_index.json: «.+»",
         flags=f"--pretrained_model_name_or_path {'long' * 70}",
     ),
     "a single file of weights": Case(
@@ -498,275 +498,293 @@ MODELS = {
     ),
     "no config of the U-Net": Case(
         no_readable("unet/config.json", "[Errno 2] No such file or directory: '{model}/unet/config.json'"),
-        remove("model/unet/config.json"),
+        [remove("model/unet/config.json")],
     ),
     "a config that is cut off": Case(
         no_readable("vae/config.json", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        write("model/vae/config.json", "{"),
+        [write("model/vae/config.json", "{")],
     ),
     "an index that is a list": Case(
-        no_readable("model_index.json", "it holds a list, not an object"), write("model/model_index.json", "[]")
+        no_readable("model_index.json", "it holds a list, not an object"), [write("model/model_index.json", "[]")]
     ),
     "an index without an end": Case(
         no_readable("model_index.json", "«maximum recursion depth exceeded.*»"),
-        write("model/model_index.json", "[" * 100_000),
+        [write("model/model_index.json", "[" * 100_000)],
     ),
     "an index of another pipeline": Case(
-        NOT_THIS + f"a Stable Diffusion XL checkpoint: not supported. {SUPPORTED}",
-        index(text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+        f"{NOT_THIS}a Stable Diffusion XL checkpoint: not supported. {SUPPORTED}",
+        [index(text_encoder_2=["transformers", "CLIPTextModelWithProjection"])],
     ),
     "an index whose pipeline is no name": Case(
         '{model}/model_index.json has "_class_name": ["evil", "Evil"]; it must be a name.',
-        both(index(_class_name=["evil", "Evil"]), code("evil.py")),
+        [index(_class_name=["evil", "Evil"]), code("evil.py")],
     ),
-    "an index with a component that is no pair": Case(
-        '{model}/model_index.json has "text_encoder": "CLIPTextModel"; it must be a library and a class.',
-        index(text_encoder="CLIPTextModel"),
+    "an index with a component that is no pair": bad_value(
+        "model_index.json", "text_encoder", "CLIPTextModel", "a library and a class"
     ),
-    "an index with a component of numbers": Case(
-        '{model}/model_index.json has "tokenizer": [1, 2]; it must be a library and a class.',
-        index(tokenizer=[1, 2]),
+    "an index with a component of numbers": bad_value(
+        "model_index.json", "tokenizer", [1, 2], "a library and a class"
     ),
     "a component outside of the folder": Case(
         "{model}/model_index.json has a component '../evil'; it must be the name of a folder of the model.",
-        index(**{"../evil": ["diffusers", "UNet2DConditionModel"]}),
+        [index(**{"../evil": ["diffusers", "UNet2DConditionModel"]})],
     ),
     "a component of a file of the model's own": Case(
         '{model}/model_index.json has "scheduler": ["evil", "Evil"]; only classes of diffusers and transformers are '
         "loaded, and no code that comes with a model.",
-        both(index(scheduler=["evil", "Evil"]), code("scheduler/evil.py"), code("evil.py")),
+        [index(scheduler=["evil", "Evil"]), code("scheduler/evil.py"), code("evil.py")],
     ),
     "a component of Python's own": Case(
-        '{model}/model_index.json has "text_encoder": ["os", "system"]; only classes of diffusers and '
-        "transformers are "
-        "loaded, and no code that comes with a model.",
-        index(text_encoder=["os", "system"]),
+        '{model}/model_index.json has "text_encoder": ["os", "system"]; only classes of diffusers and transformers '
+        "are loaded, and no code that comes with a model.",
+        [index(text_encoder=["os", "system"])],
     ),
-    "a text encoder of no class": Case(
-        "model_index.json names transformers.NoSuchModel as its text_encoder; no installed package has it.",
-        index(text_encoder=["transformers", "NoSuchModel"]),
-    ),
-    "a scheduler of no class": Case(
-        "model_index.json names diffusers.NoSuchScheduler as its scheduler; no installed package has it.",
-        index(scheduler=["diffusers", "NoSuchScheduler"]),
-    ),
-    "a class that is no model": Case(
-        "model_index.json names transformers.logging as its text_encoder, which it is not.",
-        index(text_encoder=["transformers", "logging"]),
-    ),
-    "a model in place of a tokenizer": Case(
-        "model_index.json names transformers.CLIPTextModel as its tokenizer, which it is not.",
-        index(tokenizer=["transformers", "CLIPTextModel"]),
-    ),
+    "a text encoder of no class": bad_class("text_encoder", "transformers", "NoSuchModel", NOT_INSTALLED),
+    "a scheduler of no class": bad_class("scheduler", "diffusers", "NoSuchScheduler", NOT_INSTALLED),
+    "a class that is no model": bad_class("text_encoder", "transformers", "logging", NOT_SUCH),
+    "a model in place of a tokenizer": bad_class("tokenizer", "transformers", "CLIPTextModel", NOT_SUCH),
     "a scheduler of noise that nobody knows": Case(
         "The model's scheduler/scheduler_config.json says no noise levels: NotImplementedError: zigzag is not "
         "implemented for «.+».",
-        config("scheduler/scheduler_config.json", beta_schedule="zigzag"),
+        [scheduler(beta_schedule="zigzag")],
     ),
     "a scheduler of noise in words": Case(
-        "The model's scheduler/scheduler_config.json says no noise levels: «.+».",
-        config("scheduler/scheduler_config.json", beta_end="0.02"),
+        "The model's scheduler/scheduler_config.json says no noise levels: «.+».", [scheduler(beta_end="0.02")]
     ),
-    "a scheduler's config of no class": Case(
-        '{model}/scheduler/scheduler_config.json has "_class_name": "NoSuchScheduler"; it must be one of '
-        "diffusers' schedulers.",
-        config("scheduler/scheduler_config.json", _class_name="NoSuchScheduler"),
+    "a scheduler's config of no class": bad_value(
+        SCHEDULER, "_class_name", "NoSuchScheduler", "one of diffusers' schedulers"
     ),
-    "a scheduler of no steps": Case(
-        '{model}/scheduler/scheduler_config.json has "num_train_timesteps": "1000"; it must be a whole number.',
-        config("scheduler/scheduler_config.json", num_train_timesteps="1000"),
-    ),
+    "a scheduler of no steps": bad_value(SCHEDULER, "num_train_timesteps", "1000", "a whole number"),
     "a scheduler that predicts nothing known": Case(
-        NOT_THIS + f"a StableDiffusionPipeline that predicts 'sample': not supported. {SUPPORTED}",
-        config("scheduler/scheduler_config.json", prediction_type="sample"),
+        f"{NOT_THIS}a StableDiffusionPipeline that predicts 'sample': not supported. {SUPPORTED}",
+        [scheduler(prediction_type="sample")],
     ),
-    "a U-Net of channels in words": Case(
-        '{model}/unet/config.json has "in_channels": "4"; it must be a whole number.',
-        config("unet/config.json", in_channels="4"),
-    ),
-    "a U-Net without channels": Case(
-        "{model}/unet/config.json has no in_channels. Download the model again, or use another.",
-        config("unet/config.json", ("in_channels",)),
-    ),
-    "a U-Net without widths": Case(
-        "{model}/unet/config.json has no block_out_channels. Download the model again, or use another.",
-        config("unet/config.json", ("block_out_channels",)),
-    ),
-    "a VAE without widths": Case(
-        "{model}/vae/config.json has no block_out_channels. Download the model again, or use another.",
-        config("vae/config.json", ("block_out_channels",)),
-    ),
-    "a VAE of one width": Case(
-        '{model}/vae/config.json has "block_out_channels": 8; it must be a list of whole numbers.',
-        config("vae/config.json", block_out_channels=8),
-    ),
-    "a U-Net of a size in words": Case(
-        '{model}/unet/config.json has "sample_size": "8"; it must be one whole number or two.',
-        config("unet/config.json", sample_size="8"),
-    ),
+    "a U-Net of channels in words": bad_value(UNET, "in_channels", "4", "a whole number"),
+    "a U-Net without channels": no_value(UNET, "in_channels"),
+    "a U-Net without widths": no_value(UNET, "block_out_channels"),
+    "a VAE without widths": no_value(VAE, "block_out_channels"),
+    "a VAE of one width": bad_value(VAE, "block_out_channels", 8, "a list of whole numbers"),
+    "a U-Net of a size in words": bad_value(UNET, "sample_size", "8", "one whole number or two"),
     "a U-Net of another class": Case(
-        NOT_THIS
-        + "a StableDiffusionPipeline with a UNet3DConditionModel, 4 input channels, class embedding None, and "
-        f"VAE AutoencoderKL: not supported. {SUPPORTED}",
-        config("unet/config.json", _class_name="UNet3DConditionModel"),
+        f"{NOT_THIS}a StableDiffusionPipeline with a UNet3DConditionModel, 4 input channels, class embedding None, "
+        f"and VAE AutoencoderKL: not supported. {SUPPORTED}",
+        [config(UNET, _class_name="UNet3DConditionModel")],
     ),
-    "a U-Net of blocks that nobody knows": Case(
-        not_loaded("unet", "EvilBlock does not exist."),
-        config("unet/config.json", down_block_types=["EvilBlock"] * 2),
-        left=LOADED_LATE,
-    ),
-    "a text encoder of length in words": Case(
-        '{model}/text_encoder/config.json has "max_position_embeddings": "77"; it must be a whole number.',
-        config("text_encoder/config.json", max_position_embeddings="77"),
-    ),
+    "a text encoder of length in words": bad_value(TEXT_ENCODER, "max_position_embeddings", "77", "a whole number"),
     "a text encoder of code": Case(
         "{model}/text_encoder/config.json has an auto_map, so it needs code that comes with the model: none "
         "is ever run.",
-        both(
-            config("text_encoder/config.json", auto_map={"AutoModel": "evil.Evil"}, model_type="evil"),
+        [
+            config(TEXT_ENCODER, auto_map={"AutoModel": "evil.Evil"}, model_type="evil"),
             code("text_encoder/evil.py"),
-        ),
+        ],
+    ),
+}
+TOKENIZER_OF_CODE = (
+    config("tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"),
+    code("tokenizer/evil.py"),
+)
+NO_WORDS = (
+    "The tokenizer of {model} knows no words: it lacks its files (merges.txt, tokenizer.json, vocab.json). Download "
+    "the model again."
+)
+CUT_OFF = "Error while deserializing header: incomplete metadata, file not fully covered."
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1822064\n"
+ENCODING = "INFO: [RANK 0] Encoding 1 of 1 prompts; the others are in «.+».\n"
+
+
+def not_loaded(part: str, reason: str, advice: str = DOWNLOAD) -> str:
+    """Return what is said of a part of the model that cannot be loaded."""
+    return f"The {part} of {{model}} cannot be loaded: {reason} {advice}"
+
+
+def lacking(part: str, layers: str) -> str:
+    """Return what is said of weights that are not complete."""
+    return f"The {part} of {{model}} lacks weights of {layers}. {DOWNLOAD}"
+
+
+def no_weights(part: str, held: str = "neither .safetensors nor .bin files", variant: str = "") -> str:
+    """Return what is said of a part without weights of a variant."""
+    return f"The {part} of {{model}} has no weights{variant}: {{model}}/{part} holds {held}."
+
+
+def rotten(part: str, layer: str) -> str:
+    """Return what is said of weights that are not finite."""
+    why = "it is damaged, was saved by a run that diverged, or is too large for this precision"
+    return f"The {part} holds numbers that are not finite in {layer}: {why}. Use another model."
+
+
+def pickle_warning(part: str, model: str = "{model}") -> str:
+    """Return what is said of weights in a pickle."""
+    words = "is read from a pickle, by weights_only=True: numbers, no code. Safetensors are safer."
+    return f"WARNING: The {part} of {model} {words}\n"
+
+
+def not_finite_part(part: str, value: float, flags: str = "", told: str = "") -> Case:
+    """Return the case of a part of which one layer holds a number that is none."""
+    return Case(rotten(f"{part} of {{model}}", LAYER[part]), [not_finite(part, value)], flags, told=told)
+
+
+def evil(part: str) -> Case:
+    """Return the case of a part whose pickle runs code."""
+    what = "its pickle holds more than weights, perhaps code, so it is not read (Unsupported global: «.+»)."
+    message = not_loaded(part, what, "Use a model with safetensors.")
+    return Case(message, [pickled(part, lambda weights, at: Evil(at))], told=pickle_warning(part))
+
+
+LOADED = {
+    "a U-Net of blocks that nobody knows": Case(
+        not_loaded("unet", "EvilBlock does not exist."),
+        [config(UNET, down_block_types=["EvilBlock"] * 2)],
     ),
     "a tokenizer of code": Case(
         "The tokenizer of {model} needs code that comes with the model (auto_map), and none is ever run.",
         TOKENIZER_OF_CODE,
-        left=LOADED_LATE,
     ),
     "another tokenizer of code": Case(
-        "The tokenizer of {model}/tokenizer cannot be loaded: it needs code that comes with the model, and "
-        "none is ever "
-        "run. Download the model again, or use another.",
+        "The tokenizer of {model}/tokenizer cannot be loaded: it needs code that comes with the model, and none is "
+        f"ever run. {DOWNLOAD}",
         TOKENIZER_OF_CODE,
         "--tokenizer_name {model}/tokenizer",
-        left=LOADED_LATE,
     ),
-    "a tokenizer that is not there": Case(NO_WORDS, remove("model/tokenizer"), left=LOADED_LATE),
-    "a tokenizer without its words": Case(NO_WORDS, remove("model/tokenizer/tokenizer.json"), left=LOADED_LATE),
+    "a tokenizer that is not there": Case(NO_WORDS, [remove("model/tokenizer")]),
+    "a tokenizer without its words": Case(NO_WORDS, [remove("model/tokenizer/tokenizer.json")]),
     "a tokenizer that is cut off": Case(
         not_loaded("tokenizer", "Unterminated string starting at: line «.+»."),
-        lambda at: os.truncate(at.model / "tokenizer/tokenizer.json", 900),
-        left=LOADED_LATE,
+        [cut_off("model/tokenizer/tokenizer.json", 900)],
     ),
     "a tokenizer that does not say how long prompts are": Case(
         "The tokenizer of {model} does not say how many tokens a prompt may have: give --tokenizer_max_length.",
-        remove("model/tokenizer/tokenizer_config.json"),
-        left=LOADED_LATE,
+        [remove("model/tokenizer/tokenizer_config.json")],
     ),
     "another tokenizer that is not there": Case(
-        "The tokenizer of {root}/none cannot be loaded: «.+» There is no such folder here; for a model of "
-        "the Hub, check "
-        "its name, its files and --variant.",
+        "The tokenizer of {root}/none cannot be loaded: «.+» There is no such folder here; for a model of the Hub, "
+        "check its name, its files and --variant.",
         flags="--tokenizer_name {root}/none",
-        left=LOADED_LATE,
     ),
     "another tokenizer of more words than the text encoder": Case(
         "The tokenizer of {root}/words has 618 words, the text encoder 617. Use another.",
-        more_words,
+        [more_words],
         "--tokenizer_name {root}/words --instance_prompt 'a wombat'",
-        left=LOADED_LATE,
     ),
     "a text encoder of other sizes than its config says": Case(
         "The text_encoder of {model} has weights of other shapes than its config says: encoder.layers.0.mlp.fc1.bias "
         "(64,), not (7,) and 5 more.",
-        config("text_encoder/config.json", intermediate_size=7),
-        left=LOADED_LATE,
+        [config(TEXT_ENCODER, intermediate_size=7)],
     ),
-    "no weights of the U-Net": Case(NO_WEIGHTS.format("unet"), remove(f"model/{WEIGHTS['unet']}"), left=LOADED_LATE),
-    "no weights of the text encoder": Case(
-        NO_WEIGHTS.format("text_encoder"), remove(f"model/{WEIGHTS['text_encoder']}"), left=LOADED_LATE
-    ),
+    "no weights of the U-Net": Case(no_weights("unet"), [remove(f"model/{WEIGHTS['unet']}")]),
+    "no weights of the text encoder": Case(no_weights("text_encoder"), [remove(f"model/{WEIGHTS['text_encoder']}")]),
     "weights of a variant that is not named": Case(
-        "The unet of {model} has no weights: {model}/unet holds diffusion_pytorch_model.fp16.safetensors: "
-        "see --variant.",
-        lambda at: (at.model / WEIGHTS["unet"]).rename(at.model / "unet/diffusion_pytorch_model.fp16.safetensors"),
-        left=LOADED_LATE,
+        no_weights("unet", "diffusion_pytorch_model.fp16.safetensors: see --variant"),
+        [lambda at: (at.model / WEIGHTS["unet"]).rename(at.model / "unet/diffusion_pytorch_model.fp16.safetensors")],
     ),
     "weights of a variant that is not there": Case(
-        "The text_encoder of {model} has no weights of variant fp16: {model}/text_encoder holds "
-        "model.safetensors: see "
-        "--variant.",
+        no_weights("text_encoder", "model.safetensors: see --variant", " of variant fp16"),
         flags="--variant fp16 --pre_compute_text_embeddings",
-        left=LOADED_LATE,
         told=ENCODING,
     ),
-    "weights of the U-Net that are cut off": Case(not_loaded("unet", CUT_OFF), cut_off("unet"), left=LOADED_LATE),
-    "weights of the VAE that are cut off": Case(not_loaded("vae", CUT_OFF), cut_off("vae"), left=LOADED_LATE),
+    "weights of the U-Net that are cut off": Case(not_loaded("unet", CUT_OFF), [cut_off(f"model/{WEIGHTS['unet']}")]),
+    "weights of the VAE that are cut off": Case(not_loaded("vae", CUT_OFF), [cut_off(f"model/{WEIGHTS['vae']}")]),
     "weights of the text encoder that are cut off": Case(
-        not_loaded("text_encoder", CUT_OFF), cut_off("text_encoder"), left=LOADED_LATE
+        not_loaded("text_encoder", CUT_OFF), [cut_off(f"model/{WEIGHTS['text_encoder']}")]
     ),
     "weights of no bytes": Case(
         not_loaded("unet", "Error while deserializing header: header too small."),
-        write(f"model/{WEIGHTS['unet']}", ""),
-        left=LOADED_LATE,
+        [write(f"model/{WEIGHTS['unet']}", "")],
     ),
     "weights that are a pointer of git": Case(
-        not_loaded("unet", "«.+git lfs pull.+»"), write(f"model/{WEIGHTS['unet']}", LFS), left=LOADED_LATE
+        not_loaded("unet", "«.+git lfs pull.+»"), [write(f"model/{WEIGHTS['unet']}", LFS)]
     ),
     "weights of another shape": Case(
         not_loaded("unet", "Cannot load because conv_in.bias expected shape torch.Size([24]), but got «.+»"),
-        tensors("unet", lambda weights: weights.update({"conv_in.bias": torch.zeros(3)})),
-        left=LOADED_LATE,
+        [other_shape("unet")],
     ),
     "a text encoder's weights of another shape": Case(
         "The text_encoder of {model} has weights of other shapes than its config says: "
         "final_layer_norm.bias (3,), not (32,).",
-        tensors("text_encoder", lambda weights: weights.update({LAYER["text_encoder"]: torch.zeros(3)})),
-        left=LOADED_LATE,
+        [other_shape("text_encoder")],
     ),
-    "weights that lack a layer": Case(
-        lacking("unet", "conv_in.bias"), tensors("unet", lambda weights: weights.pop("conv_in.bias")), left=LOADED_LATE
-    ),
-    "a VAE's weights that lack a layer": Case(
-        lacking("vae", LAYER["vae"]), tensors("vae", lambda weights: weights.pop(LAYER["vae"])), left=LOADED_LATE
-    ),
+    "weights that lack a layer": Case(lacking("unet", LAYER["unet"]), [without_layer("unet")]),
+    "a VAE's weights that lack a layer": Case(lacking("vae", LAYER["vae"]), [without_layer("vae")]),
     "a text encoder's weights that lack a layer": Case(
-        lacking("text_encoder", LAYER["text_encoder"]),
-        tensors("text_encoder", lambda weights: weights.pop(LAYER["text_encoder"])),
-        left=LOADED_LATE,
+        lacking("text_encoder", LAYER["text_encoder"]), [without_layer("text_encoder")]
     ),
-    "a U-Net of NaN": rotten("unet", float("nan"), LAYER["unet"]),
-    "a VAE of infinity": rotten("vae", float("inf"), LAYER["vae"]),
-    "a text encoder of NaN": rotten("text_encoder", float("nan"), LAYER["text_encoder"]),
-    "a text encoder of NaN that is encoded first": rotten(
-        "text_encoder", float("nan"), LAYER["text_encoder"], "--pre_compute_text_embeddings", ENCODING
+    "a U-Net of NaN": not_finite_part("unet", float("nan")),
+    "a VAE of infinity": not_finite_part("vae", float("inf")),
+    "a text encoder of NaN": not_finite_part("text_encoder", float("nan")),
+    "a text encoder of NaN that is encoded first": not_finite_part(
+        "text_encoder", float("nan"), "--pre_compute_text_embeddings", ENCODING
     ),
     "a pickled U-Net that runs code": evil("unet"),
     "a pickled VAE that runs code": evil("vae"),
     "a pickled text encoder that runs code": evil("text_encoder"),
     "a pickle that holds no weights": Case(
         not_loaded("unet", "AttributeError: 'list' object has no attribute 'keys'.", "Use a model with safetensors."),
-        pickled("unet", lambda weights, at: [1, 2]),
-        left=LOADED_LATE,
-        told=PICKLE.format("unet"),
+        [pickled("unet", lambda weights, at: [1, 2])],
+        told=pickle_warning("unet"),
     ),
     "a pickle of words": Case(
         lacking("text_encoder", "embeddings.position_embedding.weight and 35 more"),
-        pickled("text_encoder", lambda weights, at: {"a": "b"}),
-        left=LOADED_LATE,
-        told=PICKLE.format("text_encoder"),
+        [pickled("text_encoder", lambda weights, at: {"a": "b"})],
+        told=pickle_warning("text_encoder"),
     ),
     "a pipeline of NaN that is to draw class images": Case(
-        "The model of {model}, unet, holds numbers that are not finite in conv_in.bias: it is damaged, was saved by a "
-        "run that diverged, or is too large for this precision. Use another model.",
-        not_finite("unet", float("nan")),
+        rotten("model of {model}, unet,", "conv_in.bias"),
+        [not_finite("unet", float("nan"))],
         f"{PRIOR} --class_data_dir {{out}}/class",
-        left=("args.json", "class", "class/.prompt"),
+        left=("class", "class/.prompt"),
         told="INFO: [RANK 0] Drawing 1 class images of 'a dog'.\n",
     ),
 }
-PROMPTS = {
-    "a prompt of spaces": Case(
-        "the flags do not fit:\n  - --instance_prompt is required.",
-        flags="--instance_prompt ' '",
-        status=2,
+
+
+def no_checkpoint(name: str, why: str, *makers: Maker) -> Case:
+    """Return the case of a checkpoint that is asked for and cannot be used."""
+    message = f"The checkpoint {name} {why}. Complete checkpoints in {{out}}: none."
+    return Case(message, makers, f"--resume_from_checkpoint {name}")
+
+
+def bad_state(why: str, content: object) -> Case:
+    """Return the case of a checkpoint that holds nothing but its state, with a text or what becomes JSON in it."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return no_checkpoint("checkpoint-1", why, write("out/checkpoint-1/trainer_state.json", text))
+
+
+CHECKPOINTS = {
+    "a checkpoint that is not there": no_checkpoint("checkpoint-7", "does not exist"),
+    "a file in place of a checkpoint": no_checkpoint("checkpoint-7", "is no folder", write("out/checkpoint-7", "")),
+    "a link to nowhere in place of a checkpoint": no_checkpoint(
+        "checkpoint-7", "does not exist", link("out/checkpoint-7", "{root}/nowhere")
     ),
-    "a prompt of bytes that are no text": Case(
-        "the flags do not fit:\n  - --instance_prompt 'a \\udcff dog' is not written in UTF-8.",
-        flags="--instance_prompt 'a \udcff dog'",
-        status=2,
+    "a link to itself in place of a checkpoint": no_checkpoint(
+        "checkpoint-7", "does not exist", link("out/checkpoint-7", "{out}/checkpoint-7")
+    ),
+    "a checkpoint of too long a name": no_checkpoint("long" * 70, "does not exist"),
+    "a state without an end": bad_state("is incomplete: its trainer_state.json is no valid JSON", "[" * 100_000),
+    "a state that is not there": no_checkpoint(
+        "checkpoint-1",
+        "is incomplete: it has no readable trainer_state.json",
+        lambda at: (at.out / "checkpoint-1").mkdir(parents=True),
+    ),
+    "a state that is a list": bad_state("is incomplete: its trainer_state.json is no JSON object", []),
+    "a state that is cut off": bad_state("is incomplete: its trainer_state.json is no valid JSON", '{"step": 1'),
+    "a state whose files are a list": bad_state(
+        "is damaged: its trainer_state.json has no usable files", {"step": 1, "fits": {}, "files": ["optimizer.pt"]}
+    ),
+    "a state that names a file that is gone": bad_state(
+        "is damaged: it lacks optimizer.pt", {"step": 1, "fits": {}, "files": {"optimizer.pt": 9}}
+    ),
+    "a state without a step": bad_state(
+        "is damaged: its trainer_state.json has no usable step", {"fits": {}, "files": {}}
+    ),
+    "a state of a step in words": bad_state(
+        "is damaged: its trainer_state.json has no usable step", {"step": "1", "fits": {}, "files": {}}
+    ),
+    "a state that does not say what fits": bad_state(
+        "is damaged: its trainer_state.json has no usable fits", {"step": 1, "files": {}}
     ),
 }
-HUB = {
+OTHERS = {
     "no login": Case(
         "there is no login for the Hub. Make a token with write role at https://huggingface.co/settings/tokens and "
         "log in: `hf auth login`, or set HF_TOKEN.",
@@ -777,163 +795,72 @@ HUB = {
         flags="--push_to_hub --hub_token hf_none",
         told="WARNING: [RANK 0] --hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not.\n",
     ),
-}
-LOSSES = {
     "a loss that is no number": Case(
         "Training has diverged«.+»",
         flags="--noise_offset 1e38 --checkpointing_steps 1",
         left=("args.json", "metrics.jsonl"),
     ),
 }
-NONE_COMPLETE = "Complete checkpoints in {out}: none."
-LATEST = "--resume_from_checkpoint latest"
-FIRST = "--resume_from_checkpoint checkpoint-1"
-CHECKPOINTS = {
-    "a checkpoint that is not there": Case(
-        f"The checkpoint checkpoint-7 does not exist. {NONE_COMPLETE}", flags="--resume_from_checkpoint checkpoint-7"
-    ),
-    "a file in place of a checkpoint": Case(
-        f"The checkpoint checkpoint-7 is no folder. {NONE_COMPLETE}",
-        both(lambda at: at.out.mkdir(), write("out/checkpoint-7", "")),
-        "--resume_from_checkpoint checkpoint-7",
-    ),
-    "a link to nowhere in place of a checkpoint": Case(
-        f"The checkpoint checkpoint-7 does not exist. {NONE_COMPLETE}",
-        both(lambda at: at.out.mkdir(), link("out/checkpoint-7", "{root}/nowhere")),
-        "--resume_from_checkpoint checkpoint-7",
-    ),
-    "a link to itself in place of a checkpoint": Case(
-        f"The checkpoint checkpoint-7 does not exist. {NONE_COMPLETE}",
-        both(lambda at: at.out.mkdir(), link("out/checkpoint-7", "{out}/checkpoint-7")),
-        "--resume_from_checkpoint checkpoint-7",
-    ),
-    "a checkpoint of too long a name": Case(
-        f"The checkpoint {'long' * 70} does not exist. {NONE_COMPLETE}",
-        flags=f"--resume_from_checkpoint {'long' * 70}",
-    ),
-    "a state without an end": Case(
-        f"The checkpoint checkpoint-1 is incomplete: its trainer_state.json is no valid JSON. {NONE_COMPLETE}",
-        checkpoint("[" * 100_000),
-        FIRST,
-    ),
-    "a state that is not there": Case(
-        f"The checkpoint checkpoint-1 is incomplete: it has no readable trainer_state.json. {NONE_COMPLETE}",
-        both(checkpoint({}), remove("out/checkpoint-1/trainer_state.json")),
-        FIRST,
-    ),
-    "a state that is a list": Case(
-        f"The checkpoint checkpoint-1 is incomplete: its trainer_state.json is no JSON object. {NONE_COMPLETE}",
-        checkpoint([]),
-        FIRST,
-    ),
-    "a state that is cut off": Case(
-        f"The checkpoint checkpoint-1 is incomplete: its trainer_state.json is no valid JSON. {NONE_COMPLETE}",
-        checkpoint('{"step": 1'),
-        FIRST,
-    ),
-    "a state whose files are a list": Case(
-        f"The checkpoint checkpoint-1 is damaged: its trainer_state.json has no usable files. {NONE_COMPLETE}",
-        checkpoint({"step": 1, "fits": {}, "files": ["optimizer.pt"]}),
-        FIRST,
-    ),
-    "a state that names a file that is gone": Case(
-        f"The checkpoint checkpoint-1 is damaged: it lacks optimizer.pt. {NONE_COMPLETE}",
-        checkpoint({"step": 1, "fits": {}, "files": {"optimizer.pt": 9}}),
-        FIRST,
-    ),
-    "a state without a step": Case(
-        f"The checkpoint checkpoint-1 is damaged: its trainer_state.json has no usable step. {NONE_COMPLETE}",
-        checkpoint({"fits": {}, "files": {}}),
-        FIRST,
-    ),
-    "a state of a step in words": Case(
-        f"The checkpoint checkpoint-1 is damaged: its trainer_state.json has no usable step. {NONE_COMPLETE}",
-        checkpoint({"step": "1", "fits": {}, "files": {}}),
-        FIRST,
-    ),
-    "a state that does not say what fits": Case(
-        f"The checkpoint checkpoint-1 is damaged: its trainer_state.json has no usable fits. {NONE_COMPLETE}",
-        checkpoint({"step": 1, "files": {}}),
-        FIRST,
-    ),
-}
 SMALLER = "WARNING: [RANK 0] 1 of 2 photos are smaller than 64 px: enlarged.\n"
-
-
-def good(name: str, *makers: Callable[[Place], object]) -> Case:
-    """Return the case of a good photo of which there is nothing to say."""
-    return Case("", both(photo(name, encoded("PNG")), *makers))
-
-
-def pickled_well(part: str) -> Case:
-    """Return the case of good weights in a pickle."""
-    return Case(PICKLE.format(part), pickled(part, lambda weights, at: weights))
-
-
 LONG = "a photo of sks dog " + " ".join(f"number {number}" for number in range(40))
 TOO_LONG = (  # the first word is seen in part
     f"WARNING: The prompt '{LONG}' is longer than 77 tokens; "
     f"the model will not see '{LONG[LONG.index('number 11') :]}'.\n"
 )
+FRAMES = [draw_picture(64, 64, number) for number in (2, 3)]
+DEEP = Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257)
+LATEST = "--resume_from_checkpoint latest"
+
+
+def good(name: str) -> Case:
+    """Return the case of a good photo of which there is nothing to say."""
+    return Case("", [photo(name, encoded("PNG"))])
+
+
 FINE = {
     "spaces and quotes in a name": good("a \"photo\" of 'my' dog.png"),
     "a name in other letters": good("собака 犬 🐕 é.png"),
     "a name of two lines": good("two\nlines.png"),
-    "a name that is no UTF-8": Case("", lambda at: (at.photos / os.fsdecode(b"\xff.png")).write_bytes(encoded("PNG"))),
+    "a name that is no UTF-8": good(os.fsdecode(b"\xff.png")),
     "a name like a flag": good("--resolution=0.png"),
     "a suffix of another format": good("really-a-png.jpg"),
     "capital letters in a suffix": good("DOG.PNG"),
-    "an animation": Case(
-        "",
-        picture(
-            "dog.gif", draw_picture(64, 64, 1), save_all=True, append_images=[draw_picture(64, 64, n) for n in (2, 3)]
-        ),
-    ),
-    "16 bits": Case(
-        "",
-        picture("deep.png", Image.fromarray(np.asarray(draw_picture(64, 64, 1).convert("L")).astype(np.uint16) * 257)),
-    ),
-    "CMYK": Case("", picture("print.jpg", draw_picture(64, 64, 1).convert("CMYK"))),
-    "a real HEIC": Case("", lambda at: write_heic(at.photos / "phone.heic")),
+    "an animation": Case("", [picture("dog.gif", PICTURE, save_all=True, append_images=FRAMES)]),
+    "16 bits": Case("", [picture("deep.png", DEEP)]),
+    "CMYK": Case("", [picture("print.jpg", PICTURE.convert("CMYK"))]),
+    "a real HEIC": Case("", [heic("phone.heic")]),
     "a transparent picture": Case(
-        "INFO: 1 images in {photos} are transparent in parts: put on white.\n",
-        picture("cut-out.png", Image.new("RGBA", (64, 64))),
+        "INFO: 1 images in {photos} are transparent in parts: put on white.\n", [blank("cut-out.png", "RGBA", 64, 64)]
     ),
-    "one pixel": Case(SMALLER, picture("dot.png", Image.new("RGB", (1, 1)))),
-    "a panorama": Case(SMALLER, picture("wide.png", Image.new("RGB", (1900, 20)))),
-    "a very large picture": Case("", picture("large.png", Image.new("1", (9_500, 9_500)))),
+    "one pixel": Case(SMALLER, [blank("dot.png", "RGB", 1, 1)]),
+    "a panorama": Case(SMALLER, [blank("wide.png", "RGB", 1900, 20)]),
+    "a very large picture": Case("", [blank("large.png", "1", 9_500, 9_500)]),
     "a bad photo passed over": Case(
         "INFO: 1 of 2 images in --instance_data_dir {photos} cannot be read:\n"
         "  {photos}/empty.png: the file is empty\n",
-        photo("empty.png", ""),
+        [photo("empty.png", "")],
         "--skip_bad_images",
     ),
     "a folder that links to itself": Case(
-        "INFO: Not read as images in {photos}: again.\n", link("photos/again", "{photos}")
+        "INFO: Not read as images in {photos}: again.\n", [link("photos/again", "{photos}")]
     ),
     "10,000 captions": Case(
         f"INFO: Not read as images in {{photos}}: {', '.join(f'{n:04d}.txt' for n in range(10))} and 9990 more.\n",
-        lambda at: [(at.photos / f"{number:04d}.txt").touch() for number in range(10_000)],
+        [captions(10_000)],
     ),
-    "a pickled U-Net": pickled_well("unet"),
-    "a pickled VAE": pickled_well("vae"),
-    "a pickled text encoder": pickled_well("text_encoder"),
+    "a pickled U-Net": Case(pickle_warning("unet"), [pickled("unet")]),
+    "a pickled VAE": Case(pickle_warning("vae"), [pickled("vae")]),
+    "a pickled text encoder": Case(pickle_warning("text_encoder"), [pickled("text_encoder")]),
     "a prompt that is too long": Case(TOO_LONG, flags=f"--instance_prompt '{LONG}'"),
     "a class prompt that is too long": Case(
         f"{TOO_LONG}INFO: [RANK 0] Drawing 1 class images of '{LONG}'.\n",
         flags=f"--with_prior_preservation --num_class_images 1 --class_prompt '{LONG}'",
     ),
-    "metadata that are damaged": Case(
-        "", picture("exif.jpg", draw_picture(64, 64, 1), exif=b"Exif\0\0II*\0\x08\0\0\0\xff")
-    ),
+    "metadata that are damaged": Case("", [picture("exif.jpg", PICTURE, exif=b"Exif\0\0II*\0\x08\0\0\0\xff")]),
     "a link to nowhere beside the text encoder": Case(
-        ENCODING,
-        link("model/text_encoder/notes", "{root}/nowhere"),
-        "--pre_compute_text_embeddings",
+        ENCODING, [link("model/text_encoder/notes", "{root}/nowhere")], "--pre_compute_text_embeddings"
     ),
-    "a scheduler's config without a prediction": Case(
-        "", config("scheduler/scheduler_config.json", ("prediction_type",))
-    ),
+    "a scheduler's config without a prediction": Case("", [scheduler("prediction_type")]),
     "a cache that is a file": Case(
         "INFO: [RANK 0] Encoding 1 of 1 prompts; the others are in {model}/model_index.json.\n"
         "WARNING: Embeddings cannot be cached in {model}/model_index.json: [Errno 17] File exists: "
@@ -943,48 +870,51 @@ FINE = {
     "a class image that is none": Case(
         "WARNING: Class image {out}/class_images/broken.png does not count: the file is empty\n"
         "INFO: [RANK 0] Drawing 1 class images of 'a dog'.\n",
-        both(lambda at: (at.out / "class_images").mkdir(parents=True), write("out/class_images/broken.png", "")),
+        [write("out/class_images/broken.png", "")],
         PRIOR,
     ),
-    "a code file that nothing names": Case("", code("evil.py")),
+    "a code file that nothing names": Case("", [code("evil.py")]),
     "a latest checkpoint where there is none": Case(
         "WARNING: {out} holds no complete checkpoint: starting at step 0.\n", flags=LATEST
     ),
     "a latest checkpoint that is a file": Case(
         "WARNING: Passed over {out}/checkpoint-7: it is no folder.\n"
         "WARNING: {out} holds no complete checkpoint: starting at step 0.\n",
-        both(lambda at: at.out.mkdir(), write("out/checkpoint-7", "")),
+        [write("out/checkpoint-7", "")],
         LATEST,
     ),
 }
 
 
-def write_heic(path: Path) -> None:
-    """Write a photo as a phone does."""
-    pillow_heif = pytest.importorskip("pillow_heif")
-    pillow_heif.from_pillow(draw_picture(64, 64, 1)).save(path)
-
-
 def refusals() -> dict[str, Case]:
     """Return all cases that must be refused, by name."""
-    head, unfit = "the flags do not fit:\n  - ", "the flags do not fit {model} (Stable Diffusion 1.x/2.x):\n"
-    table = {flags: Case(head + words, flags=flags, status=2) for flags, words in FLAGS.items()}
+    unfit = "the flags do not fit {model} (Stable Diffusion 1.x/2.x):\n"
+    table = {flags: Case(NOT_FITTING + words, flags=flags, status=2) for flags, words in FLAGS.items()}
     for flags, (script, words) in OF_ONE_SCRIPT.items():
-        table[flags] = Case(head + words, flags=flags, status=2, script=script)
+        table[flags] = Case(NOT_FITTING + words, flags=flags, status=2, script=script)
     table |= {flags: Case(words, flags=flags, status=2) for flags, words in PARSER.items()}
     for content, words in CONFIGS.items():
         words, flags = f"--config {{root}}/args.json {words}", "--config {root}/args.json"
-        table[f"--config {content}"] = Case(words, write("args.json", content), flags, status=2)
+        table[f"--config {content}"] = Case(words, [write("args.json", content)], flags, status=2)
     table |= {flags: Case(unfit + words, flags=flags) for flags, words in UNFIT.items()}
-    for name, case in PHOTOS.items():
-        table[f"a photo {name}"] = dataclasses.replace(case, message=unreadable(name, case.message))
-    return table | FOLDERS | MODELS | PROMPTS | HUB | LOSSES | CHECKPOINTS
+    for name, (reason, content) in PHOTOS.items():
+        makers = content if isinstance(content, list) else [photo(name, content)]
+        table[f"a photo {name}"] = Case(unreadable(name, reason), makers)
+    loaded = {name: dataclasses.replace(case, left=("args.json", *case.left)) for name, case in LOADED.items()}
+    return table | FOLDERS | MODELS | loaded | CHECKPOINTS | OTHERS
 
 
-REFUSALS = refusals()
+def unreadable(name: str, reason: str) -> str:
+    """Return what is said of one photo of two that cannot be read."""
+    return (
+        f"1 of 2 images in --instance_data_dir {{photos}} cannot be read:\n  {{photos}}/{name}: {reason}\n"
+        "Mend or remove them, or go on without them by --skip_bad_images."
+    )
 
 
 # Running the cases.
+
+USAGE = "--pretrained_model_name_or_path MODEL --instance_data_dir DIR --instance_prompt PROMPT [...]"
 
 
 @pytest.fixture
@@ -995,6 +925,53 @@ def place(tiny, tmp_path) -> Place:
     at.photos.mkdir()
     (at.photos / "good.png").write_bytes(encoded("PNG"))
     return at
+
+
+def cases(table: dict[str, Case]) -> list:
+    """Return the cases as parameters, the scripts taking turns."""
+    scripts = list(SCRIPTS)
+    return [
+        pytest.param(case, case.script or scripts[number % 2], id=name[:80])
+        for number, (name, case) in enumerate(table.items())
+    ]
+
+
+@pytest.mark.parametrize(("case", "script"), cases(refusals()))
+def test_bad_input_is_refused_with_one_message(trainer, place, case, script):
+    """The message is the whole of stderr, the exit status tells flags from data, and the input is left as it was."""
+    case.make(place)
+    held = set(place.out.rglob("*"))
+    run = run_case(trainer, place, case, script)
+    name = SCRIPTS[script]
+    head = f"usage: {name} {USAGE}\n{name}: " if case.status == 2 else case.told
+    printed = without_bar(run.stderr)
+    assert said(place, f"{head}error: {case.message}\n").fullmatch(printed), printed
+    assert run.code == case.status and printed.count("error: ") == 1
+    assert {path.relative_to(place.out).as_posix() for path in set(place.out.rglob("*")) - held} == set(case.left)
+    assert place.out.exists() == bool(held or case.left)
+
+
+@pytest.mark.parametrize(("case", "script"), cases(FINE))
+def test_odd_input_is_taken_with_these_warnings(trainer, place, case, script):
+    """A run ends well, and says what a person should know and nothing more."""
+    case.make(place)
+    run = run_case(trainer, place, case, script)
+    result = "The trained pipeline is in {out}." if script == "full" else f"The adapter is {{out}}/{WEIGHTS_FILE}."
+    printed = without_bar(run.stderr)
+    assert said(place, f"{case.message}INFO: [RANK 0] {result}\n").fullmatch(printed), printed
+    assert run.code == 0
+
+
+def test_a_pickle_of_the_hub_is_named_too(trainer, place):
+    """The warning is that of a folder; here the copy of a model that was downloaded before has no connection."""
+    pickled("unet")(place)
+    cache = trainer.home / "hub" / "models--nobody--pickled"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(place.model, cache / "snapshots" / ("0" * 40))
+    case = Case("", flags="--pretrained_model_name_or_path nobody/pickled")
+    run = run_case(trainer, place, case, "lora")
+    assert run.code == 0 and run.stderr.count(pickle_warning("unet", "nobody/pickled")) == 1, run.stderr
 
 
 def run_case(trainer: Trainer, at: Place, case: Case, script: str) -> Run:
@@ -1028,50 +1005,3 @@ def said(at: Place, message: str) -> re.Pattern:
 def without_bar(printed: str) -> str:
     """Return what was printed beside the progress bar."""
     return re.sub(r"(\n(steps|class images): .*)+\n( +\n)?", "", printed)
-
-
-def cases(table: dict[str, Case]) -> list:
-    """Return the cases as parameters, the scripts taking turns."""
-    scripts = list(SCRIPTS)
-    return [
-        pytest.param(case, case.script or scripts[number % 2], id=name[:80])
-        for number, (name, case) in enumerate(table.items())
-    ]
-
-
-@pytest.mark.parametrize(("case", "script"), cases(REFUSALS))
-def test_bad_input_is_refused_with_one_message(trainer, place, case, script):
-    """The message is the whole of stderr, the exit status tells flags from data, and the input is left as it was."""
-    case.make(place)
-    held = set(place.out.rglob("*"))
-    run = run_case(trainer, place, case, script)
-    name = SCRIPTS[script]
-    head = f"usage: {name} {USAGE}\n{name}: " if case.status == 2 else case.told
-    printed = without_bar(run.stderr)
-    assert said(place, f"{head}error: {case.message}\n").fullmatch(printed), printed
-    assert run.code == case.status and printed.count("error: ") == 1
-    assert {path.relative_to(place.out).as_posix() for path in set(place.out.rglob("*")) - held} == set(case.left)
-    assert place.out.exists() == bool(held or case.left)
-
-
-@pytest.mark.parametrize(("case", "script"), cases(FINE))
-def test_odd_input_is_taken_with_these_warnings(trainer, place, case, script):
-    """A run ends well, and says what a person should know and nothing more."""
-    case.make(place)
-    run = run_case(trainer, place, case, script)
-    result = "The trained pipeline is in {out}." if script == "full" else f"The adapter is {{out}}/{WEIGHTS_FILE}."
-    printed = without_bar(run.stderr)
-    assert said(place, f"{case.message}INFO: [RANK 0] {result}\n").fullmatch(printed), printed
-    assert run.code == 0
-
-
-def test_a_pickle_of_the_hub_is_named_too(trainer, place):
-    """The warning is that of a folder; here the copy of a model that was downloaded before has no connection."""
-    pickled("unet", lambda weights, at: weights)(place)
-    cache = trainer.home / "hub" / "models--nobody--pickled"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(place.model, cache / "snapshots" / ("0" * 40))
-    case = Case("", flags="--pretrained_model_name_or_path nobody/pickled")
-    run = run_case(trainer, place, case, "lora")
-    assert run.code == 0 and run.stderr.count(PICKLE.format("unet").format(model="nobody/pickled")) == 1, run.stderr

@@ -38,6 +38,7 @@ EXAMPLES_DEFAULTS = {
     **{"hub_model_id": None, "report_to": "tensorboard", "logging_dir": "logs"},
 }
 OUR_DEFAULTS = {
+    **{"caption_strategy": "instanceprompt", "prepend_instance_prompt": False},
     **{"config": None, "deterministic": False, "random_flip": False, "skip_bad_images": False, "noise_offset": None},
     **{"text_encoder_lr": None, "validation_guidance_scale": 7.5, "validation_negative_prompt": ""},
     **{"validation_num_inference_steps": 25, "hub_private_repo": False, "crop_style": None, "caption_dropout": 0.0},
@@ -605,6 +606,7 @@ IDLE = {
     "--local_rank=0": "--local_rank has no work left to do: the launcher's environment says it.",
     "--hub_token=hf_x": "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not.",
     "--enable_xformers_memory_efficient_attention": "xformers is not installed: torch's own attention serves instead.",
+    "--prepend_instance_prompt": "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt.",
     "--class_prompt=dog": "--class_prompt has no effect without --with_prior_preservation.",
     "--class_data_dir=dogs": "--class_data_dir has no effect without --with_prior_preservation.",
     "--validation_images=HERE": "--validation_images has no effect without --validation_prompt.",

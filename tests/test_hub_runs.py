@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -37,9 +38,17 @@ KEPT = {"args.json", "checkpoint-1", "checkpoint-2", "class_images", "logs", "me
 QUICKLY = {"HF_HUB_ETAG_TIMEOUT": "1"}  # a hang then ends after 3 s before training, and after 6 s in an upload
 
 
-# Each: the script; which requests fail, and how; the exit status; variables.
-RUNS = {
-    "passing": (
+class Case(NamedTuple):
+    """A run on a Hub that misbehaves."""
+
+    script: str
+    failures: dict[str, dict]  # by a pattern of requests, how they fail: arguments of `HubServer.fail`
+    code: int = 1  # its exit status
+    is_impatient: bool = False  # gives up after `QUICKLY`
+
+
+CASES = {
+    "passing": Case(
         "full",
         {
             "/whoami": {"status": 429, "headers": {"Retry-After": "2"}},
@@ -47,13 +56,12 @@ RUNS = {
             "^/lfs/": {"status": "reset"},
             "/commit/": {"status": 500, "times": 3},
         },
-        0,
-        {},
+        code=0,
     ),
-    "no commit": ("lora", {"/commit/": {"status": "hang"}}, 1, QUICKLY),
-    "broken": ("full", {"/create": {"status": 503, "times": math.inf}}, 1, {}),
-    "silent": ("lora", {"/whoami": {"status": "hang"}}, 1, QUICKLY),
-    "too large": ("full", {"/auth-check": {"status": 413}}, 1, {}),
+    "no commit": Case("lora", {"/commit/": {"status": "hang"}}, is_impatient=True),
+    "broken": Case("full", {"/create": {"status": 503, "times": math.inf}}),
+    "silent": Case("lora", {"/whoami": {"status": "hang"}}, is_impatient=True),
+    "too large": Case("full", {"/auth-check": {"status": 413}}),
 }
 REFUSED = {
     "broken": f"{REPOSITORY} was not prepared: 503 made to fail",
@@ -66,10 +74,10 @@ REFUSED = {
 def hubs():
     """Start a Hub for each run, and one more."""
     with contextlib.ExitStack() as stack:
-        hubs = {case: stack.enter_context(HubServer()) for case in [*RUNS, "no storage"]}
-        for case, (_, failures, _, _) in RUNS.items():
-            for pattern, failure in failures.items():
-                hubs[case].fail(pattern, **failure)
+        hubs = {case: stack.enter_context(HubServer()) for case in [*CASES, "no storage"]}
+        for name, case in CASES.items():
+            for pattern, failure in case.failures.items():
+                hubs[name].fail(pattern, **failure)
         hubs["no storage"].fail("^/lfs/", status="hang", times=math.inf)
         yield hubs
 
@@ -88,17 +96,17 @@ def runs(patient_upload, hubs, trainer, tmp_path_factory) -> dict[str, Run]:
     """Run all of them, three at the same time, because they wait more than they work."""
     folder, lock = tmp_path_factory.mktemp("hub"), threading.Lock()
 
-    def run(case: str) -> Run:
-        script, _, code, limits = RUNS[case]
+    def run(name: str) -> Run:
+        case, out = CASES[name], folder / name.replace(" ", "-")
+        settings = hubs[name].variables(folder, WRITE_TOKEN) | (QUICKLY if case.is_impatient else {})
         with lock:
-            settings = hubs[case].variables(folder, WRITE_TOKEN)
-            job = trainer.start(script, folder / case.replace(" ", "-"), FLAGS, "python", **settings, **limits)
-        done = job.finish()
-        assert done.code == code, done.text
-        return done
+            job = trainer.start(case.script, out, FLAGS, "python", **settings)
+        run = job.finish()
+        assert run.code == case.code, run.text
+        return run
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        return dict(zip(RUNS, pool.map(run, RUNS)))
+        return dict(zip(CASES, pool.map(run, CASES)))
 
 
 def start_upload(trainer: Trainer, hub: HubServer, out: Path, **limits: str) -> subprocess.Popen:
@@ -114,9 +122,8 @@ def check_upload(hub: HubServer, script: str, out: Path) -> None:
     assert sorted(repository.files) == sorted(SHARED + UPLOADED[script])
     assert all((out / name).read_bytes() == content for name, content in repository.files.items())
     assert len(repository.commits) == 1
-    assert (
-        set(names(out)) >= KEPT and any((out / "class_images").iterdir()) and any((out / "logs").rglob("*tfevents*"))
-    )
+    assert set(names(out)) >= KEPT
+    assert any((out / "class_images").iterdir()) and any((out / "logs").rglob("*tfevents*"))
 
 
 def pauses_said(run: Run) -> list[tuple[int, int]]:

@@ -242,7 +242,7 @@ def test_prompts_are_fed_as_when_the_pipeline_is_called(script, models, pipeline
     argv += ["--num_eval_images", "1"] if stage == "if2" else []
     args = script.parse_args([*map(str, argv), "--output_dir", str(tmp_path / "out")])
     plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32)
-    examples = [script.Example(tmp_path / "a.png", WORDS[0], False)]
+    examples = [script.Example(tmp_path / "a.png", (WORDS[0],), False)]
     first = script.encode_prompts(args, accelerator, plan, examples)
     again = script.encode_prompts(args, accelerator, plan, examples)
     assert sorted(first.texts) == sorted(WORDS)
@@ -410,7 +410,7 @@ def make_dataset(script, paths, resolution, seed=0, is_if=True, **flags):
     """Make a dataset of photos."""
     args = {"center_crop": False, "crop_style": None, "random_flip": False, "image_interpolation_mode": None}
     plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=Size.parse(resolution), is_if=is_if))
-    examples = [script.Example(path, "a photo of sks dog", False) for path in paths]
+    examples = [script.Example(path, ("a photo of sks dog",), False) for path in paths]
     texts = SimpleNamespace(texts=["other", "a photo of sks dog", ""])
     return script.DreamBoothDataset(Namespace(**args | {"caption_dropout": 0.0} | flags), plan, texts, examples)
 

@@ -368,7 +368,7 @@ def test_one_cycle_of_one_step_is_its_peak(script):
 def make_sampler(script, photos, batch, first=0, last=20, rank=0, processes=1, priors=0, seed=3):
     """Make a sampler over so many photos and, after them, class images."""
     kinds = [False] * photos + [True] * priors
-    examples = [script.Example(Path(str(number)), "a prompt", kind) for number, kind in enumerate(kinds)]
+    examples = [script.Example(Path(str(number)), ("a prompt",), kind) for number, kind in enumerate(kinds)]
     plan = SimpleNamespace(seed=seed, global_batch=batch * processes, processes=processes)
     return script.StepSampler(plan, examples, first, last, rank)
 
@@ -514,7 +514,7 @@ def test_gradients_reach_a_text_encoder_that_trains(script, tiny, prompts):
 
 def make_dataset(script, paths, resolution=16, seed=0, **flags):
     """Make a dataset of photos."""
-    examples = [script.Example(path, "a photo of sks dog", False) for path in paths]
+    examples = [script.Example(path, ("a photo of sks dog",), False) for path in paths]
     defaults = {"center_crop": False, "crop_style": None, "random_flip": False, "caption_dropout": 0.0}
     args = Namespace(**defaults | {"image_interpolation_mode": None} | flags)
     plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=Size.parse(resolution), is_if=False))
@@ -653,7 +653,8 @@ def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
     items = [dataset[script.Draw(1, 0, 2**32 - 1)], dataset[script.Draw(0, 3, 5)]]
     items[1]["is_prior"] = True
     batch = script.collate(items)
-    assert set(batch) == {"pixel_values", "prompt_rows", "is_prior", "seeds"}
+    assert set(batch) == {"pixel_values", "prompt_rows", "is_prior", "seeds", "names"}
+    assert batch["names"] == [str(path) for path in reversed(paths)]
     assert batch["pixel_values"].shape == (2, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
     assert torch.equal(batch["pixel_values"][1], items[1]["pixel_values"])
     for key, dtype, values in (

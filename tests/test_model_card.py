@@ -324,10 +324,10 @@ def test_the_snippet_loads_the_base_model_as_the_run_did(script, flags, tmp_path
     """What the base model lends comes from the same revision and from the files of the same variant."""
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
     needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
-    base = recognised(script)
-    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), base, "some/dog"))
+    rest = (recognised(script), "some/dog", "a dog")
+    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), *rest))
     for flag, value in (("revision", "v1"), ("variant", "fp16")):
-        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), base, "some/dog")
+        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), *rest)
         calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
         given = [ast.unparse(call) for call in calls if "'some/base'" in map(ast.unparse, call.args)]
         assert len(given) == 1 and f"{flag}={value!r}" in given[0]
@@ -339,5 +339,6 @@ def test_the_snippet_draws_the_validation_prompt_if_there_is_one(script, tmp_pat
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
     needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
     for flags, prompt in (([], "a photo of sks dog"), (["--validation_prompt", "sks on Mars"], "sks on Mars")):
-        code = script.usage_snippet(script.parse_args([*needed, *flags]), recognised(script), "some/dog")
+        args = script.parse_args([*needed, *flags])
+        code = script.usage_snippet(args, recognised(script), "some/dog", "a photo of sks dog")
         assert prompt in strings_in(code) and "small.png" not in code and "scheduler" not in code

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,13 @@ def test_a_model_that_draws_much_smaller_pictures_is_named(script, parse, copy, 
     script.list_examples(args, script.recognise_model(args))
     told = f"the model draws {8 * edge} px, but trains at 512: --resolution sets another size." in caplog.text
     assert told == warns
+
+
+@pytest.mark.parametrize("edge", [GONE, None])
+def test_a_unet_without_a_size_draws_64_latents(script, parse, copy, edge):
+    """As its pipeline does."""
+    change(copy, "unet/config.json", sample_size=edge)
+    assert str(script.recognise_model(parse(copy)).own_size) == "512"
 
 
 @pytest.mark.parametrize(("widths", "factor"), [([8, 8, 16, 16], 8), ([8, 8, 16], 4), ([8], 1)])
@@ -441,6 +449,13 @@ def test_the_text_encoder_is_of_the_class_that_the_index_names(script, parse, ti
         script.load_text_encoder(args, accelerator, SimpleNamespace(base=script.recognise_model(args)), "fp32")
     named = "model_index.json names transformers.NoSuchModel as its text_encoder; no installed package has it."
     assert str(refusal.value) == named
+
+
+def test_no_other_module_is_imported_for_a_class():
+    """An index may name anything."""
+    with pytest.raises(InputError, match=r"model_index\.json names this\.s as its vae; no installed package has it"):
+        model_files.component_class({"vae": ["this", "s"]}, "vae")
+    assert "this" not in sys.modules
 
 
 def test_a_class_that_diffusers_keeps_with_a_pipeline_is_found():

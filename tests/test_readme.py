@@ -56,6 +56,8 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
         (cached / "refs" / "main").write_text(SHA)
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(photos, folder / "photos")
+    for path in [path for path in (folder / "photos").rglob("*.*") if path.suffix in (".png", ".jpg", ".webp")]:
+        path.with_suffix(".txt").write_text("a photo of sks dog on a beach\nsks dog")
     return folder
 
 

@@ -115,9 +115,8 @@ def find_token(folders: list[Path], token: str = WRITE_TOKEN) -> list[str]:
 def has_token(content: bytes, token: str) -> bool:
     """Tell whether a token is in some bytes, as text of usual encodings or in base64 at any of its three shifts."""
     inner = [base64.b64encode(b"\0" * shift + token.encode())[4:-4] for shift in range(3)]
-    return any(
-        form in content for form in [token.encode(), token.encode("utf-16-le"), token.encode("utf-32-le"), *inner]
-    )
+    plain = [token.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-32-le")]
+    return any(form in content for form in plain + inner)
 
 
 def parts(path: Path) -> list[bytes]:
@@ -162,10 +161,8 @@ def test_the_token_is_nowhere(ended, case):
 
 def test_the_runs_left_what_was_to_be_searched(ended):
     """Find what makes the test above worth something: files of each kind, lines at debug level, and requests."""
-    good, names = (
-        ended["good"],
-        {path.name for one in ended.values() for folder in one.folders for path in folder.rglob("*")},
-    )
+    good, folders = ended["good"], [folder for one in ended.values() for folder in one.folders]
+    names = {path.name for folder in folders for path in folder.rglob("*")}
     assert {"args.json", "metrics.jsonl", "README.md", "optimizer.pt", "token", "output.log"} <= names
     assert any(name.endswith(".wandb") for name in names) and any("tfevents" in name for name in names)
     assert "authorization: <TOKEN>" in good.run.text
@@ -241,9 +238,8 @@ def test_an_index_cannot_name_what_is_private(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     places = ["", ".", "/", "unet/..", "../outside", str(outside), "*", "**", "unet.json", "args.json"]
-    (folder / "model_index.json").write_text(
-        json.dumps({name: ["diffusers", "X"] for name in ["unet", *private, *places]})
-    )
+    index = {name: ["diffusers", "X"] for name in ["unet", *private, *places]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     assert sharing.files_to_upload(folder) == ["model_index.json", "unet/config.json"]
 
 

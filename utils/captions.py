@@ -1,6 +1,6 @@
-"""Prompts for DeepFloyd IF as its pipeline cleans them, and the words that are lost on the way.
+"""Prompts on their way to a text encoder: DeepFloyd IF's cleaning, words that are lost, tokenizers that do not fit.
 
-The cleaning was made for captions from the web. Beside addresses and markup it deletes words such as p3rs0n, zwx5k,
+IF's cleaning was made for captions from the web. Beside addresses and markup it deletes words such as p3rs0n, zwx5k,
 sks123, <sks> and @me, file names, shipping, download and the letters of jpg, png, pdf or eps at the start of a word.
 It is not idempotent: ":-:sks" becomes ":sks" and that "sks", "__123456" becomes "123456" and that nothing. So a prompt
 is cleaned exactly once: what has been cleaned here must not go through a pipeline's own cleaning.
@@ -20,6 +20,8 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 5  # warnings of a kind
 
 IDENTIFIERS = ("sks", "ohwx", "zwx", "xjy", "qvx", "krtz", "vqw", "jxk")  # rare strings that mean nothing
 
@@ -57,12 +59,13 @@ def find_prompt_problems(flag: str, prompt: str) -> list[str]:
     ]
 
 
-def find_undecodable(prompts: dict[str, str | None]) -> list[str]:
-    """Return a sentence for each flag's prompt that holds bytes that are no text."""
+def find_undecodable(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag whose value is a prompt with bytes that are no text."""
+    prompts = {name: value for name, value in flags.items() if name.endswith("_prompt") and isinstance(value, str)}
     return [
-        f"--{flag} {prompt!r} is not written in UTF-8."
-        for flag, prompt in prompts.items()
-        if any("\ud800" <= sign <= "\udfff" for sign in prompt or "")  # Python's stand-ins for such bytes
+        f"--{name} {prompt!r} is not written in UTF-8."
+        for name, prompt in prompts.items()
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt)  # Python's stand-ins for such bytes
     ]
 
 
@@ -98,21 +101,28 @@ def lost_words(text: str) -> list[str]:
 
 
 def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length: int) -> None:
-    """Warn of each prompt of which a model does not see all: words are deleted, or beyond its tokens.
+    """Warn of the prompts of which a model does not see all: words are deleted, or beyond its tokens.
+
+    The first `SHOWN` such losses are told in full, and how many there are.
 
     Args:
         cleaned_texts: What is left of the texts after cleaning; the texts themselves for a model that does not clean.
     """
     rows = tokenizer(cleaned_texts, return_offsets_mapping=tokenizer.is_fast)
     places = rows.get("offset_mapping", [None] * len(texts))
+    losses = []
     for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places):
         if cleaned != text and (lost := lost_words(text)):
             words = ", ".join(map(repr, lost))
-            logger.warning("The prompt %r loses %s when IF's pipelines clean it: T5 reads %r.", text, words, cleaned)
+            losses.append(f"The prompt {text!r} loses {words} when IF's pipelines clean it: T5 reads {cleaned!r}.")
         if len(ids) > length:
             # The last token that is seen is the one that ends each prompt.
             cut = _from_word(cleaned, spans[length - 1][0]) if spans else tokenizer.decode(ids[length - 1 : -1])
-            logger.warning("The prompt %r is longer than %d tokens; the model will not see %r.", text, length, cut)
+            losses.append(f"The prompt {text!r} is longer than {length} tokens; the model will not see {cut!r}.")
+    if len(losses) > SHOWN:
+        losses[SHOWN:] = [f"{len(losses)} of {len(texts)} prompts lose words: the first {SHOWN} are told above."]
+    for loss in losses:
+        logger.warning(loss)
 
 
 def _from_word(text: str, start: int) -> str:

@@ -7,6 +7,7 @@ lock, which ends with its process, tells the leftovers of dead runs from the wor
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pickle
 import re
 import secrets
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,8 +202,11 @@ def find_state(output_dir: Path, wanted: str | None) -> tuple[Path | None, dict]
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
     there = {name: theirs.get(name) for name in ours}
+    shorten = functools.partial(textwrap.shorten, width=300, placeholder=" …")
     lines = [
-        f"  {name}: {there[name]} there, {own} here" for name, own in ours.items() if str(there[name]) != str(own)
+        f"  {name}: {shorten(str(there[name]))} there, {shorten(str(own))} here"
+        for name, own in ours.items()
+        if str(there[name]) != str(own)
     ]
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"

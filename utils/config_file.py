@@ -13,24 +13,28 @@ from utils.errors import InputError
 
 
 def parse_with_config(parser, argv: list[str]) -> Any:
-    """Parse a command line over the file that its --config names, if it names one; mistakes end in `parser.error`."""
+    """Parse a command line over the file that its --config names, if it names one; mistakes end in `parser.error`.
+
+    The --hub_token is taken out of sys.argv, which trackers copy into their files.
+    """
     parser.error = functools.partial(say_without_tokens, parser.error)
     args = parser.parse_args(argv)
-    if not args.config:
-        return args
+    if args.config:
+        args = _parse_over_file(parser, args.config, argv)
+    if args.hub_token:
+        sys.argv[:] = [word.replace(args.hub_token, "<token>") for word in sys.argv]
+    return args
+
+
+def _parse_over_file(parser, path: str, argv: list[str]) -> Any:
+    """Parse a command line over the values of a file."""
     known = [action for action in parser._actions if action.dest not in ("help", "config")]
     switches = {action.dest: any(word.startswith("--no-") for word in action.option_strings) for action in known}
     lists = {action.dest for action in known if action.nargs == "+"}
     try:
-        return parser.parse_args([*read_flags(args.config, switches, lists), *argv])
+        return parser.parse_args([*read_flags(path, switches, lists), *argv])
     except InputError as error:
         return parser.error(str(error))
-
-
-def hide_from_command_line(token: str | None) -> None:
-    """Take a token out of sys.argv, because trackers copy that into their files."""
-    if token:
-        sys.argv[:] = [word.replace(token, "<token>") for word in sys.argv]
 
 
 def say_without_tokens(say: Callable[[str], Any], message: str) -> None:

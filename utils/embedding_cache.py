@@ -82,7 +82,7 @@ class EmbeddingCache:
         """
         if embeds.ndim != 2 or len(embeds) != len(ids):
             raise ValueError(f"embeds are {tuple(embeds.shape)}, not (L, D) with L = {len(ids)}, one row a token.")
-        path = self.path_of(ids.cpu(), mask)
+        path = self.path_of(ids, mask)
         embeds = embeds.cpu().contiguous()
         metadata = self._metadata(path) | {"files": json.dumps(self.files)}
         content = safetensors.torch.save({_NAME: embeds}, metadata | {"checksum": _checksum(metadata, embeds)})

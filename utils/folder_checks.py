@@ -17,24 +17,21 @@ def find_folder_problems(
         classes: Where class images are or will be; None without prior preservation.
         resume_from: --resume_from_checkpoint.
     """
-    given = [("--instance_data_dir", photos), ("--output_dir", output), ("--class_data_dir", classes)]
-    found = [(flag, folder, _why_unusable(folder)) for flag, folder in given if folder]
-    if unusable := [f"{flag} {folder} cannot be used: {why}. Use another." for flag, folder, why in found if why]:
-        return unusable
-    ours = [("--output_dir", output), *([("--class_data_dir", classes)] if classes else [])]
-    inside = [flag for flag, folder in ours if photos and folder.resolve().is_relative_to(photos.resolve())]
-    others = [("--instance_data_dir", photos), ("--output_dir", output)]
-    others = [(flag, path.resolve()) for flag, path in others if path and classes]
-    swallowed = [flag for flag, path in others if path.is_relative_to(classes.resolve())]
-    resumes = checkpoints.is_of(output, resume_from)
-    left = [] if resumes else [*checkpoints.list_checkpoints(output), *hub.result_files(output)[:1]]
+    given = {"--instance_data_dir": photos, "--output_dir": output, "--class_data_dir": classes}
+    given = {flag: folder for flag, folder in given.items() if folder}
+    reasons = {flag: _why_unusable(folder) for flag, folder in given.items()}
+    if any(reasons.values()):
+        return [f"{flag} {given[flag]} cannot be used: {why}. Use another." for flag, why in reasons.items() if why]
+    inside, swallowed = _list_below("--instance_data_dir", given), _list_below("--class_data_dir", given)
+    saved = checkpoints.list_checkpoints(output)
+    left = [] if checkpoints.is_of(output, resume_from) else [*saved, *hub.result_files(output)[:1]]
     held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
-    held += ", or --resume_from_checkpoint latest" if checkpoints.list_checkpoints(output) else ""
+    held += ", or --resume_from_checkpoint latest" if saved else ""
     return problems_that_hold(
         (photos and photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
         (photos and not photos.exists(), f"--instance_data_dir {photos} does not exist."),
-        (inside, f"{' and '.join(inside)} in --instance_data_dir {photos}: all pictures below it count as photos."),
-        (swallowed, f"{' and '.join(swallowed)} in --class_data_dir: all pictures below it count as class images."),
+        (inside, f"{inside} in --instance_data_dir {photos}: all pictures below it count as photos."),
+        (swallowed, f"{swallowed} in --class_data_dir: all pictures below it count as class images."),
         (classes and classes.is_file(), f"--class_data_dir {classes} is not a folder."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {held}."),
@@ -52,3 +49,9 @@ def _why_unusable(folder: Path) -> str:
     except ValueError as error:  # a zero byte
         return str(error)
     return ""
+
+
+def _list_below(flag: str, given: dict[str, Path]) -> str:
+    """Return the other flags, with "and" between them, whose folders are the one of a flag or lie below it."""
+    others = {other: folder.resolve() for other, folder in given.items() if other != flag and flag in given}
+    return " and ".join(other for other, folder in others.items() if folder.is_relative_to(given[flag].resolve()))

@@ -40,15 +40,44 @@ def answers_within(seconds: float) -> Iterator[None]:
         set_client_factory(default_client_factory)
 
 
+def _make_client(seconds: float) -> httpx2.Client:
+    """Return the Hub's own client, with limits."""
+    client = default_client_factory()
+    before = [*client.event_hooks["request"], functools.partial(_set_limit, seconds)]
+    client.event_hooks = {"request": before, "response": [_refuse_endless_waits]}
+    return client
+
+
+def _set_limit(seconds: float, request: httpx2.Request) -> None:
+    """Limit a request that has no limit; some calls ask for none instead of taking the client's own."""
+    if request.extensions["timeout"]["read"] is None:
+        request.extensions["timeout"] = httpx2.Timeout(seconds).as_dict()
+
+
+def _refuse_endless_waits(response: httpx2.Response) -> None:
+    """Raise an error where the client would sleep as long as it is told, or create a repository again and again."""
+    is_long = response.status_code in BUSY and (_asked_pause(response) or 0) > LONGEST_PAUSE
+    if is_long or (response.status_code == 409 and b"another conflicting operation" in response.read()):
+        hf_raise_for_status(response)
+
+
 def persist(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = ()) -> Any:
-    """Ask the Hub, and again after a while when it is busy or one of the `passing` errors comes."""
+    """Ask the Hub, and again after a while when it is busy or the connection breaks.
+
+    Args:
+        ask: Makes the requests, and returns what is to be returned.
+        passing: Errors of a broken connection after which it is worth asking again.
+
+    Raises:
+        Exception: What the last try raised, or the first one that is not worth another.
+    """
     for usual in PAUSES:
         try:
             return ask()
         except Exception as error:  # those of upload threads have no base class in common
-            cause = find_cause(error)
+            cause = _find_cause(error)
             is_busy = status_of(cause) in BUSY
-            pause = (is_busy and asked_pause(cause.response)) or usual
+            pause = (is_busy and _asked_pause(cause.response)) or usual
             if pause > LONGEST_PAUSE or not (is_busy or isinstance(cause, passing)):
                 raise
             words = f"answers {status_of(cause)}" if is_busy else f"cannot be reached ({reason_of(cause, None)})"
@@ -57,7 +86,7 @@ def persist(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = ()) -
     return ask()
 
 
-def find_cause(error: BaseException) -> BaseException:
+def _find_cause(error: BaseException) -> BaseException:
     """Return the error of the request that an upload's error comes from, or else that error itself."""
     cause = error
     while cause and not isinstance(cause, httpx2.HTTPError):
@@ -65,14 +94,7 @@ def find_cause(error: BaseException) -> BaseException:
     return cause or error
 
 
-def _refuse_endless_waits(response: httpx2.Response) -> None:
-    """Raise an error where the client would sleep as long as it is told, or create a repository again and again."""
-    is_long = response.status_code in BUSY and (asked_pause(response) or 0) > LONGEST_PAUSE
-    if is_long or (response.status_code == 409 and b"another conflicting operation" in response.read()):
-        hf_raise_for_status(response)
-
-
-def asked_pause(response: httpx2.Response) -> int | None:
+def _asked_pause(response: httpx2.Response) -> int | None:
     """Return after how many seconds the Hub wants to be asked again, if it says so."""
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
@@ -90,7 +112,7 @@ def reason_of(error: BaseException, token: str | None) -> str:
     """Return in one line what an error says, without the token and without a full stop."""
     if isinstance(error, HfHubHTTPError):
         words = f"{status_of(error)} {error.server_message or str(error).strip().partition(chr(10))[0]}"
-        if pause := asked_pause(error.response):
+        if pause := _asked_pause(error.response):
             words = f"{words.rstrip('.')} (it wants {pause} s of pause)"
     elif isinstance(error, httpx2.TimeoutException):
         words = f"no answer within {error.request.extensions['timeout']['read']:g} s"
@@ -103,17 +125,3 @@ def reason_of(error: BaseException, token: str | None) -> str:
     if token:
         words = words.replace(token, "<token>")
     return textwrap.shorten(words, 400, placeholder=" …").rstrip(".")
-
-
-def _make_client(seconds: float) -> httpx2.Client:
-    """Return the Hub's own client, with limits."""
-    client = default_client_factory()
-    before = [*client.event_hooks["request"], functools.partial(_set_limit, seconds)]
-    client.event_hooks = {"request": before, "response": [_refuse_endless_waits]}
-    return client
-
-
-def _set_limit(seconds: float, request: httpx2.Request) -> None:
-    """Limit a request that has no limit; some calls ask for none instead of taking the client's own."""
-    if request.extensions["timeout"]["read"] is None:
-        request.extensions["timeout"] = httpx2.Timeout(seconds).as_dict()

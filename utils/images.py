@@ -229,8 +229,11 @@ def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
     """Write down, beside drawn images, what they were drawn from; no kill may leave half of it."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{PROMPT_FILE}-{secrets.token_hex(4)}"
-    partial.write_text(describe_source(prompt, guidance), encoding="utf-8")
-    os.replace(partial, folder / PROMPT_FILE)
+    try:
+        partial.write_text(describe_source(prompt, guidance), encoding="utf-8")
+        os.replace(partial, folder / PROMPT_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_source(folder: Path, prompt: str, guidance: float | None) -> None:

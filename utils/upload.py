@@ -7,13 +7,13 @@ failed, in which case nothing is lost and the same command tries again.
 """
 
 import argparse
+import functools
 import json
-import re
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from utils import hub
+from utils.config_file import say_without_tokens
 from utils.errors import InputError
 
 
@@ -37,17 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose messages repeat no token, for example of a misspelled --hub_token."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with a message."""
-        super().error(re.sub(r"\bhf_[\w-]+", "<token>", message))
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(prog="python -m utils.upload", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    description = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m utils.upload", description=description, allow_abbrev=False)
+    parser.error = functools.partial(say_without_tokens, parser.error)
     add = parser.add_argument
     add("output_dir", metavar="OUTPUT_DIR", type=Path, help="the run's --output_dir")
     add(

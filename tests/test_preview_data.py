@@ -1,0 +1,89 @@
+"""The sheet of what a training command gives the model: it holds the very pixels, and nothing else is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_dreambooth_lora
+from tests.conftest import draw_picture
+from tests.runs import ROOT, SIZE, environment, names
+from utils import preview_data
+
+
+def find(picture: Image.Image, sheet: Image.Image) -> list[tuple[int, int]]:
+    """Return where a picture lies in a sheet, as (top, left)."""
+    small, large = np.asarray(picture), np.asarray(sheet)
+    height, width = small.shape[:2]
+    corners = np.argwhere((large == small[0, 0]).all(axis=-1))
+    fits = [(y, x) for y, x in corners if large[y : y + height, x : x + width].shape == small.shape]
+    return [(int(y), int(x)) for y, x in fits if (large[y : y + height, x : x + width] == small).all()]
+
+
+def test_the_sheet_holds_what_the_model_is_given(tiny, tmp_path):
+    """Photos of the training size are there pixel by pixel, each once before any comes again; nothing else is made."""
+    photos, sheet = tmp_path / "photos", tmp_path / "sheets" / "sheet.png"
+    photos.mkdir()
+    drawn = [draw_picture(SIZE, SIZE, number) for number in range(4)]
+    for number, picture in enumerate(drawn):
+        picture.save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text(f"sks {number}")
+    flags = f"--resolution {SIZE} --train_batch_size 2 --seed 3 --caption_strategy textfile --report_to none"
+    flags += " --with_prior_preservation --class_prompt dog --num_class_images 2"
+    command = ["-m", "utils.preview_data", "--output", sheet, "--count", "12", "train_dreambooth_lora.py"]
+    command += ["--pretrained_model_name_or_path", tiny, "--instance_data_dir", photos, *flags.split()]
+    command += ["--output_dir", tmp_path / "out"]
+    before = names(tmp_path)
+    variables = environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, f"{sheet}\n"), done.stderr
+    assert sorted([*before, "sheets"]) == [name for name in names(tmp_path) if name != "home"]
+    found = [find(picture, Image.open(sheet).convert("RGB")) for picture in drawn]
+    # Three batches of two photos each, with as many class images: two photos come a second time.
+    assert sorted(len(places) for places in found) == [1, 1, 2, 2]
+    rows = [sorted({y for places in found for y, _ in places}).index(y) for places in found for y, _ in places]
+    assert sorted(rows) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("cleans", "caption"), [(False, "A SKS Dog"), (True, "a sks dog")])
+def test_a_picture_is_labelled_with_what_the_text_encoder_reads(tmp_path, cleans, caption):
+    """Its file, its caption, cleaned if the model's are, and how often it was seen; what is to be drawn is grey."""
+    path, size = tmp_path / "dog.png", (8, 6)
+    example = train_dreambooth_lora.Example(path, ("A SKS Dog",), False)
+    missing = train_dreambooth_lora.Example(tmp_path / "00001.png", ("a dog",), True, is_missing=True)
+
+    class Dataset:
+        def __init__(self, row: int):
+            self.row, self.size, self.examples = row, size, [example, missing]
+
+        def __getitem__(self, draw):
+            return {"pixel_values": torch.linspace(-1, 1, 3 * 6 * 8).reshape(3, 6, 8), "prompt_rows": self.row}
+
+    texts, draws = (
+        ["A SKS Dog", ""],
+        [SimpleNamespace(example=index, visit=visit) for index, visit in ((0, 0), (0, 2))],
+    )
+    picture, label = preview_data.describe(Dataset(0), texts, draws[0], cleans)
+    assert picture.size == size and np.asarray(picture)[0, 0, 0] == 0 and np.asarray(picture)[-1, -1, -1] == 255
+    assert label == f"dog.png: {caption}"
+    assert preview_data.describe(Dataset(1), texts, draws[1], cleans)[1] == "dog.png, seen 2x: (no caption)"
+    grey, label = preview_data.describe(Dataset(0), texts, SimpleNamespace(example=1, visit=0), cleans)
+    assert grey.size == size and label == "00001.png: to be drawn from 'a dog'"
+
+
+def test_mistakes_of_the_training_flags_are_told_as_by_the_script(capsys):
+    """The usage is the script's; so is the exit status."""
+    with pytest.raises(SystemExit, match="2"):
+        preview_data.main(["train_dreambooth.py", "--train_batch_size", "0"])
+    assert "--train_batch_size 0 is out of range" in capsys.readouterr().err
+    for words in (["--count", "0", "train_dreambooth.py"], ["train.py"]):
+        with pytest.raises(SystemExit, match="2"):
+            preview_data.main(words)
+    assert Path("data-preview.png").exists() is False

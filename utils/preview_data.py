@@ -1,0 +1,103 @@
+"""Draw a sheet of what a training command gives the model: crops, flips and captions, in the order of its batches.
+
+    python -m utils.preview_data train_dreambooth_lora.py --pretrained_model_name_or_path MODEL \
+        --instance_data_dir photos/ --instance_prompt "a photo of sks dog"
+
+The flags are those of the training command; nothing is trained, and nothing but the sheet is written. Its title says
+how many pictures there are; under each picture stand its file, its caption as the text encoder reads it, and how often
+it was seen before.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from utils import captions, images, previews
+from utils.errors import exit_status
+from utils.flag_checks import find_out_of_range
+
+SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the sheet, say where it is, and return the exit status."""
+    args = parse_args(argv)
+    script = importlib.import_module(Path(args.script).stem)
+    sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    images.save_png(sheet, args.output)
+    print(args.output)
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.preview_data", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("data-preview.png"), metavar="PNG", help="default: data-preview.png")
+    add("--count", type=int, default=16, help="pictures, the first ones of the run; default: 16")
+    add("script", choices=SCRIPTS, help="the training script")
+    add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
+    args = parser.parse_args(argv)
+    if problems := find_out_of_range(vars(args), {"count": "1 or more"}):
+        parser.error(" ".join(problems))
+    return args
+
+
+def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image:
+    """Return a sheet of the first pictures of a run, as its data set makes them.
+
+    Args:
+        script: The module of a training script.
+        args: Its flags.
+        count: Pictures; a batch is drawn whole.
+    """
+    accelerator = script.start(args)
+    base = script.recognise_model(args)
+    examples = script.list_examples(args, base)
+    plan = script.make_plan(args, accelerator, base, examples)
+    prompts = script.tokenise_prompts(args, base, examples, torch.device("cpu"))
+    dataset = script.DreamBoothDataset(args, plan, prompts, examples)
+    begun = plan.first_step * args.gradient_accumulation_steps
+    pictures, labels = [], []
+    for draws in script.StepSampler(plan, examples, begun, begun + count, rank=0):
+        for draw in draws:
+            picture, label = describe(dataset, prompts.texts, draw, base.is_if)
+            pictures.append(picture)
+            labels.append(label)
+        if len(pictures) >= count:
+            break
+    photos = sum(not example.is_prior for example in examples)
+    words = f"{photos} photos, {len(examples) - photos} class images, {base.resolution} px"
+    return previews.make_grid(pictures, columns=4, labels=labels, title=f"{words}; in the order of the batches")
+
+
+def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[Image.Image, str]:
+    """Return a picture as the model is given it, and what stands under it; grey for one that is yet to be drawn.
+
+    Args:
+        texts: The distinct prompts of the run.
+        cleans: Whether the model's text is cleaned first, as IF's is.
+    """
+    example = dataset.examples[draw.example]
+    if example.is_missing:
+        grey = Image.new("RGB", tuple(dataset.size), "grey")
+        return grey, f"{example.path.name}: to be drawn from {example.prompts[0]!r}"
+    item = dataset[draw]
+    pixels = ((item["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
+    caption = texts[item["prompt_rows"]]
+    caption = captions.clean(caption) if cleans else caption
+    seen = f", seen {draw.visit}x" if draw.visit else ""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy()), f"{example.path.name}{seen}: {caption or '(no caption)'}"
+
+
+if __name__ == "__main__":
+    status = exit_status(main)
+    sys.exit(status)
