@@ -240,8 +240,9 @@ def main(argv: list[str] | None = None) -> int:
 
         # 6. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
-            optimizer, loader = accelerator.free_memory(optimizer, loader)
-            save_result(args, accelerator, plan, models)
+            instead = functools.partial(write_checkpoint, args, accelerator, plan, models, optimizer, plan.steps)
+            with checkpoints.or_else(instead, plan.steps):
+                save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
             share(args, plan, summary, repository, stop)
@@ -640,9 +641,11 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base)
     prompts = [list(example.prompts) for example in examples if not example.is_prior]
     fits["captions"] = None if args.caption_strategy == "instanceprompt" else prompts
+    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
+    fits["content of the base model"] = model_files.fingerprint(*source)
+    fits["content of the pictures"] = images.fingerprint([(example.path, example.is_prior) for example in examples])
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], fits)
-        checkpoints.warn_of_newer(Path(args.output_dir), state["step"])
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, len(photos))
     plan = Plan(
         base=base,
@@ -684,7 +687,7 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
         checkpoints.announce_changes(plan.resume_from, plan.first_step, used)
-        checkpoints.open_folder(plan.output_dir, json.dumps(used, indent=2) + "\n")
+        checkpoints.open_folder(plan.output_dir, json.dumps(used, indent=2) + "\n", plan.first_step)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -781,9 +784,7 @@ def tokenise_prompts(args: Namespace, base: BaseModel, examples: list[Example], 
     texts = [prompt for example in examples for prompt in example.prompts]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
-    if args.caption_dropout or base.is_if:
-        texts.append("")
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(texts + [""] * bool(args.caption_dropout or base.is_if)))
     tokenizer = load_tokenizer(args, base)
     length = base.tokens or tokenizer.model_max_length
     captions.check_tokenizer(tokenizer, length, base.vocabulary)
@@ -1270,16 +1271,15 @@ def train(
         values |= dict(zip(("lr", "lr_text_encoder"), rates))
         metrics.add(done, began, plan.examples_per_step, losses, values, names)
         stopped = stop.agree() is not None
-        if not stopped and args.validation_prompt and (done % every == 0 or done == plan.steps):
-            metrics.flush()  # trackers take no numbers of a step once they have its pictures
-            validate(args, accelerator, plan, models, prompts, done, stop)
-            stopped = stop.agree() is not None
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
             save_checkpoint(args, accelerator, plan, models, optimizer, done)
         if stopped:
             logger.info(f"Stopped. Go on by the same command with --resume_from_checkpoint checkpoint-{done}.")
             return False
+        if args.validation_prompt and (done % every == 0 or done == plan.steps):
+            metrics.flush()  # trackers take no numbers of a step once they have its pictures
+            validate(args, accelerator, plan, models, prompts, done, stop)
     metrics.close()
     return True
 
@@ -1290,14 +1290,21 @@ def save_checkpoint(
     """Write checkpoint-N whole or not at all, then remove older ones beyond the limit."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
-            save_weights(accelerator, folder, models)
-            model_files.write_scheduler_config(folder, plan.base.scheduler)
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
-            checkpoints.write_state(folder, step, plan.fits)
-        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+        write_checkpoint(args, accelerator, plan, models, optimizer, step)
     accelerator.wait_for_everyone()
+
+
+def write_checkpoint(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
+) -> None:
+    """Write a checkpoint as this process has it, the main one."""
+    with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+        save_weights(accelerator, folder, models)
+        model_files.write_scheduler_config(folder, plan.base.scheduler)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
+        checkpoints.write_state(folder, step, plan.fits)
+    checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
 
 
 def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import draw_picture
 from tests.runs import SCRIPTS, Trainer, differing, names, read_metrics, read_tensors, untimed, wait_until
 
 SAVE_EACH = "--checkpointing_steps 1 --checkpoints_total_limit 1 --max_train_steps"
@@ -119,6 +120,41 @@ def test_a_checkpoint_that_does_not_fit_names_the_difference(trainer, outputs, t
     assert f"{head}  " in run.stderr and f"\n  {words}" in run.stderr and "Traceback" not in run.text
     assert run.stderr.endswith("Give the same as there, or start anew in another --output_dir.\n")
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_content_under_the_same_names_is_found_out(trainer, outputs, tmp_path, script):
+    """Photos and weights that were replaced would train something else; older checkpoints know nothing of it."""
+    shutil.copytree(outputs / script, out := tmp_path / "out")
+    photos = shutil.copytree(trainer.photos, tmp_path / "photos")
+    model = shutil.copytree(trainer.model, tmp_path / "tiny")
+    flags = f"--max_train_steps 2 {LATEST} --instance_data_dir {photos} --pretrained_model_name_or_path {model}"
+    draw_picture(80, 64, 77).save(photos / "beach.png")
+    (weights,) = (model / "unet").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-40] ^= 1
+    weights.write_bytes(content)
+    run = trainer.run(script, out, flags, code=1)
+    assert re.search(r"\n  content of the base model: \w{16} there, \w{16} here\n", run.stderr)
+    assert re.search(r"\n  content of the pictures: \w{16} there, \w{16} here\n", run.stderr)
+    path = out / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["fits"] = {name: value for name, value in state["fits"].items() if not name.startswith("content of")}
+    path.write_text(json.dumps(state))
+    trainer.run(script, out, flags)
+
+
+def test_an_abandoned_branch_is_not_gone_on_with(trainer, tmp_path):
+    """After a run is gone on with from an earlier checkpoint, `latest` is that run's, not the one's that was left."""
+    flags = "--checkpointing_steps 2 --max_train_steps"
+    whole = trainer.run("lora", tmp_path / "whole", f"{flags} 4").out
+    shutil.copytree(whole, out := tmp_path / "out")
+    branch = "--checkpointing_steps 1 --max_train_steps 3 --learning_rate 1e-4 --resume_from_checkpoint checkpoint-2"
+    run = trainer.run("lora", out, branch)
+    assert "checkpoint-4 lies ahead of this run, which begins at 2: kept as passed-over-4-" in run.stderr
+    run = trainer.run("lora", out, f"{flags} 4 --learning_rate 1e-4 {LATEST}")
+    assert f"Resumed from {out}/checkpoint-3: 3 of 4 steps are done." in run.stderr
+    assert [line["lr"] for line in read_metrics(out)] == [1e-3, 1e-3, 1e-4, 1e-4]
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_named(trainer, outputs, tmp_path):

@@ -200,6 +200,16 @@ def test_what_is_not_ours_is_kept_under_another_name_when_its_place_is_needed(tm
     assert f"it is kept as {kept.name}" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["null", "[1]", '"x"', "[" * 100_000, "{"])
+def test_settings_that_are_none_change_nothing(tmp_path, caplog, content):
+    """An args.json that somebody has damaged is no reason not to go on."""
+    folder = make_checkpoint(tmp_path / "checkpoint-4")
+    (tmp_path / "args.json").write_text(content)
+    with caplog.at_level(logging.INFO):
+        checkpoints.announce_changes(folder, 4, {"seed": 1})
+    assert caplog.messages == []
+
+
 def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
     folder = make_checkpoint(tmp_path / "out" / "checkpoint-5")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """The output folder is full, read-only or gone: the last checkpoint stays, and the message names the folder."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_a_folder_that_vanishes(trainer, tmp_path, script, way):
     step = steps_saved(elsewhere)[-1]
     more = f"--max_train_steps {step + 1} --resume_from_checkpoint latest"
     assert len(read_metrics(trainer.run(script, elsewhere, more).out)) == step + 1
+
+
+def test_a_base_model_that_is_gone_at_the_end(trainer, tiny, tmp_path):
+    """The result needs its other parts; what was learned is in a checkpoint, and the result is saved later."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    flags = f"--pretrained_model_name_or_path {model} --max_train_steps 40"
+    whole = trainer.run("full", tmp_path / "whole", flags).out
+    job = trainer.start("full", tmp_path / "out", flags)
+    wait_until(lambda: job.steps_logged() > 1, "a step")
+    model.rename(tmp_path / "elsewhere")
+    run = job.finish()
+    assert run.code == 1 and "Traceback" not in run.text and steps_saved(job.out) == [40]
+    assert (
+        "What was learned is in checkpoint-40: once that is mended, resume from it to save the result." in run.stderr
+    )
+    (tmp_path / "elsewhere").rename(model)
+    trainer.run("full", job.out, f"{flags} --resume_from_checkpoint latest")
+    assert differing(read_tensors(whole), read_tensors(job.out)) == []
+
+
+def test_without_a_checkpoint_none_is_promised(trainer, tmp_path):
+    """The message does not send anybody to what is not there."""
+    job = trainer.start("full", tmp_path / "out")
+    limit_files(job, 20_000)
+    run = job.finish()
+    check_refusal(run, re.escape(str(job.out)))
+    assert "What was saved before is as it was: there was no checkpoint yet." in run.stderr
 
 
 @pytest.mark.parametrize("name", ["file/out", "file"])

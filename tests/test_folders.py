@@ -3,14 +3,14 @@
 import contextlib
 import logging
 import os
-import re
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from utils import checkpoints
-from utils.checkpoints import atomic_result, check_fits, remove_leftovers, step_of, warn_of_newer, write_state
+from utils.checkpoints import atomic_result, check_fits, remove_leftovers, step_of, write_state
 from utils.errors import InputError
 from utils.images import IMAGE_SUFFIXES, inspect_folder
 
@@ -231,15 +231,44 @@ def test_every_difference_to_a_checkpoint_is_named(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("step", "named"), [(10, "checkpoint-20, checkpoint-100"), (20, "checkpoint-100"), (100, "")])
-def test_checkpoints_that_lie_ahead_are_named(tmp_path, caplog, step, named):
-    """Complete ones of later steps give one warning, in the order of their steps; older and other ones none."""
-    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-7-backup", "checkpoint-500"):
+@pytest.mark.parametrize(("step", "aside"), [(10, [20, 100]), (20, [100]), (100, [])])
+def test_checkpoints_that_lie_ahead_are_set_aside(tmp_path, caplog, step, aside):
+    """Complete ones of later steps, which `latest` would take for this run's; older and other ones stay."""
+    kept = ("checkpoint-3", "checkpoint-7-backup", "checkpoint-500")
+    for name in ("checkpoint-100", "checkpoint-20", *kept):
         (tmp_path / name).mkdir()
         if name != "checkpoint-500":
             write_state(tmp_path / name, step_of(tmp_path / name) or 0, {})
     with caplog.at_level(logging.WARNING):
-        warn_of_newer(tmp_path, step)
-    assert len(caplog.messages) == bool(named)
-    if named:
-        assert re.match(r"(.*) lie ahead of this run: ", caplog.messages[0])[1] == named
+        checkpoints.open_folder(tmp_path, "{}", step)
+    assert [message.split()[0] for message in caplog.messages] == [f"checkpoint-{number}" for number in aside]
+    assert sorted(int(path.name.split("-")[2]) for path in tmp_path.glob("passed-over-*")) == aside
+    assert all((tmp_path / name).exists() for name in kept)
+    assert all((tmp_path / f"checkpoint-{number}").exists() != (number in aside) for number in (20, 100))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
+    """Whichever comes first, and however their writing of args.json falls in between."""
+    for number in range(20):
+        start, go = os.pipe()
+        children = []
+        for name in "ab":
+            if (child := os.fork()) == 0:
+                os.read(start, 1)
+                status = 2
+                with contextlib.suppress(BaseException):
+                    try:
+                        checkpoints.open_folder(tmp_path / str(number), name, 0)
+                        time.sleep(0.2)
+                        status = 0
+                    except InputError as error:
+                        status = 1 if "in use by another run" in str(error) else 3
+                os._exit(status)
+            children.append(child)
+        os.write(go, b"go")
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert sorted(statuses) == [0, 1]
+        assert (tmp_path / str(number) / "args.json").read_text() == "ab"[statuses.index(0)]
+        os.close(start)
+        os.close(go)

@@ -47,9 +47,10 @@ def test_previews_that_need_too_much_are_a_warning(trainer, tmp_path):
     """Each round says so, and the run ends in the bits of one that draws nothing."""
     flags = "--max_train_steps 2 --checkpointing_steps 2"
     plain = trainer.start("lora", tmp_path / "plain", flags)
-    flags += " --validation_prompt dog --validation_resolution 960 --validation_num_inference_steps 1"
-    job = trainer.start("lora", tmp_path / "out", f"{flags} --validation_steps 2 --num_validation_images 1")
-    limit_memory(job, 200_000_000)
+    flags += " --validation_prompt dog --validation_resolution 1280 --validation_guidance_scale 1"
+    flags += " --validation_num_inference_steps 1 --validation_steps 2 --num_validation_images 1"
+    job = trainer.start("lora", tmp_path / "out", flags)
+    limit_memory(job, 300_000_000)
     runs = [plain.finish(), job.finish()]
     assert [run.code for run in runs] == [0, 0], runs[1].text
     for step in (0, 2):

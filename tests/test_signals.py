@@ -73,7 +73,7 @@ def test_while_prompts_are_encoded(trainer, tiny, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_while_previews_are_drawn(trainer, tmp_path, script):
-    """The picture that is begun is drawn, the others are not; the step before is saved, and no other is made."""
+    """The picture that is begun is drawn, the others are not, and the step that comes next is saved."""
     flags = "--validation_prompt dog --validation_num_inference_steps 3 --validation_steps 2"
     job = trainer.start(script, tmp_path / "out", f"{flags} --num_validation_images 400 --max_train_steps 3")
     previews = job.out / "samples" / "step-000002"
@@ -89,8 +89,8 @@ def test_while_previews_are_drawn(trainer, tmp_path, script):
     wait_until((previews / "01.png").exists, "a preview")
     os.kill(job.pid, signal.SIGINT)
     run = job.finish()
-    assert run.code == 130 and "--resume_from_checkpoint checkpoint-2" in run.stderr
-    assert checkpoint_steps(job.out) == [1, 2] and len(read_metrics(job.out)) == 2
+    assert run.code == 130 and "--resume_from_checkpoint checkpoint-3" in run.stderr
+    assert checkpoint_steps(job.out) == [1, 3] and len(read_metrics(job.out)) == 3
     drawn = names(previews)
     assert "grid.png" in drawn and 2 < len(drawn) < 400
 

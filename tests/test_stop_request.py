@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from utils.stop_request import BEFORE, IN_LOOP, LAUNCHER_VARIABLES, SIGNALS, StopRequest, ignore_signals
@@ -204,6 +205,25 @@ def test_two_processes_stop_at_the_same_step_for_the_same_reason():
     outputs = [process.communicate(timeout=20)[0].split() for process in ranks]
     assert outputs[0] == outputs[1] and 1 < int(outputs[0][0]) < 2999 and outputs[0][1] == "143"
     assert [process.returncode for process in ranks] == [143, 143]
+
+
+def test_a_signal_that_comes_while_processes_agree_is_kept_for_the_next_time(monkeypatch, capfd):
+    """It was not part of what they agreed on, and must not be forgotten for that."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda backend: None)
+    calls = []
+
+    def all_reduce(tensor, operation, group):
+        calls.append(int(tensor))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with StopRequest() as stop:
+        stop.begin_loop()
+        assert [stop.agree() for _ in range(3)] == [None, None, signal.SIGTERM] and stop.exit_code == 143
+    assert calls == [0, 0, 15] and IN_LOOP in capfd.readouterr().err
 
 
 def test_the_old_handlers_come_back(monkeypatch, capfd):

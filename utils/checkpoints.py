@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -116,11 +116,12 @@ def is_of(output_dir: Path, wanted: str | None) -> bool:
     return own in [os.path.dirname(os.path.realpath(path)) for path in (os.path.join(own, wanted), wanted)]
 
 
-def open_folder(output_dir: Path, settings: str) -> None:
+def open_folder(output_dir: Path, settings: str, step: int) -> None:
     """Make a run's output folder its own until it ends, clear it of what dead runs left, and write its args.json.
 
     Args:
         settings: The content of args.json.
+        step: At which the run begins; checkpoints beyond it are of another one, and set aside.
 
     Raises:
         InputError: It cannot be made or written, or another run is at work in it.
@@ -128,11 +129,10 @@ def open_folder(output_dir: Path, settings: str) -> None:
     path = output_dir / ARGS_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _claim(path)
-        remove_leftovers(output_dir)
-        atomic_write_text(path, settings)
         _claim(path)
+        remove_leftovers(output_dir)
+        _set_aside_newer(output_dir, step)
+        atomic_write_text(path, settings, _claim)
     except BlockingIOError as error:
         raise InputError(
             f"--output_dir {output_dir} is in use by another run. Wait, or use another folder."
@@ -142,19 +142,33 @@ def open_folder(output_dir: Path, settings: str) -> None:
 
 
 def _claim(path: Path) -> None:
-    """Lock a file for the life of this process, or raise BlockingIOError; forks of it, like data workers, hold none.
+    """Lock a file, made if need be, for the life of this process; forks of it, like data workers, hold no lock.
 
     This process must not open the file again: the lock would go with the first handle that is closed.
+
+    Raises:
+        BlockingIOError: Another process has it.
     """
-    if fcntl is None:
-        return
-    _CLAIMS.append(path.open("r+b"))
-    try:
-        fcntl.lockf(_CLAIMS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise BlockingIOError(str(error)) from error
-    except OSError:
-        pass  # a file system without locks
+    while fcntl is not None:
+        _CLAIMS.append(path.open("a+b"))
+        try:
+            fcntl.lockf(_CLAIMS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BlockingIOError(str(error)) from error
+        except OSError:
+            return  # a file system without locks
+        # Since it was opened, another run may have put its own file in the place of this one.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(_CLAIMS[-1].fileno())):
+            return
+
+
+def _set_aside_newer(output_dir: Path, step: int) -> None:
+    """Rename checkpoints beyond a step: `latest` would take those of an abandoned run for this one's."""
+    for path in list_checkpoints(output_dir):
+        if step_of(path) > step:
+            kept = path.with_name(f"passed-over-{step_of(path)}-{secrets.token_hex(4)}")
+            logger.warning("%s lies ahead of this run, which begins at %d: kept as %s.", path.name, step, kept.name)
+            path.rename(kept)
 
 
 def write_state(folder: Path, step: int, fits: dict) -> None:
@@ -206,7 +220,8 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     lines = [
         f"  {name}: {shorten(str(there[name]))} there, {shorten(str(own))} here"
         for name, own in ours.items()
-        if str(there[name]) != str(own)
+        # Older checkpoints do not say what is in the files.
+        if str(there[name]) != str(own) and (name in theirs or not name.startswith("content of"))
     ]
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
@@ -220,19 +235,14 @@ def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(before, dict):
         return
     known = before.keys() - {"output_dir"}  # a folder may be moved
     changed = {name: value for name, value in flags.items() if name in known and before[name] != value}
     for name, value in changed.items():
         logger.info("From step %d on, --%s is %s; it was %s.", step, name, value, before[name])
-
-
-def warn_of_newer(output_dir: Path, step: int) -> None:
-    """Warn of checkpoints beyond the one that is resumed: they stay, and `latest` would still find them."""
-    newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step]
-    if newer:
-        logger.warning("%s lie ahead of this run: each stays until this run reaches its step.", ", ".join(newer))
 
 
 def _find_latest(output_dir: Path) -> Path | None:
@@ -288,6 +298,25 @@ def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def or_else(save: Callable[[], None], step: int) -> Iterator[None]:
+    """Save a checkpoint if what is within, the saving of a result, ends in an InputError; it is raised all the same.
+
+    Args:
+        save: Writes the checkpoint; may fail for the same reason.
+        step: Of the checkpoint.
+    """
+    try:
+        yield
+    except InputError as error:
+        try:
+            save()
+        except InputError:
+            raise error from None
+        way = f"What was learned is in checkpoint-{step}: once that is mended, resume from it to save the result."
+        raise InputError(f"{error} {way}") from error
+
+
+@contextlib.contextmanager
 def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
     """Make a hidden folder, lock it, and remove it at the end if it is still there.
 
@@ -301,10 +330,9 @@ def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
-        raise InputError(
-            f"{cannot_write(final, error)} What was saved before is as it was: once that is mended, go on with "
-            "--resume_from_checkpoint latest."
-        ) from error
+        way = "once that is mended, go on with --resume_from_checkpoint latest"
+        way = way if list_checkpoints(temporary.parent) else "there was no checkpoint yet"
+        raise InputError(f"{cannot_write(final, error)} What was saved before is as it was: {way}.") from error
     finally:
         _delete(temporary)
 
@@ -385,12 +413,16 @@ def _line_step(line: bytes) -> float:
     """Return the "step" of a line of JSON, infinity if there is none."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return float("inf")
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file so that, whatever happens, it holds its old content or the new one."""
+def atomic_write_text(path: Path, text: str, claim: Callable[[Path], None] | None = None) -> None:
+    """Write a UTF-8 text file so that, whatever happens, it holds its old content or the new one.
+
+    Args:
+        claim: Called with the new file before anybody can see it.
+    """
     path = Path(path)
     temporary = path.with_name(f".saving-text-{secrets.token_hex(4)}")
     try:
@@ -398,6 +430,8 @@ def atomic_write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if claim is not None:
+            claim(temporary)
         os.replace(temporary, path)  # Windows renames closed files only
     except BaseException:
         temporary.unlink(missing_ok=True)

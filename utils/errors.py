@@ -2,15 +2,20 @@
 
 import contextlib
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 # What a disk, a mount or its permissions cause, and no mistake of the program.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE),
+)
 
 
 class InputError(ValueError):
@@ -39,6 +44,7 @@ def exit_status(main: Callable[[], int]) -> int:
 
     No excepthook does this, because trackers replace that by one that prints a traceback first.
     """
+    keep_streams()
     try:
         return main()
     except KeyboardInterrupt:
@@ -49,6 +55,43 @@ def exit_status(main: Callable[[], int]) -> int:
             raise
     tqdm.write(f"error: {message}", file=sys.stderr)  # `print` would go on in the line of a progress bar
     return status
+
+
+def keep_streams() -> None:
+    """Let neither a reader that has gone, nor a log on a full disk, nor a closed stream end or harm the run."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file would get the number, and with it what C libraries print
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (stream and LastingStream(stream) for stream in (sys.stdout, sys.stderr))
+
+
+class LastingStream:
+    """A text stream that drops what cannot be written, and writes letters that its encoding lacks as their codes."""
+
+    def __init__(self, stream: TextIO):
+        """Stand before another stream."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, if there is anybody to read it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the other stream in all else."""
+        return getattr(self._stream, name)
 
 
 def explain(error: Exception) -> str:

@@ -4,6 +4,7 @@ An opened image is always mode "RGB": 8 bits, upright, sRGB, on white where it w
 """
 
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from utils.errors import InputError
+from utils.errors import InputError, naming_what_cannot_be_written
 from utils.geometry import Size, cover
 
 IMAGE_SUFFIXES = (
@@ -225,6 +226,18 @@ def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -
     return sorted({*present[:wanted], *missing}), missing
 
 
+def fingerprint(pictures: list[tuple[Path, bool]]) -> str:
+    """Return what changes when pictures do: a hash of the content of files, and of the names of class images.
+
+    Args:
+        pictures: Paths, and whether each is a class image, which may still be drawn.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for path, is_prior in pictures:
+        found.update(path.name.encode("utf-8", "surrogateescape") + b"/" + (b"" if is_prior else path.read_bytes()))
+    return found.hexdigest()
+
+
 def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
     """Write down, beside drawn images, what they were drawn from; no kill may leave half of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,11 +271,12 @@ def save_png(image: Image.Image, path: Path) -> None:
     # Hidden, so that list_images never takes it; in the same folder, because only there a rename is atomic.
     partial = path.with_name(f".{secrets.token_hex(8)}.png.partial")
     try:
-        with partial.open("xb") as file:
-            image.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming_what_cannot_be_written(path):
+            with partial.open("xb") as file:
+                image.save(file, format="PNG")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -52,11 +52,12 @@ def check_completeness(name: str, info: dict) -> None:
 def check_loaded(name: str, loaded: Any) -> None:
     """Raise InputError if a loaded network, one of a loaded pipeline, or a tokenizer is of no use."""
     parts = loaded.components if isinstance(loaded, diffusers.DiffusionPipeline) else {"": loaded}
-    for part, network in parts.items():
-        if isinstance(network, nn.Module):
-            _check_numbers(f"{name}, {part}," if part else name, network)
-    if isinstance(loaded, transformers.PreTrainedTokenizerBase):
-        _check_tokenizer(name, loaded)
+    for key, part in parts.items():
+        named = f"{name}, {key}," if key else name
+        if isinstance(part, nn.Module):
+            _check_numbers(named, part)
+        if isinstance(part, transformers.PreTrainedTokenizerBase):
+            _check_tokenizer(named, part)
 
 
 def explain(error: Exception) -> str:

@@ -4,6 +4,7 @@ None of a model's own code is ever run: classes are those of diffusers and trans
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -245,6 +246,22 @@ def _warn_of_downloaded_pickles(name: str, model: str, options: dict) -> None:
     config = huggingface_hub.try_to_load_from_cache(model, filename, revision=options.get("revision"))
     if isinstance(config, str):
         loading_checks.are_pickles(name, Path(config).parent, options.get("variant"))
+
+
+def fingerprint(model: str, revision: str | None, token: str | None) -> str:
+    """Return what tells a model's U-Net from another of the same name: samples of its weights, or the Hub's commit."""
+    if not os.path.isdir(model):
+        config = huggingface_hub.hf_hub_download(model, "unet/config.json", revision=revision, token=token)
+        return Path(config).parents[1].name
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(
+        path for path in Path(model, "unet").iterdir() if path.suffix in loading_checks.WEIGHT_SUFFIXES
+    ):
+        with path.open("rb") as file:
+            for place in range(0, path.stat().st_size, max(1, path.stat().st_size // 64)):
+                file.seek(place)
+                found.update(file.read(4096))
+    return found.hexdigest()
 
 
 def write_scheduler_config(folder: Path, config: dict) -> None:

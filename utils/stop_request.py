@@ -112,8 +112,10 @@ class StopRequest:
             self._group = self._group or dist.new_group(backend="gloo")
         highest = torch.tensor([number or 0])
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group or self._group)
-        self._number = int(highest) or None
-        return self._number
+        agreed = int(highest) or None
+        # Without agreement, a signal that came in the meantime is kept for the next time.
+        self._number = agreed or self._number
+        return agreed
 
     @property
     def exit_code(self) -> int:
