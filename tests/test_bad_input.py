@@ -89,7 +89,7 @@ def make_parents(path: Path) -> None:
 
 def folder(name: str) -> Maker:
     """Make an empty folder."""
-    return lambda at: (at.root / name).mkdir()
+    return lambda at: (at.root / name).mkdir(parents=True)
 
 
 def link(name: str, target: str) -> Maker:
@@ -416,6 +416,13 @@ FOLDERS = {
     "a folder that may not be read": Case(
         "The image folder {photos}/locked cannot be listed: Permission denied. Name a folder that you may read.",
         [folder("photos/locked"), lock("photos/locked", 0)],
+    ),
+    "a folder in the place of a file, and a file in that of a folder": Case(
+        NOT_FITTING
+        + "--output_dir {out} has metrics.jsonl, samples, in the place of what a run writes. Move it away, or use "
+        "another.",
+        [folder("out/metrics.jsonl"), write("out/samples", "mine")],
+        status=2,
     ),
     "an output folder that may not be written": Case(
         "--output_dir {root}/locked/out cannot be used: Permission denied. Use another folder.",

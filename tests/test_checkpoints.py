@@ -372,6 +372,14 @@ def test_metrics_are_cut_after_the_step(tmp_path):
     assert names(tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
+def test_metrics_of_another_encoding_are_dropped(tmp_path):
+    """So that what is left can be read."""
+    lines = '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines.encode("utf-16") + b"[" * 100_000 + b'\n{"step": 3}\n')
+    checkpoints.truncate_metrics(tmp_path / "metrics.jsonl", 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "args.json"
     checkpoints.atomic_write_text(path, "größe\n")

@@ -419,3 +419,15 @@ def test_the_usual_folder_with_a_setting(tmp_path, monkeypatch):
     """As the environment says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "dreambooth"
+
+
+def test_a_user_without_a_home_is_told_what_to_do(monkeypatch):
+    """In a container, a user may be a number without a name."""
+
+    def find_none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", find_none)
+    with pytest.raises(InputError, match="give --cache_dir, or set HOME"):
+        default_folder()

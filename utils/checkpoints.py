@@ -412,7 +412,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 def _line_step(line: bytes) -> float:
     """Return the "step" of a line of JSON, infinity if there is none."""
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line.decode())["step"])  # bytes alone might be of another encoding
     except (ValueError, TypeError, KeyError, RecursionError):
         return float("inf")
 

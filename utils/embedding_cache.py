@@ -152,9 +152,16 @@ def model_identity(
 
 
 def default_folder() -> Path:
-    """Return where caches of this project belong for this user; need not exist."""
+    """Return where caches of this project belong for this user; need not exist.
+
+    Raises:
+        InputError: The user has no home.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # as its standard says, a relative path does not count
-    return (base if base.is_absolute() else Path.home() / ".cache") / "dreambooth"
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "dreambooth"
+    except RuntimeError as error:  # as in a container whose user is a number without a name
+        raise InputError("This user has no home folder for embeddings: give --cache_dir, or set HOME.") from error
 
 
 def _read(content: bytes, expected: dict[str, str], files: list) -> Tensor:

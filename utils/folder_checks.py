@@ -5,6 +5,8 @@ from pathlib import Path
 from utils import checkpoints, hub
 from utils.flag_checks import problems_that_hold
 
+FILES, FOLDERS = ("args.json", "metrics.jsonl", "README.md"), ("samples",)  # that a run writes, whatever it trains
+
 
 def find_folder_problems(
     photos: Path | None, output: Path, classes: Path | None, resume_from: str | None
@@ -27,6 +29,8 @@ def find_folder_problems(
     left = [] if checkpoints.is_of(output, resume_from) else [*saved, *hub.result_files(output)[:1]]
     held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
     held += ", or --resume_from_checkpoint latest" if saved else ""
+    kinds = {name: (output / name).is_dir() for name in (*FILES, *FOLDERS) if (output / name).exists()}
+    wrong = ", ".join(name for name, is_folder in kinds.items() if is_folder != (name in FOLDERS))
     return problems_that_hold(
         (photos and photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
         (photos and not photos.exists(), f"--instance_data_dir {photos} does not exist."),
@@ -35,11 +39,17 @@ def find_folder_problems(
         (classes and classes.is_file(), f"--class_data_dir {classes} is not a folder."),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {held}."),
+        (
+            wrong,
+            f"--output_dir {output} has {wrong}, in the place of what a run writes. Move it away, or use another.",
+        ),
     )
 
 
 def _why_unusable(folder: Path) -> str:
     """Say why there cannot be a folder of that name, "" if there can be."""
+    if any("\ud800" <= sign <= "\udfff" for sign in str(folder)):  # Python's stand-ins for bytes that are no text
+        return "its name is not written in UTF-8"
     try:
         folder.stat()
     except FileNotFoundError:
