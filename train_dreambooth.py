@@ -232,8 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. The loop.
         loader = make_loader(args, accelerator, plan, prompts, examples)
-        method, kind = method_fits(args, plan.base), type(optimizer.optimizer).__name__
-        summary = describe_run(vars(args), plan, method, examples, models, kind)
+        summary = describe_run(vars(args), plan, method_fits(args, plan.base), examples, models, optimizer)
         accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
         accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
         finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)

@@ -63,7 +63,7 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
 
 def test_the_commands_run_in_their_order(trainer, home):
     """Each writes its own folder; resuming, repeating and drawing find what the first ones left."""
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
     for block in BLOCKS:
         words = shlex.split(block.replace("\\\n", " "))
         place = next(index for index, word in enumerate(words) if word in SCRIPTS.values())

@@ -32,10 +32,12 @@ def cannot_write(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def naming_what_cannot_be_written(path: Path) -> Iterator[None]:
-    """Turn an OSError into an InputError that names the file and the room there is."""
+    """Turn the system's OSErrors, those with a number, into an InputError that names the file and the room there is."""
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise InputError(cannot_write(path, error)) from error
 
 

@@ -6,7 +6,7 @@ from utils.devices import count_parameters
 
 
 def describe_run(
-    flags: dict[str, Any], plan: Any, method: dict[str, Any], examples: list, models: Any, optimizer: str
+    flags: dict[str, Any], plan: Any, method: dict[str, Any], examples: list, models: Any, optimizer: Any
 ) -> dict[str, str]:
     """Return what a person wants to know of a run, by name, in the order of the screen.
 
@@ -16,7 +16,7 @@ def describe_run(
         method: What only its method has, such as the rank of adapters.
         examples: The script's `Example`s.
         models: The script's `Models`.
-        optimizer: The name of its class.
+        optimizer: As accelerate wraps it.
     """
     base, photos = plan.base, [example for example in examples if not example.is_prior]
     prompts = dict.fromkeys(repr(prompt) for example in photos for prompt in example.prompts)
@@ -38,7 +38,7 @@ def describe_run(
         "batch": f"{batch} = {plan.examples_per_step} pictures a step",
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
         "loss": f"{base.prediction_type}, min-SNR {flags['snr_gamma'] or 'off'}, noise offset {plan.noise_offset:g}",
-        "learning rate": f"{rates}, {flags['lr_scheduler']}, {optimizer}",
+        "learning rate": f"{rates}, {flags['lr_scheduler']}, {type(optimizer.optimizer).__name__}",
         "arithmetic": f"{plan.fits['precision']} mixed precision on {models.unet.device.type}, seed {plan.seed}",
     }
 
