@@ -32,7 +32,7 @@ def cannot_write(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def naming_what_cannot_be_written(path: Path) -> Iterator[None]:
-    """Turn the system's OSErrors, those with a number, into an InputError that names the file and the room there is."""
+    """Turn the system's OSErrors, which have a number, into InputErrors that name the file and the room there is."""
     try:
         yield
     except OSError as error:
