@@ -6,7 +6,7 @@
 
 A run from top to bottom is `main`. To change an experiment, edit one function:
 
-    one training step .............. compute_loss             the data and its captions ...... list_examples
+    one training step .............. compute_loss             the data and its captions ...... list_photos
     which weights train ............ prepare_training         crops, flips, pixel values ..... DreamBoothDataset
     noise and timesteps ............ draw_noise               which example comes when ....... StepSampler
     what stage II is fed ........... stage_two_inputs         the optimizer .................. make_optimizer
@@ -23,21 +23,19 @@ Min-SNR 2303.09556, cascades 2205.11487, learned variance 2102.09672.
 
 import argparse
 import dataclasses
-import datetime
 import enum
 import functools
-import json
 import math
 import os
 import random
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
 import diffusers
 import numpy as np
 import torch
@@ -48,25 +46,33 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from utils import adapters, captions, checkpoints, devices, drawing, hub, images, model_card, model_files, schedules
+from utils import adapters, captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files
+from utils.batch_order import BatchOrder, share_out
 from utils.caption_files import STRATEGIES, find_captions
-from utils.config_file import parse_with_config
+from utils.checkpoints import fits_of_pictures
+from utils.concepts import Concept, find_concept_problems, read_concepts
+from utils.config_file import make_grouped_parser, parse_with_config
 from utils.embedding_cache import open_cache
 from utils.errors import InputError, exit_status
-from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold
+from utils.flag_checks import find_idle, find_out_of_range, is_installed, problems_that_hold, usual_ranges
 from utils.folder_checks import find_folder_problems
-from utils.geometry import CROP_STYLES, Size, crop_box, find_size_problems, parse_list, quarter
+from utils.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
+from utils.hub_data import export_dataset
+from utils.latent_cache import content_hash, open_latents
 from utils.memory_use import explaining_running_out
 from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
-from utils.processes import check_engine, on_main_process, set_up_logging
-from utils.run_summary import describe_run
-from utils.seeds import derive_seed, generator, shuffled
+from utils.model_card import write_card
+from utils.processes import connect, on_main_process
+from utils.run_summary import describe_run, show_run
+from utils.schedules import SCHEDULES, check_warmup, rate_of_step
+from utils.seeds import derive_seed, generator
 from utils.stop_request import StopRequest, ignore_signals
+from utils.tensor_cache import default_folder
+from utils.variance import variational_bound, weighted_mean
 
 logger = get_logger(__name__)
 
@@ -96,11 +102,8 @@ KINDS = {  # by the U-Net's input channels, the VAE, and the U-Net's class embed
     (3, None, None): ModelKind.IF_STAGE_1,
     (6, None, "timestep"): ModelKind.IF_STAGE_2,
 }
-PIPELINES = {  # diffusers' classes that draw previews, by name, because importing them takes time
-    ModelKind.STABLE_DIFFUSION: "StableDiffusionPipeline",
-    ModelKind.IF_STAGE_1: "IFPipeline",
-    ModelKind.IF_STAGE_2: "IFSuperResolutionPipeline",
-}
+# diffusers' classes that draw previews, by name, because importing them takes time.
+PIPELINES = dict(zip(ModelKind, ("StableDiffusionPipeline", "IFPipeline", "IFSuperResolutionPipeline")))
 
 
 # Same in train_dreambooth.py
@@ -115,6 +118,8 @@ class BaseModel:
     conditioning: str | None  # of stage II: noise_level or timesteps
     prediction_type: str  # epsilon or v_prediction
     size_factor: int  # width and height in pixels are multiples of it
+    latent_factor: int  # pixels along the edge of a latent; 1 for models that work on pixels
+    latent_scale: float  # of latents, as the U-Net is given them
     learns_variance: bool  # the U-Net puts out twice its image channels
     hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
@@ -141,17 +146,22 @@ class Example(NamedTuple):
 
     path: Path
     prompts: tuple[str, ...]  # one is drawn at each visit
-    is_prior: bool
+    concept: Concept
+    size: Size  # in pixels, that it is cut to; a class image is cut like the photo that it stands beside
+    is_prior: bool = False
     is_missing: bool = False  # a class image that is still to be drawn
+    mask: Path | None = None
 
 
 # Same in train_dreambooth.py
 class Draw(NamedTuple):
-    """One visit to an example: its index, how often it was visited before, and the seed of its noise."""
+    """One visit to an example."""
 
-    example: int
-    visit: int
-    seed: int
+    example: int  # its index
+    visit: int  # how often it was visited before
+    size: Size  # in pixels, that it is cut to
+    share: float  # its part of this process's mean over photos, or over class images
+    seed: int  # of its noise
 
 
 # Same in train_dreambooth.py
@@ -160,11 +170,10 @@ class Plan:
     """Numbers that follow from the flags, the data and the number of processes; fixed before anything is loaded."""
 
     base: BaseModel
+    examples: list[Example]
+    order: BatchOrder
     seed: int
     processes: int
-    global_batch: int  # photos per micro-step over all processes; as many class images come on top
-    examples_per_step: int  # of both kinds, over all processes and micro-steps
-    epoch_length: int  # micro-steps until every example has been seen
     first_step: int  # optimizer steps done by the run that this one continues
     steps: int  # optimizer steps at the end of the run
     steps_per_epoch: int
@@ -174,7 +183,6 @@ class Plan:
     previews: list[drawing.Preview]  # the pictures of each round of validation
     output_dir: Path
     resume_from: Path | None
-    prompt: str  # the instance prompt, or a photo's caption
     fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
 
 
@@ -198,12 +206,14 @@ class PromptTable:
 class Models:
     """The networks of the run; `trained` names those that are optimized, as `accelerate` wraps them."""
 
+    prompts: PromptTable
     unet: nn.Module
-    vae: nn.Module | None  # None for models that work on pixels
+    vae: nn.Module | None  # None for models that work on pixels, and when all latents are cached
     text_encoder: nn.Module | None
     noise_scheduler: DDPMScheduler
     image_noising_scheduler: DDPMScheduler | None  # of stage II
     trained: dict[str, nn.Module]  # "unet" and perhaps "text_encoder"
+    copies: dict[str, nn.Module]  # of those as they were before, where a full run needs them
 
 
 # Same in train_dreambooth.py
@@ -224,19 +234,20 @@ def main(argv: list[str] | None = None) -> int:
     base = recognise_model(args)
     examples = list_examples(args, base)
     plan = make_plan(args, accelerator, base, examples)
+    if args.dry_run:
+        return report(args, accelerator, plan)
     repository = open_output(args, accelerator, plan)
 
     with StopRequest() as stop, explaining_running_out(accelerator, vars(args)) as networks:
         # 2. Words to tensors; a text encoder that the loop does not need is freed here.
-        prompts = encode_prompts(args, accelerator, plan, examples)
+        prompts = encode_prompts(args, accelerator, plan)
 
         # 3. Draw missing class images, and what stage II previews enlarge; the pipelines that draw are freed.
-        missing = {example.path for example in examples if example.is_missing}
-        draw_class_images(args, accelerator, plan, prompts, missing, stop)
-        write_small_images(args, accelerator, plan, prompts, examples)
+        draw_class_images(args, accelerator, plan, prompts, stop)
+        write_small_images(args, accelerator, plan, prompts)
 
         # 4. Networks, and which of their weights train.
-        models = load_models(args, accelerator, plan, prompts)
+        models = load_models(args, plan, prompts, accelerator.device)
         networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
         prepare_training(args, plan, models)
         optimizer = make_optimizer(args, plan, models)
@@ -244,15 +255,14 @@ def main(argv: list[str] | None = None) -> int:
         resume(accelerator, plan, models, optimizer)
 
         # 5. The loop.
-        loader = make_loader(args, accelerator, plan, prompts, examples)
-        summary = describe_run(vars(args), plan, method_fits(args, plan.base), examples, models, optimizer)
-        accelerator.print(f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}")
-        accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
-        finished = train(args, accelerator, plan, models, prompts, loader, optimizer, stop)
+        loader = make_loader(args, accelerator, plan, models)
+        summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
+        show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
+        finished = train(args, accelerator, plan, models, loader, optimizer, stop)
 
         # 6. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
-            instead = functools.partial(write_checkpoint, args, accelerator, plan, models, optimizer, plan.steps)
+            instead = functools.partial(save_checkpoint, args, accelerator, plan, models, optimizer, plan.steps)
             with checkpoints.or_else(instead, plan.steps):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
@@ -263,19 +273,11 @@ def main(argv: list[str] | None = None) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
-AT_LEAST_ONE = (
-    "num_class_images sample_batch_size tokenizer_max_length train_batch_size gradient_accumulation_steps "
-    "num_train_epochs max_train_steps lr_num_cycles checkpointing_steps checkpoints_total_limit num_validation_images "
-    "validation_steps validation_epochs validation_num_inference_steps num_eval_images"
-).split()
-NOT_NEGATIVE = (
-    "seed dataloader_num_workers prior_loss_weight lr_warmup_steps learning_rate text_encoder_lr lr_end lr_power "
-    "adam_weight_decay max_grad_norm noise_offset validation_guidance_scale class_guidance_scale"
-).split()
+INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")  # others are 1 or more
 # A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
 FITS = (
-    "revision instance_prompt class_prompt tokenizer_name train_text_encoder use_8bit_adam train_batch_size "
-    "gradient_accumulation_steps train_variance"
+    "revision instance_prompt class_prompt repeats prior_target tokenizer_name train_text_encoder use_8bit_adam "
+    "train_batch_size gradient_accumulation_steps train_variance"
 ).split()
 
 
@@ -292,21 +294,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # Same in train_dreambooth.py
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags, in groups."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir DIR --instance_prompt PROMPT [...]",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="ARGS_JSON", help="Repeat the run of this args.json; other flags win.")
     learned, trained = (add_model_args, add_data_args), (add_training_args, add_optimizer_args, add_method_args)
-    for add_flags in (*learned, *trained, add_validation_args, add_result_args):
-        group = parser.add_argument_group(add_flags.__doc__.removeprefix("Add the flags of ").rstrip("."))
-        # `--flag` switches on, `--no-flag` off: so that the command line can undo a switch of --config.
-        action = argparse.BooleanOptionalAction
-        add, switch = group.add_argument, functools.partial(group.add_argument, action=action, default=False)
-        add_flags(add, switch)
-    return parser
+    return make_grouped_parser(__doc__, (*learned, *trained, add_validation_args, add_result_args))
 
 
 # Same in train_dreambooth.py
@@ -325,29 +314,45 @@ def add_model_args(add, switch) -> None:
     kind_decides("--text_encoder_use_attention_mask", help="Hide padding from it; samplers must, too. IF: always.")
     kind_decides("--pre_compute_text_embeddings", help="Encode all prompts first, free the text encoder. IF: always.")
     add("--text_encoder_precision", choices=precisions, help="For precomputing; unset: as --mixed_precision.")
-    add("--cache_dir", metavar="DIR", help="Keeps precomputed embeddings for later runs; unset: ~/.cache/dreambooth.")
+    add("--cache_dir", metavar="DIR", help="Keeps embeddings and latents for later runs; unset: ~/.cache/dreambooth.")
 
 
 # Same in train_dreambooth.py
 def add_data_args(add, switch) -> None:
     """Add the flags of the photos and class images."""
     modes, precisions = [mode.name.lower() for mode in Image.Resampling], ["no", "fp32", "fp16", "bf16"]
+    targets, caching, own = ["images", "base_prediction"], ["auto", "on", "off"], STRATEGIES[0]
     add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
+    add("--dataset_name", metavar="NAME", help="Photos of a Hub dataset instead, or of a local copy (needs datasets).")
+    add("--image_column", default="image", help="Its column of pictures.")
+    add("--caption_column", help="Its column of captions; unset: --caption_strategy.")
+    add("--concepts_list", metavar="JSON", help="Several subjects: objects with these flags as keys; see README.")
+    add("--repeats", type=int, default=1, help="Visits to each photo in a pass over all: weighs concepts.")
+    add("--mask_data_dir", metavar="DIR", help="Masks named like the photos: the loss counts where they are light.")
     add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog'.")
-    where = "textfile: the lines of photo.txt beside photo.jpg, one a visit; metadata: metadata.jsonl."
-    add("--caption_strategy", default="instanceprompt", choices=STRATEGIES, help=f"Where captions are. {where}")
+    add("--caption_strategy", default=own, choices=STRATEGIES, help="Where captions are; textfile: beside the photos.")
     switch("--prepend_instance_prompt", help="Begin each of those captions with the instance prompt.")
     add("--resolution", metavar="SIZE", help="Pixels, as 512 or 512x640 (width x height); unset: the model's own.")
     add("--crop_style", choices=CROP_STYLES, help="shifted_center: up to a tenth off, as IF had it. Unset: random.")
     switch("--center_crop", help="The same as --crop_style center.")
+    add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: cut by each photo's shape.")
+    add("--resolution_type", default=UNITS[0], choices=UNITS, help="What preserve keeps: area, or the shorter edge.")
+    add("--bucket_step", type=int, help="Edges of buckets are multiples of it; unset: 64 px, at low resolution less.")
+    add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos; unset: none.")
+    add("--maximum_image_size", type=int, metavar="PX", help="Larger photos are cut out of a smaller version of them.")
+    add("--target_downsample_size", type=int, metavar="PX", help="The size of that version; see --resolution_type.")
+    switch("--stepwise_downsampling", help="Shrink by at most a quarter at a time; a little softer.")
     switch("--random_flip", help="Mirror a picture left to right in half of its visits.")
     add("--image_interpolation_mode", choices=modes, help="How pictures are resized; unset: lanczos, for IF bicubic.")
     switch("--skip_bad_images", help="Go on without unreadable photos; off: an error that lists them.")
     add("--caption_dropout", type=float, default=0.0, help="Share of captions replaced by the empty one, in [0, 1).")
+    add("--cache_latents", nargs="?", const="on", default="auto", choices=caching, help="auto: if crops come again.")
+    add("--latent_variants", type=int, metavar="K", help="Crops and flips per picture; unset: new ones at each visit.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that load pictures; 0: the trainer itself.")
     switch("--with_prior_preservation", help="Train on class images beside the photos.")
     add("--class_data_dir", metavar="DIR", help="Folder of class images; unset: class_images in --output_dir.")
     add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
+    add("--prior_target", default="images", choices=targets, help="Of class images; base_prediction: none are drawn.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss; 0: none.")
     add("--num_class_images", type=int, default=100, help="Class images used; missing ones are drawn by the model.")
     add("--class_guidance_scale", type=float, help="For drawing class images; 1: none; unset: the pipeline's own.")
@@ -372,6 +377,7 @@ def add_training_args(add, switch) -> None:
     switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
     switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
     switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
+    switch("--dry_run", help="Check everything, say what the run would do, and end before anything is written.")
     switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
     switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
     add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
@@ -383,7 +389,7 @@ def add_optimizer_args(add, switch) -> None:
     add("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="After the warm-up.")
     add("--text_encoder_lr", type=float, help="Learning rate of the text encoder; unset: --learning_rate.")
     switch("--scale_lr", help="Multiply the rates by accumulation steps x batch size x processes.")
-    add("--lr_scheduler", default="constant", choices=schedules.NAMES, help="How the learning rate changes.")
+    add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the learning rate changes.")
     add("--lr_warmup_steps", type=int, default=500, help="Steps of warm-up; 'constant' has none.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
@@ -439,30 +445,10 @@ def add_result_args(add, switch) -> None:
 # Same in train_dreambooth.py
 def find_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that both scripts share, a sentence each."""
-    ranges = dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
+    ranges = usual_ranges(vars(args)) | dict.fromkeys(INTEGERS_FROM_0, "0 or more") | {"local_rank": "any"}
+    ranges |= dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
     ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout"), "in [0, 1)")
-    ranges |= dict.fromkeys(NOT_NEGATIVE, "0 or more") | dict.fromkeys(AT_LEAST_ONE, "1 or more")
-    wants_prompt = args.caption_strategy == "instanceprompt" or args.prepend_instance_prompt
-    needed = ["pretrained_model_name_or_path", "instance_data_dir", *["instance_prompt"] * wants_prompt]
-    photos, output = args.instance_data_dir and Path(args.instance_data_dir), Path(args.output_dir)
-    classes = class_folder(args) if args.with_prior_preservation else None
-    return [
-        *(f"--{name} is required." for name in needed if not (getattr(args, name) or "").strip()),
-        *captions.find_undecodable(vars(args)),
-        *find_out_of_range(vars(args), ranges),
-        *find_size_problems("--resolution", args.resolution),
-        *find_size_problems("--validation_resolution", args.validation_resolution, many=True),
-        *find_contradictions(args),
-        *find_folder_problems(photos, output, classes, args.resume_from_checkpoint),
-        *images.find_unreadable("--validation_images", args.validation_images or []),
-        *find_tracker_problems(tracker_names(args.report_to)),
-    ]
-
-
-# Same in train_dreambooth.py
-def find_contradictions(args: Namespace) -> list[str]:
-    """Return a sentence for each flag that lacks or excludes another, a package or a device."""
-    prior, text = args.with_prior_preservation, args.train_text_encoder
+    lacks_model, text = not (args.pretrained_model_name_or_path or "").strip(), args.train_text_encoder
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precisions = {name: getattr(args, name) for name in ("prior_generation_precision", "text_encoder_precision")}
     int8 = {"use_8bit_adam": args.use_8bit_adam, "text_encoder_precision int8": "int8" in precisions.values()}
@@ -470,30 +456,38 @@ def find_contradictions(args: Namespace) -> list[str]:
     rises = 0 <= args.learning_rate < (args.lr_end or 0) < math.inf
     has_no_end = args.lr_end is not None and args.lr_scheduler not in ("one_cycle", "polynomial")
     crops = args.center_crop and args.crop_style not in (None, "center")
-    return devices.find_precision_problems({"mixed_precision": precision, **precisions}, int8) + problems_that_hold(
-        (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of dog'."),
-        (text and args.pre_compute_text_embeddings, stale),
-        (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
-        (precision not in PRECISIONS, f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16."),
-        (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {args.lr_scheduler}."),
-        (rises, f"--lr_end {args.lr_end} is above --learning_rate {args.learning_rate}, the highest."),
-        (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
-        (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
-    )
+    return [
+        *["--pretrained_model_name_or_path is required."] * lacks_model,
+        *find_concept_problems(vars(args)),
+        *captions.find_undecodable(vars(args)),
+        *find_out_of_range(vars(args), ranges),
+        *geometry.find_size_problems("--resolution", args.resolution),
+        *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
+        *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
+        *devices.find_precision_problems({"mixed_precision": precision, **precisions}, int8),
+        *problems_that_hold(
+            (text and args.pre_compute_text_embeddings, stale),
+            (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
+            (
+                precision not in PRECISIONS,
+                f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16.",
+            ),
+            (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {args.lr_scheduler}."),
+            (rises, f"--lr_end {args.lr_end} is above --learning_rate {args.learning_rate}, the highest."),
+            (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
+            (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
+        ),
+        *find_folder_problems(vars(args)),
+        *images.find_unreadable("--validation_images", args.validation_images or []),
+        *find_tracker_problems(tracker_names(args.report_to)),
+    ]
 
 
 def find_method_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that only LoRA has."""
-    ranges = {"rank": "1 or more", "lora_alpha": "1 or more", "lora_dropout": "in [0, 1)"}
     empty = args.lora_layers is not None and "" in map(str.strip, args.lora_layers.split(","))
     message = f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LAYERS)}."
-    return find_out_of_range(vars(args), ranges) + problems_that_hold((empty, message))
-
-
-# Same in train_dreambooth.py
-def class_folder(args: Namespace) -> Path:
-    """Return the folder of the class images."""
-    return Path(args.class_data_dir or Path(args.output_dir, "class_images"))
+    return find_out_of_range(vars(args), {"lora_dropout": "in [0, 1)"}) + problems_that_hold((empty, message))
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -502,18 +496,9 @@ def class_folder(args: Namespace) -> Path:
 # Same in train_dreambooth.py
 def start(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
-    check_engine()
     devices.set_arithmetic(args.deterministic, args.allow_tf32)
-    logging_dir = str(Path(args.output_dir, args.logging_dir))
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=tracker_names(args.report_to) or None,
-        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir),
-        # One process may load or write gigabytes, or draw a picture more, while the others wait.
-        kwargs_handlers=[accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
-    )
-    set_up_logging(accelerator)
+    trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
+    accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
     for note in idle_flags(args):
         logger.warning(note)
     return accelerator
@@ -526,16 +511,15 @@ def idle_flags(args: Namespace) -> list[str]:
     published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
     needs = dict.fromkeys(("class_prompt", "class_data_dir", "class_guidance_scale"), "with_prior_preservation")
     needs |= dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
+    needs |= {"prior_target base_prediction": "with_prior_preservation", "bucket_step": "crop_aspect preserve"}
     has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
     unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
-    lacking = {name: need for name, need in needs.items() if getattr(args, name) and not getattr(args, need)}
-    prepends = args.prepend_instance_prompt and args.caption_strategy == "instanceprompt"
-    return problems_that_hold(
+    prepends = args.prepend_instance_prompt and args.caption_strategy == "instanceprompt" and not args.concepts_list
+    return find_idle(vars(args), needs) + problems_that_hold(
         (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
         (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
         (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
         (xformers, "xformers is not installed: torch's own attention serves instead."),
-        *((True, f"--{name} has no effect without --{need}.") for name, need in lacking.items()),
         (prepends, "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt."),
         (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
         (args.class_labels_conditioning == "timesteps", published),
@@ -555,9 +539,7 @@ def recognise_model(args: Namespace) -> BaseModel:
     kind = KINDS.get((unet.get("in_channels"), vae.get("_class_name"), unet.get("class_embed_type")))
     is_if, enlarges = kind is not ModelKind.STABLE_DIFFUSION, kind is ModelKind.IF_STAGE_2
     predictions = ("epsilon",) if is_if else ("epsilon", "v_prediction")
-    if reason := model_files.why_unsupported(configs, kind is not None, predictions):
-        supported = ", ".join(kind.value for kind in ModelKind)
-        raise InputError(f"--pretrained_model_name_or_path {name} is {reason}: not supported. Supported: {supported}.")
+    model_files.check_supported(name, configs, kind is not None, predictions, [kind.value for kind in ModelKind])
     prediction_type = scheduler.get("prediction_type", "epsilon")
     learns_variance = unet.get("out_channels") == 2 * (3 if is_if else 4)
     if learns_variance:
@@ -575,6 +557,8 @@ def recognise_model(args: Namespace) -> BaseModel:
         conditioning=(args.class_labels_conditioning or "noise_level") if enlarges else None,
         prediction_type=prediction_type,
         size_factor=math.lcm(factor, 4) if enlarges else factor,
+        latent_factor=1 if is_if else factor,
+        latent_scale=1.0 if is_if else vae.get("scaling_factor", 0.18215),
         learns_variance=learns_variance,
         hides_padding=bool(hides_padding),
         precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
@@ -582,7 +566,7 @@ def recognise_model(args: Namespace) -> BaseModel:
         tokens=args.tokenizer_max_length or (77 if is_if else None),
         own_size=own if is_if else Size(own.width * factor, own.height * factor),
         resolution=Size.parse(args.resolution or usual),
-        preview_sizes=list(dict.fromkeys(parse_list(args.validation_resolution or args.resolution or usual))),
+        preview_sizes=list(dict.fromkeys(geometry.parse_list(args.validation_resolution or args.resolution or usual))),
     )
     problems = find_misfits(args, base, configs.text_encoder.get("max_position_embeddings", 77))
     small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
@@ -596,7 +580,9 @@ def recognise_model(args: Namespace) -> BaseModel:
 def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
     is_if, enlarges, factor = base.is_if, base.kind is ModelKind.IF_STAGE_2, base.size_factor
-    sizes = dict.fromkeys([base.resolution, *base.preview_sizes])
+    subjects, step = read_concepts(vars(args)), args.bucket_step or factor
+    own = [Size.parse(one.resolution) for one in subjects if one.resolution]
+    sizes = dict.fromkeys([base.resolution, *base.preview_sizes, *own])
     uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
     sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
     given = [name for name in sources if getattr(args, name)]
@@ -604,10 +590,12 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
     precision = args.text_encoder_precision and not base.precomputes_text
     unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
-    lost = captions.find_prompt_problems("--instance_prompt", args.instance_prompt or "") if is_if else []
+    prompts = {one.call("instance_prompt"): one.instance_prompt or "" for one in subjects if is_if}
+    lost = [problem for flag, prompt in prompts.items() for problem in captions.find_prompt_problems(flag, prompt)]
     return problems_that_hold(
         *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
         (uneven, f"--resolution or --validation_resolution {uneven}: the model needs multiples of {factor}."),
+        (step % factor, f"--bucket_step {step}: the model needs multiples of {factor}."),
         ((base.tokens or 0) > longest, f"--tokenizer_max_length {base.tokens}: the text encoder takes {longest}."),
         (precision, "--text_encoder_precision needs --pre_compute_text_embeddings."),
         (args.train_variance and not base.learns_variance, "--train_variance: this U-Net predicts no variance."),
@@ -622,30 +610,57 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
 
 # Same in train_dreambooth.py
 def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
-    """List the photos and the class images with their captions; class images still to be drawn are among them.
+    """List the photos and class images of all concepts with their captions, class images still to be drawn too.
 
     Raises:
         InputError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
     """
-    photos = images.inspect_folder(Path(args.instance_data_dir), "--instance_data_dir", args.skip_bad_images)
-    width, height = base.resolution
+    width = base.resolution.width
     if not args.resolution and width > 2 * base.own_size.width:
         logger.warning(f"the model draws {base.own_size} px, but trains at {width}: --resolution sets another size.")
-    if small := sum(size[0] < width or size[1] < height for size in photos.sizes.values()):
-        logger.warning(f"{small} of {len(photos.sizes)} photos are smaller than {base.resolution} px: enlarged.")
-    options = (args.instance_prompt, args.prepend_instance_prompt)
-    prompts = find_captions(args.caption_strategy, Path(args.instance_data_dir), list(photos.sizes), *options)
-    examples = [Example(path, prompts[path], is_prior=False) for path in photos.sizes]
-    if not args.with_prior_preservation:
-        return examples
-    folder = class_folder(args)
-    paths, missing = images.find_drawn(folder, args.class_prompt, args.class_guidance_scale, args.num_class_images)
-    if missing and base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
-        raise InputError(
-            f"{folder} lacks {len(missing)} of {len(paths)} class images, and stage II cannot draw from words alone. "
-            "Give --class_data_dir with enough of them, or --stage_one_model_name_or_path."
-        )
-    return examples + [Example(path, (args.class_prompt,), True, is_missing=path in missing) for path in paths]
+    examples = []
+    for concept in read_concepts(vars(args)):
+        photos = list_photos(args, base, concept)
+        examples += photos
+        examples += list_class_images(args, base, concept, photos) if concept.class_data_dir else []
+    return examples
+
+
+# Same in train_dreambooth.py
+def list_photos(args: Namespace, base: BaseModel, concept: Concept) -> list[Example]:
+    """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
+    folder, call, unit = Path(concept.instance_data_dir or ""), concept.call, args.resolution_type
+    if concept.dataset_name:
+        columns, cache = (concept.image_column, concept.caption_column), Path(args.cache_dir or default_folder())
+        folder = export_dataset(concept.dataset_name, *columns, cache, args.hub_token)
+    found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
+    found = images.leave_out_small(found, args.minimum_image_size, unit)
+    target = Size.parse(concept.resolution) if concept.resolution else base.resolution
+    step = args.bucket_step or geometry.bucket_step(target, base.size_factor)
+    buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
+    sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
+    if small := sum(any(edge < wanted for edge, wanted in zip(found[path], sizes[path])) for path in found):
+        logger.warning(f"{small} of {len(found)} photos are smaller than {target} px: enlarged.")
+    strategy = "metadata" if concept.caption_column else concept.caption_strategy
+    prompts = find_captions(strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt)
+    lights = masks.find_masks(folder, found, concept.mask_data_dir, call("mask_data_dir"))
+    options = {"concept": concept, "is_prior": concept.is_regularisation_data}
+    return [Example(path, prompts[path], size=sizes[path], mask=lights.get(path), **options) for path in found]
+
+
+# Same in train_dreambooth.py
+def list_class_images(args: Namespace, base: BaseModel, concept: Concept, photos: list[Example]) -> list[Example]:
+    """List the class images of a concept; if the base model's prediction is their target, none has to be drawn."""
+    folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
+    paths, missing = images.find_drawn(folder, prompt, concept.class_guidance_scale, wanted)
+    if missing and args.prior_target == "base_prediction":
+        paths, missing = [path for path in paths if path not in missing], set()
+        if not paths:
+            logger.info(f"{folder} holds no class images: the photos stand in for them, as {prompt!r}.")
+            return [one._replace(prompts=(prompt,), is_prior=True, mask=None) for one in photos]
+    if base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
+        images.refuse_missing(folder, len(missing), len(paths))
+    return [Example(path, (prompt,), concept, photos[0].size, True, path in missing) for path in paths]
 
 
 # Same in train_dreambooth.py
@@ -659,34 +674,27 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
         seed = on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
-    photos = [example.path.name for example in examples if not example.is_prior]
-    priors, processes = len(examples) - len(photos), accelerator.num_processes
+    photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
-    epoch_length = math.ceil(max(priors, len(photos)) / global_batch)
-    steps_per_epoch = math.ceil(epoch_length / accumulation)
+    order = BatchOrder(examples, global_batch, seed)
+    steps_per_epoch = math.ceil(order.epoch_length / accumulation)
     scale = global_batch * accumulation if args.scale_lr else 1
     rates = [args.learning_rate * scale]
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
-    fits = {"script": METHOD, "base model": model_files.public_name(args.pretrained_model_name_or_path), "seed": seed}
-    fits |= {"resolution": str(base.resolution), "precision": accelerator.mixed_precision}
-    fits |= {"processes": processes, "photos": photos, "class images": priors, "fed by": base.conditioning}
-    fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base)
-    prompts = [list(example.prompts) for example in examples if not example.is_prior]
-    fits["captions"] = None if args.caption_strategy == "instanceprompt" else prompts
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    fits["content of the base model"] = model_files.fingerprint(*source)
-    fits["content of the pictures"] = images.fingerprint([(example.path, example.is_prior) for example in examples])
+    fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
+    fits |= {"resolution": str(base.resolution), "fed by": base.conditioning} | model_files.fits_of_model(*source)
+    fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base) | fits_of_pictures(examples)
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], fits)
-    count = len(args.validation_images or []) or min(args.num_eval_images or 0, len(photos))
+    count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
     plan = Plan(
         base=base,
+        examples=examples,
+        order=order,
         seed=seed,
         processes=processes,
-        global_batch=global_batch,
-        examples_per_step=global_batch * accumulation * (2 if priors else 1),
-        epoch_length=epoch_length,
         first_step=state["step"],
         steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
@@ -696,10 +704,9 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         previews=drawing.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
         output_dir=Path(args.output_dir),
         resume_from=resume_from,
-        prompt=args.instance_prompt or examples[0].prompts[0],
         fits=fits,
     )
-    schedules.check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
+    check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
     if args.max_train_steps is None and plan.steps < 50:
         logger.warning(f"{plan.steps} steps will teach little; --max_train_steps of some hundreds is usual.")
     return plan
@@ -713,17 +720,29 @@ def method_fits(args: Namespace, base: BaseModel) -> dict:
 
 
 # Same in train_dreambooth.py
+def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
+    """Say what the run would do, from configs and tokens alone; nothing is drawn, loaded, trained or written."""
+    empty = torch.device("meta")
+    prompts = tokenise_prompts(args, plan, empty)
+    prompts.embeds = prompts.ids if plan.base.precomputes_text else None
+    models = load_models(args, plan, prompts, empty)
+    prepare_training(args, plan, models)
+    summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
+    show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
+    return 0
+
+
+# Same in train_dreambooth.py
 def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
     repository = on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
-    used = vars(args) | {"seed": plan.seed, "resolution": str(plan.base.resolution)}
-    used["mixed_precision"] = accelerator.mixed_precision
+    decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
+    used = vars(args) | {"resolution": str(plan.base.resolution)} | decided
     # --config with these would not repeat the run but continue it; the token is a secret.
     used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
     if accelerator.is_main_process:
-        checkpoints.announce_changes(plan.resume_from, plan.first_step, used)
-        checkpoints.open_folder(plan.output_dir, json.dumps(used, indent=2) + "\n", plan.first_step)
+        checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -731,63 +750,64 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
 
 # Same in train_dreambooth.py
 def draw_class_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, missing: set[Path], stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, stop: StopRequest
 ) -> None:
     """Draw the class images that are missing with the base model, all processes sharing the work.
 
-    Image i depends on i and the batch size alone: it is drawn in the batch that i falls in, from a seed of i. For
-    stage II, stage I draws it small first.
+    Image i of a folder depends on i, its prompt and the batch size alone: it is drawn in the batch that i falls in,
+    from a seed of i. For stage II, stage I draws it small first.
     """
+    missing = {example.path: example.concept for example in plan.examples if example.is_missing}
     if not missing:
         return
-    size, folder, base_model = args.sample_batch_size, class_folder(args), args.pretrained_model_name_or_path
-    numbers = sorted({int(path.stem) // size for path in missing})[accelerator.process_index :: plan.processes]
-    batches = [range(number * size, min((number + 1) * size, args.num_class_images)) for number in numbers]
-    logger.info(f"Drawing {len(missing)} class images of {args.class_prompt!r}.")
-    images.remember_source(folder, args.class_prompt, args.class_guidance_scale)
+    base_model, hidden = args.pretrained_model_name_or_path, not accelerator.is_local_main_process
+    batches = images.list_class_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
+    words = dict.fromkeys(repr(concept.class_prompt) for concept in missing.values())
+    logger.info(f"Drawing {len(missing)} class images of {' and '.join(words)}.")
     drawn = dict.fromkeys(batches)
-    options = {} if args.class_guidance_scale is None else {"guidance_scale": args.class_guidance_scale}
     stages = [args.stage_one_model_name_or_path, base_model]
     for model in stages if plan.base.kind is ModelKind.IF_STAGE_2 else [base_model]:
         pipeline = load_pipeline(args, accelerator, plan.base, model)
-        for batch in stop.until_asked(
-            tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process)
-        ):
-            drawn[batch] = draw_class_batch(pipeline, args.class_prompt, prompts, batch, drawn[batch], options)
-            paths = [folder / f"{index:05d}.png" for index in batch] if model == base_model else []
+        for batch in stop.until_asked(tqdm(batches, desc="class images", disable=hidden)):
+            drawn[batch] = draw_class_batch(pipeline, prompts, *batch, drawn[batch])
+            folder = Path(batch[0].class_data_dir)
+            images.remember_source(folder, batch[0].class_prompt, batch[0].class_guidance_scale)
+            paths = [folder / f"{index:05d}.png" for index in batch[1]] if model == base_model else []
             for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
                 images.save_png(image, path)
         del pipeline
         devices.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
-    if elsewhere := [path for path in missing if not path.exists()]:
-        raise InputError(f"{len(elsewhere)} class images are on another machine: {folder} must be shared by all.")
+    if elsewhere := [str(path) for path in missing if not path.exists()]:
+        raise InputError(
+            f"{len(elsewhere)} class images are on another machine, as {elsewhere[0]}: share their folder."
+        )
 
 
 # Same in train_dreambooth.py
 def draw_class_batch(
-    pipeline: DiffusionPipeline, prompt: str, prompts: PromptTable, batch: range, small: list | None, options: dict
+    pipeline: DiffusionPipeline, prompts: PromptTable, concept: Concept, batch: range, small: list | None
 ) -> list[Image.Image]:
-    """Draw the class images of some indices with the pipeline's `options`, or enlarge them if they are given small."""
+    """Draw the class images of some indices of a concept, or enlarge them if they are given small."""
+    prompt, guidance = concept.class_prompt, concept.class_guidance_scale
     seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
     if pipeline.text_encoder is None:
         embeds = [prompts.embeds[prompts.rows_of(text)].expand(len(batch), -1, -1) for text in (prompt, "")]
         words = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
     else:
         words = {"prompt": [prompt] * len(batch)}
-    return pipeline(**words, **({"image": small} if small else options), generator=seeds).images
+    options = {"image": small} if small else {} if guidance is None else {"guidance_scale": guidance}
+    return pipeline(**words, **options, generator=seeds).images
 
 
 # Same in train_dreambooth.py
-def write_small_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
-) -> None:
+def write_small_images(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> None:
     """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
     # On each machine, because its folder may be its own.
     if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
         small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
-        photos = [example.path for example in examples if args.num_eval_images and not example.is_prior]
+        photos = [example.path for example in plan.examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
             drawing.shrink(small, paths, folder)
@@ -810,52 +830,45 @@ def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, mo
 
 
 # Same in train_dreambooth.py
-def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan, examples: list[Example]) -> PromptTable:
-    """Tokenise every prompt of the run, and encode them here and now if the text encoder is to be freed."""
-    prompts = tokenise_prompts(args, plan.base, examples, accelerator.device)
-    if plan.base.precomputes_text:
-        # The first process of a machine fills the cache, the others then find it full.
-        with accelerator.local_main_process_first():
-            prompts.embeds = precompute_embeddings(args, accelerator, plan, prompts)
+def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> PromptTable:
+    """Tokenise every prompt of the run and, if the text encoder is to be freed, embed them here and now.
+
+    Embeddings come from the cache; what it lacks is encoded and added.
+    """
+    prompts = tokenise_prompts(args, plan, accelerator.device)
+    if not plan.base.precomputes_text:
+        return prompts
+    precision = args.text_encoder_precision or accelerator.mixed_precision
+    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
+    options = (args.variant, str(PRECISIONS.get(precision, precision)), accelerator.device.type)
+    # The first process of a machine fills the cache, the others then find it full.
+    with accelerator.local_main_process_first(), torch.no_grad():
+        cache = open_cache(args.cache_dir, source, *options)
+        embeds = cache.load_all(prompts.ids, prompts.mask)
+        if missing := [row for row, known in enumerate(embeds) if known is None]:
+            logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
+            text_encoder = load_text_encoder(args, plan, precision, accelerator.device)
+            for row in missing:
+                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
+                cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
+            del text_encoder
+            devices.free_memory()
+    prompts.embeds = torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
     return prompts
 
 
 # Same in train_dreambooth.py
-def tokenise_prompts(args: Namespace, base: BaseModel, examples: list[Example], device: torch.device) -> PromptTable:
+def tokenise_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
     """Tokenise every prompt of the run, and say what the model will not see of it."""
-    texts = [prompt for example in examples for prompt in example.prompts]
+    base, texts = plan.base, [prompt for example in plan.examples for prompt in example.prompts]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
     texts = list(dict.fromkeys(texts + [""] * bool(args.caption_dropout or base.is_if)))
     tokenizer = load_tokenizer(args, base)
     length = base.tokens or tokenizer.model_max_length
     captions.check_tokenizer(tokenizer, length, base.vocabulary)
-    # Stable Diffusion's pipeline gives the words as they are, IF's cleans them first.
-    words = [captions.clean(text) for text in texts] if base.is_if else texts
-    rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-    captions.warn_of_losses(texts, words, tokenizer, length)
-    mask = rows["attention_mask"].to(device) if base.hides_padding else None
-    return PromptTable(texts, rows["input_ids"].to(device), mask)
-
-
-# Same in train_dreambooth.py
-def precompute_embeddings(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Tensor:
-    """Return the embeddings of all prompts, (N, L, D), from the cache; what it lacks is encoded and added."""
-    precision = args.text_encoder_precision or accelerator.mixed_precision
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    options = (args.variant, str(PRECISIONS.get(precision, precision)), accelerator.device.type)
-    cache = open_cache(args.cache_dir, source, *options)
-    embeds = cache.load_all(prompts.ids, prompts.mask)
-    if missing := [row for row, known in enumerate(embeds) if known is None]:
-        logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
-        text_encoder = load_text_encoder(args, accelerator, plan, precision)
-        for row in missing:
-            with torch.no_grad():
-                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
-            cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
-        del text_encoder
-        devices.free_memory()
-    return torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
+    ids, mask = captions.tokenise(tokenizer, texts, length, cleans=base.is_if)
+    return PromptTable(texts, ids.to(device), mask.to(device) if base.hides_padding else None)
 
 
 # Same in train_dreambooth.py
@@ -904,31 +917,28 @@ def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
 
 
 # Same in train_dreambooth.py
-def load_text_encoder(args: Namespace, accelerator: Accelerator, plan: Plan, precision: str) -> nn.Module:
+def load_text_encoder(args: Namespace, plan: Plan, precision: str, device: torch.device) -> nn.Module:
     """Load the base model's text encoder, frozen, on the device: in a precision, or in int8."""
-    device, options = accelerator.device, {"dtype": PRECISIONS.get(precision)}
+    options = {"dtype": PRECISIONS.get(precision), "device": device}
     if precision == "int8":
         quantised = transformers.BitsAndBytesConfig(load_in_8bit=True)
         options = {"quantization_config": quantised, "device_map": {"": device}}
     kind = model_files.component_class(plan.base.index, "text_encoder")
-    text_encoder = load(args, kind, "text_encoder", **options).requires_grad_(False).eval()
-    return text_encoder if precision == "int8" else text_encoder.to(device)
+    return load(args, kind, "text_encoder", **options).requires_grad_(False).eval()
 
 
 # Same in train_dreambooth.py
-def load_models(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> Models:
-    """Load the networks, frozen, on the device: in float32 if all their weights will train."""
-    base = plan.base
-    trained_dtype = torch.float32 if TRAINS_WHOLE_NETWORKS else plan.frozen_dtype
-    unet = load(args, diffusers.UNet2DConditionModel, "unet", dtype=trained_dtype)
-    vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", dtype=plan.frozen_dtype).eval()
-    for network in filter(None, (unet, vae)):
-        network.requires_grad_(False).to(accelerator.device)
+def load_models(args: Namespace, plan: Plan, prompts: PromptTable, device: torch.device) -> Models:
+    """Load the networks, frozen, on the device: in float32 if all their weights will train; on "meta" without any."""
+    base, options = plan.base, {"dtype": plan.frozen_dtype, "device": device}
+    vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", **options).requires_grad_(False).eval()
+    options["dtype"] = torch.float32 if TRAINS_WHOLE_NETWORKS else plan.frozen_dtype
+    unet = load(args, diffusers.UNet2DConditionModel, "unet", **options).requires_grad_(False)
     schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
-    models = Models(unet, vae, None, *schedulers, {"unet": unet})
+    models = Models(prompts, unet, vae, None, *schedulers, {"unet": unet}, {})
     if prompts.embeds is None:
-        precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else accelerator.mixed_precision
-        models.text_encoder = load_text_encoder(args, accelerator, plan, precision)
+        precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else plan.fits["precision"]
+        models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
@@ -964,32 +974,48 @@ def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimi
 
 # Same in train_dreambooth.py
 class DreamBoothDataset(Dataset):
-    """The pictures of the run, read, cut and scaled anew at each visit."""
+    """The pictures of the run, cut and scaled anew at each visit, or their latents."""
 
-    def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, examples: list[Example]):
+    def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable):
         """Remember what is needed to cut pictures; read none."""
-        self.examples = examples
+        self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, None
         rows = {text: row for row, text in enumerate(prompts.texts)}
-        self.prompt_rows, self.empty_row = [[rows[text] for text in one.prompts] for one in examples], rows.get("")
-        self.caption_dropout, self.random_flip = args.caption_dropout, args.random_flip
-        self.seed, self.size = plan.seed, plan.base.resolution
-        self.crop_style = "center" if args.center_crop else args.crop_style or "random"
+        self.prompt_rows, self.empty_row = (
+            [[rows[text] for text in one.prompts] for one in plan.examples],
+            rows.get(""),
+        )
+        limits = (args.maximum_image_size, args.target_downsample_size, args.resolution_type)
+        self.shrinking, self.latent_factor = geometry.Shrinking(*limits), plan.base.latent_factor
         mode = args.image_interpolation_mode or ("bicubic" if plan.base.is_if else "lanczos")
-        self.resample = Image.Resampling[mode.upper()]
+        self.resampling = (Image.Resampling[mode.upper()], args.stepwise_downsampling)
+
+    def cut(self, draw: Draw) -> Cut:
+        """Return where a visit cuts its picture and whether it mirrors it: by seed, example and visit alone."""
+        example, variants = self.examples[draw.example], self.args.latent_variants
+        visit = draw.visit % variants if variants else draw.visit
+        chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, visit))
+        scaled = geometry.scaled_size(images.upright_size(example.path), draw.size, self.shrinking)
+        box = geometry.crop_box(scaled, draw.size, example.concept.crop_style, chance)
+        box = masks.meet(example.mask, scaled, box)
+        return Cut(scaled, box, example.concept.random_flip and chance.random() < 0.5)
+
+    def pixels(self, path: Path, cut: Cut) -> Tensor:
+        """Return a picture as it is cut, (3, H, W) float32 in [-1, 1]."""
+        image = images.cut(images.open_scaled(path, cut.scaled, *self.resampling), cut)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitem__(self, draw: Draw) -> dict:
-        """Return one example; its crop, flip and caption depend on the seed, the example and the visit alone."""
-        example = self.examples[draw.example]
-        chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, draw.visit))
-        image = images.open_covering(example.path, self.size, self.resample)
-        image = image.crop(crop_box(image.size, self.size, self.crop_style, chance))
-        if self.random_flip and chance.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        is_nameless = random.Random(derive_seed(draw.seed, "caption dropout")).random() < self.caption_dropout
-        return {
-            "pixel_values": torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1,
-            "prompt_rows": self.empty_row if is_nameless else chance.choice(self.prompt_rows[draw.example]),
+        """Return one example; what it is depends on the seed, the example and the visit alone."""
+        example, cut = self.examples[draw.example], self.cut(draw)
+        captions = random.Random(derive_seed(self.seed, "caption", draw.example, draw.visit))
+        is_nameless = random.Random(derive_seed(draw.seed, "caption dropout")).random() < self.args.caption_dropout
+        cached = self.latents and {"moments": self.latents[example.path, cut]}
+        return (cached or {"pixel_values": self.pixels(example.path, cut)}) | {
+            "weight_map": masks.weight_map(example.mask, cut, draw.size, self.latent_factor),
+            "prompt_rows": self.empty_row if is_nameless else captions.choice(self.prompt_rows[draw.example]),
             "is_prior": example.is_prior,
+            "shares": draw.share,
+            "weights": example.concept.weigh(example.is_prior),
             "seeds": draw.seed,
             "names": str(example.path),
         }
@@ -997,33 +1023,26 @@ class DreamBoothDataset(Dataset):
 
 # Same in train_dreambooth.py
 class StepSampler:
-    """Say which examples each micro-step of this process visits, as a function of the micro-step alone.
+    """Say which examples each micro-step of a process visits: a function of the micro-step alone.
 
-    Instance examples come in an endless sequence of shuffled passes, and so do class examples; micro-step m takes the
-    next `global_batch` of either. So every photo is seen once before any is seen again, batches are always full, and
-    a resumed run needs no replay.
+    `BatchOrder` has the order; since nothing is remembered from step to step, a resumed run needs no replay.
     """
 
-    def __init__(self, plan: Plan, examples: list[Example], first: int, last: int, rank: int):
+    def __init__(self, plan: Plan, first: int, last: int, rank: int):
         """Cover the micro-steps `first` up to, not including, `last` for process `rank`."""
-        self.seed, self.global_batch, self.first, self.last = plan.seed, plan.global_batch, first, last
-        batch = plan.global_batch // plan.processes
-        self.places = range(rank * batch, (rank + 1) * batch)
-        instances = [index for index, example in enumerate(examples) if not example.is_prior]
-        priors = [index for index, example in enumerate(examples) if example.is_prior]
-        self.kinds = {"instance": instances, "class": priors} if priors else {"instance": instances}
+        self.plan, self.micro_steps, self.rank = plan, range(first, last), rank
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield this process's draws for each micro-step, instance examples before class examples."""
-        for micro_step in range(self.first, self.last):
-            yield [self.draw(kind, micro_step, place) for kind in self.kinds for place in self.places]
-
-    def draw(self, kind: str, micro_step: int, place: int) -> Draw:
-        """Return the draw at one place of the global batch."""
-        indices = self.kinds[kind]
-        visit, position = divmod(micro_step * self.global_batch + place, len(indices))
-        example = indices[shuffled(len(indices), derive_seed(self.seed, "order", kind, visit))[position]]
-        return Draw(example, visit, derive_seed(self.seed, "example", kind, micro_step, place))
+        """Yield the draws of each micro-step, photos before the class images beside them."""
+        for micro_step in self.micro_steps:
+            pairs = self.plan.order[micro_step]
+            places, share = share_out(len(pairs), self.rank, self.plan.processes)
+            photos = [("instance", place, pairs[place].photo) for place in places]
+            beside = [("class", place, pairs[place].beside) for place in places if pairs[place].beside]
+            yield [
+                Draw(*visit, pairs[0].size, share, derive_seed(self.plan.seed, "example", kind, micro_step, place))
+                for kind, place, visit in photos + beside
+            ]
 
 
 # Same in train_dreambooth.py
@@ -1031,26 +1050,63 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
     """Stack examples into a batch.
 
     Returns:
-        `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `prompt_rows` (B,) int64, rows of the prompt table;
-        `is_prior` (B,) bool; `seeds` (B,) int64, from which each example's noise is drawn; `names`, B paths.
+        `pixel_values` (B, 3, H, W) float32 in [-1, 1] or, if latents are cached, `moments` (B, 2, C, h, w), the mean
+        and deviation of their posterior; `weight_map` (B, 1, h, w) float32 in [0, 1]; `prompt_rows` (B,) int64, rows
+        of the prompt table; `is_prior` (B,) bool; `shares` (B,), each example's part of the mean, and `weights` (B,)
+        of its loss; `seeds` (B,) int64, from which each example's noise is drawn; `names`, B paths.
     """
     return torch.utils.data.default_collate(items)
 
 
 # Same in train_dreambooth.py
-def make_loader(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, examples: list[Example]
-) -> DataLoader:
+def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DataLoader:
     """Return the batches of the steps that are left, for this process."""
     first, last = (steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps))
+    samplers = [StepSampler(plan, first, last, rank) for rank in range(plan.processes)]
+    dataset = DreamBoothDataset(args, plan, models.prompts)
+    if models.vae is not None and args.cache_latents != "off":
+        visits = (draw for sampler in samplers for draws in sampler for draw in draws)
+        dataset.latents = cache_latents(args, accelerator, models, dataset, visits)
     return DataLoader(
-        DreamBoothDataset(args, plan, prompts, examples),
-        batch_sampler=StepSampler(plan, examples, first, last, accelerator.process_index),
+        dataset,
+        batch_sampler=samplers[accelerator.process_index],
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
+
+
+# Same in train_dreambooth.py
+def cache_latents(
+    args: Namespace, accelerator: Accelerator, models: Models, dataset: DreamBoothDataset, visits: Iterator[Draw]
+) -> dict[tuple[Path, Cut], Tensor] | None:
+    """Encode each cut of a picture that the run will visit once, and free the VAE.
+
+    Returns:
+        (2, C, h, w) mean and deviation of each cut's posterior, from which each visit still draws its own latents;
+        None if, by --cache_latents auto, cuts do not come again, so that nothing would be gained.
+    """
+    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
+    if args.cache_latents == "auto" and 2 * len(cuts) > cuts.total():
+        return None
+    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
+    latents, options = {}, (args.variant, str(models.vae.dtype), accelerator.device.type)
+    # The first process of a machine fills the cache, the others then find it full.
+    with accelerator.local_main_process_first():
+        cache = open_latents(args.cache_dir, source, *options)
+        for path, cut in tqdm(cuts, desc="latents", disable=not accelerator.is_local_main_process):
+            key = [content_hash(path), *cut, *map(str, dataset.resampling)]
+            latents[path, cut] = cache.load(key)
+            if latents[path, cut] is None:
+                pixels = dataset.pixels(path, cut)[None].to(accelerator.device)
+                latents[path, cut] = encode(models.vae, pixels)[0].cpu()
+                cache.save(key, latents[path, cut], path.name)
+    logger.info(f"The latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory and in {cache.folder}.")
+    if not args.validation_prompt:
+        models.vae = None
+        devices.free_memory()
+    return latents
 
 
 # Same in train_dreambooth.py
@@ -1073,7 +1129,7 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
     """Return the learning rate of a step, counted from 0: a function of the step alone."""
     options = (args.lr_warmup_steps, args.lr_num_cycles, args.lr_power, args.lr_end)
-    return schedules.learning_rate(args.lr_scheduler, step, steps, peak, *options)
+    return rate_of_step(args.lr_scheduler, step, steps, peak, *options)
 
 
 # Same in train_dreambooth.py
@@ -1081,16 +1137,9 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
     """Restore weights and optimizer from the checkpoint that the plan names; draws need nothing restored."""
     if plan.resume_from is None:
         return
-    flags = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with checkpoints.explaining_damage(plan.resume_from):
         load_weights(accelerator, plan.resume_from, models)
-        state = torch.load(plan.resume_from / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    for group, given in zip(optimizer.param_groups, flags):
-        # The checkpoint's state, but the weight decay and the like of this command.
-        group.update(given)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+        checkpoints.load_optimizer(plan.resume_from, optimizer, accelerator.scaler)
     more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
 
@@ -1099,19 +1148,17 @@ def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Opti
 
 
 # Same in train_dreambooth.py
-def compute_loss(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, prompts: PromptTable, batch: dict
-) -> Loss:
+def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, batch: dict) -> Loss:
     """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
-    clean = to_model_space(models.vae, batch["pixel_values"].to(device, non_blocking=True), seeds)
+    clean = to_model_space(batch, models.vae, plan.base.latent_scale, device)
     noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, plan.noise_offset)
     noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
-    trains_text = "text_encoder" in models.trained
+    trains_text, rows = "text_encoder" in models.trained, batch["prompt_rows"]
     with torch.set_grad_enabled(trains_text):
-        embeds = embed_prompts(prompts, models.text_encoder, batch["prompt_rows"], together=trains_text)
+        embeds = embed_prompts(models.prompts, models.text_encoder, rows, together=trains_text)
     inputs = {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": embeds}
     if plan.base.kind is ModelKind.IF_STAGE_2:
         noising, conditioning = models.image_noising_scheduler, plan.base.conditioning
@@ -1119,38 +1166,64 @@ def compute_loss(
     # A U-Net with twice as many channels puts out the variance behind the prediction.
     prediction, *variance = models.unet(**inputs).sample.float().split(clean.shape[1], dim=1)
 
-    prediction_type = plan.base.prediction_type
+    prediction_type, is_prior = plan.base.prediction_type, batch["is_prior"]
     wanted = target(scheduler, prediction_type, clean, noise, timesteps)
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    losses = example_losses(prediction, wanted, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
+    if args.prior_target == "base_prediction" and is_prior.any():
+        chosen = {name: value[is_prior.to(device)] for name, value in inputs.items()}
+        own = predict_as_base(accelerator, models, rows[is_prior], chosen)
+        wanted = wanted.index_copy(0, is_prior.nonzero()[:, 0].to(device), own[:, : clean.shape[1]])
+    alphas_cumprod, weight_map = scheduler.alphas_cumprod.to(device), batch["weight_map"].to(device, non_blocking=True)
+    losses = example_losses(prediction, wanted, weight_map, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     if args.train_variance:
-        bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
+        pictures = (prediction.detach(), variance[0], clean, noisy)
+        bound = variational_bound(*pictures, weight_map, timesteps, alphas_cumprod)
         losses = losses + len(alphas_cumprod) / 1000 * bound
-    return combine(losses, batch["is_prior"], args.prior_loss_weight)
+    shares, weights = (batch[name].float().to(device, non_blocking=True) for name in ("shares", "weights"))
+    return combine(losses, shares, weights, is_prior)
+
+
+def predict_as_base(accelerator: Accelerator, models: Models, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Return what the base model predicts: the same networks with their adapters switched off."""
+    trained = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
+    with torch.no_grad(), accelerator.autocast(), adapters.switched_off(trained.values()):
+        text_encoder = trained.get("text_encoder", models.text_encoder)
+        embeds = embed_prompts(models.prompts, text_encoder, rows, together=False)
+        return trained["unet"](**inputs | {"encoder_hidden_states": embeds}).sample.float()
 
 
 # Same in train_dreambooth.py
-def to_model_space(vae: nn.Module | None, pixel_values: Tensor, seeds: list[int]) -> Tensor:
+def to_model_space(batch: dict, vae: nn.Module | None, scale: float, device: torch.device) -> Tensor:
     """Return what noise is added to: the pictures, or their scaled latents (arXiv 2112.10752, section 3.1).
 
     Args:
-        vae: None for models that work on pixels.
-        pixel_values: (B, 3, H, W) float32 in [-1, 1].
-        seeds: One per picture, for the draw from the VAE's posterior.
+        batch: What `collate` returns; each picture's latents are drawn from its posterior, by its own seed.
+        vae: None for models that work on pixels, and if the batch has moments.
+        scale: Of the latents.
 
     Returns:
-        (B, C, h, w) float32.
+        (B, C, h, w) float32 on the device.
     """
-    if vae is None:
-        return pixel_values
-    latents = []
-    # One picture at a time: then its latents do not depend on its neighbours, not even in the last bit.
-    for pixels, seed in zip(pixel_values.to(vae.dtype).split(1), seeds):
-        with torch.no_grad():
-            posterior = vae.encode(pixels).latent_dist
-        chance = torch.randn(posterior.mean.shape, generator=generator(seed, "posterior"))
-        latents.append(posterior.mean.float() + posterior.std.float() * chance.to(pixels.device, non_blocking=True))
-    return torch.cat(latents) * vae.config.scaling_factor
+    if "moments" not in batch:
+        pixel_values = batch["pixel_values"].to(device, non_blocking=True)
+        if vae is None:
+            return pixel_values
+        moments = encode(vae, pixel_values)
+    else:
+        moments = batch["moments"].to(device, non_blocking=True)
+    mean, deviation = moments.float().unbind(1)
+    draws = [torch.randn(mean.shape[1:], generator=generator(seed, "posterior")) for seed in batch["seeds"].tolist()]
+    return (mean + deviation * torch.stack(draws).to(device, non_blocking=True)) * scale
+
+
+# Same in train_dreambooth.py
+def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Return the mean and deviation of the posteriors, (B, 2, C, h, w), of (B, 3, H, W) pictures in [-1, 1].
+
+    One picture at a time: then what is found does not depend on its neighbours, not even in the last bit.
+    """
+    with torch.no_grad():
+        found = [vae.encode(pixels).latent_dist for pixels in pixel_values.to(vae.dtype).split(1)]
+    return torch.cat([torch.stack([one.mean, one.std], dim=1) for one in found])
 
 
 # Same in train_dreambooth.py
@@ -1216,6 +1289,7 @@ def target(scheduler: DDPMScheduler, prediction_type: str, clean: Tensor, noise:
 def example_losses(
     prediction: Tensor,
     wanted: Tensor,
+    weight_map: Tensor,
     timesteps: Tensor,
     alphas_cumprod: Tensor,
     prediction_type: str,
@@ -1225,6 +1299,7 @@ def example_losses(
 
     Args:
         prediction, wanted: (B, C, h, w) float32.
+        weight_map: (B, 1, h, w) float32 in [0, 1], how much each place counts.
         timesteps: (B,) int64 in [0, T).
         alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
         snr_gamma: Signal-to-noise ratio from which on the weight falls; None: weight 1.
@@ -1232,7 +1307,7 @@ def example_losses(
     Returns:
         (B,) float32.
     """
-    losses = F.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
+    losses = weighted_mean(F.mse_loss(prediction, wanted, reduction="none"), weight_map)
     if snr_gamma is None:
         return losses
     signal = alphas_cumprod[timesteps]
@@ -1244,56 +1319,21 @@ def example_losses(
 
 
 # Same in train_dreambooth.py
-def variational_bound(
-    noise: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
-) -> Tensor:
-    """Return each example's term of the variational bound, which teaches the variance (arXiv 2102.09672, section 3.1).
-
-    Args:
-        noise: (B, C, H, W) predicted and detached.
-        variance: (B, C, H, W) in about [-1, 1], from the log variance of the posterior to that of the forward step.
-        clean, noisy: (B, C, H, W) float32, clean in [-1, 1].
-        timesteps: (B,) int64 in [0, T).
-        alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
-
-    Returns:
-        (B,) float32 in bits per dimension.
-    """
-    before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-    beta = 1 - alphas_cumprod / before
-    smallest = beta * (1 - before) / (1 - alphas_cumprod)
-    smallest[0] = smallest[1]  # at t = 0 it is 0, which has no logarithm
-    tables = (alphas_cumprod, before, beta, smallest)
-    signal, before, beta, smallest = (table[timesteps][:, None, None, None] for table in tables)
-    share = (variance + 1) / 2
-    deviation = (0.5 * (share * beta.log() + (1 - share) * smallest.log())).exp()
-    # The mean of x_{t-1} is a mix of x_t and the clean picture, true or predicted (arXiv 2006.11239, equation 7).
-    predicted = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
-    of_clean, of_noisy = before.sqrt() * beta / (1 - signal), (1 - beta).sqrt() * (1 - before) / (1 - signal)
-    true_mean, mean = (of_clean * picture + of_noisy * noisy for picture in (clean, predicted))
-    true, model = Normal(true_mean, smallest.sqrt().expand_as(clean)), Normal(mean, deviation)
-    # The last step is scored by the probability of the picture's 256 levels (equation 13 there).
-    above = model.cdf(clean + 1 / 255).where(clean < 0.999, 1.0)
-    below = model.cdf(clean - 1 / 255).where(clean > -0.999, 0.0)
-    surprise = -(above - below).clamp(min=1e-12).log()
-    nats = torch.where((timesteps == 0)[:, None, None, None], surprise, kl_divergence(true, model))
-    return nats.mean(dim=(1, 2, 3)) / math.log(2)
-
-
-# Same in train_dreambooth.py
-def combine(losses: Tensor, is_prior: Tensor, prior_loss_weight: float) -> Loss:
+def combine(losses: Tensor, shares: Tensor, weights: Tensor, is_prior: Tensor) -> Loss:
     """Return mean(instance) + weight × mean(class) (arXiv 2208.12242, equation 2).
 
     Args:
         losses: (B,) one per example.
+        shares: (B,) each example's part of the mean over its kind.
+        weights: (B,) of its concept, and of class images.
         is_prior: (B,) bool, on the CPU so that its content is known without waiting for the device.
     """
+    parts = losses * shares
+    total, parts = (parts * weights).sum(), parts.detach()
     if not is_prior.any():
-        return Loss(losses.mean(), losses.mean().detach(), None)
-    weights = is_prior.to(losses.device, losses.dtype, non_blocking=True)
-    prior = (losses * weights).sum() / int(is_prior.sum())
-    instance = (losses * (1 - weights)).sum() / int((~is_prior).sum())
-    return Loss(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
+        return Loss(total, parts.sum(), None)
+    of_prior = is_prior.to(losses.device, losses.dtype, non_blocking=True)
+    return Loss(total, (parts * (1 - of_prior)).sum(), (parts * of_prior).sum())
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -1305,7 +1345,6 @@ def train(
     accelerator: Accelerator,
     plan: Plan,
     models: Models,
-    prompts: PromptTable,
     loader: DataLoader,
     optimizer: Optimizer,
     stop: StopRequest,
@@ -1316,7 +1355,7 @@ def train(
     every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
     stop.begin_loop()
     if plan.first_step == 0 and args.validation_prompt:
-        validate(args, accelerator, plan, models, prompts, 0, stop)
+        validate(args, accelerator, plan, models, 0, stop)
     accumulation = args.gradient_accumulation_steps
     for step in range(plan.first_step, plan.steps):
         began, done, losses, names = time.perf_counter(), step + 1, [], []
@@ -1327,7 +1366,7 @@ def train(
             torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
             batch = next(batches)
             with accelerator.accumulate(*models.trained.values()):
-                loss = compute_loss(args, accelerator, plan, models, prompts, batch)
+                loss = compute_loss(args, accelerator, plan, models, batch)
                 accelerator.backward(loss.total)
             losses.append(loss)
             names += batch["names"]
@@ -1336,9 +1375,9 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        values = {"epoch": done * accumulation / plan.epoch_length, "grad_norm": norm}
+        values = {"epoch": done * accumulation / plan.order.epoch_length, "grad_norm": norm}
         values |= dict(zip(("lr", "lr_text_encoder"), rates))
-        metrics.add(done, began, plan.examples_per_step, losses, values, names)
+        metrics.add(done, began, len(names) * plan.processes, losses, values, names)
         stopped = stop.agree() is not None
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
@@ -1348,7 +1387,7 @@ def train(
             return False
         if args.validation_prompt and (done % every == 0 or done == plan.steps):
             metrics.flush()  # trackers take no numbers of a step once they have its pictures
-            validate(args, accelerator, plan, models, prompts, done, stop)
+            validate(args, accelerator, plan, models, done, stop)
     metrics.close()
     return True
 
@@ -1357,25 +1396,16 @@ def train(
 def save_checkpoint(
     args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
 ) -> None:
-    """Write checkpoint-N whole or not at all, then remove older ones beyond the limit."""
+    """Write checkpoint-N whole or not at all, then remove older ones beyond the limit; the main process does."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_checkpoint(args, accelerator, plan, models, optimizer, step)
+        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+            save_weights(accelerator, folder, models)
+            model_files.write_scheduler_config(folder, plan.base.scheduler)
+            checkpoints.save_optimizer(folder, optimizer, accelerator.scaler)
+            checkpoints.write_state(folder, step, plan.fits)
+        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
-
-
-# Same in train_dreambooth.py
-def write_checkpoint(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
-) -> None:
-    """Write a checkpoint as this process has it, the main one."""
-    with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
-        save_weights(accelerator, folder, models)
-        model_files.write_scheduler_config(folder, plan.base.scheduler)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
-        checkpoints.write_state(folder, step, plan.fits)
-    checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
 
 
 def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
@@ -1392,13 +1422,7 @@ def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None
 
 # Same in train_dreambooth.py
 def validate(
-    args: Namespace,
-    accelerator: Accelerator,
-    plan: Plan,
-    models: Models,
-    prompts: PromptTable,
-    step: int,
-    stop: StopRequest,
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, stop: StopRequest
 ) -> None:
     """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
 
@@ -1413,7 +1437,7 @@ def validate(
         model.eval()
     with devices.going_on_without_memory(f"Validation at step {step}"):
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
-        options = preview_options(args, prompts, text_encoder)
+        options = preview_options(args, models.prompts, text_encoder)
         with torch.no_grad(), accelerator.autocast():
             drawing.draw(pipeline, mine, folder, small, **options)
     for model in models.trained.values():
@@ -1462,32 +1486,10 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     accelerator.wait_for_everyone()
 
 
-def usage_snippet(args: Namespace, base: BaseModel, name: str, prompt: str) -> str:
-    """Return Python code that draws a picture with the result; stage II's wants a small picture beside it."""
-    prompt = args.validation_prompt or prompt
-    max_length = args.tokenizer_max_length
-    reading = () if base.is_if else model_card.reading_lines(max_length, args.text_encoder_use_attention_mask)
-    places = (args.pretrained_model_name_or_path, args.revision, args.variant, reading)
-    has_scheduler = base.learns_variance and not args.train_variance
-    picture = model_card.Picture(base.resolution, base.enlarges_from, base.is_if)
-    return model_card.lora_snippet(name, prompt, *places, has_scheduler, picture)
-
-
 # Same in train_dreambooth.py
 def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: StopRequest) -> None:
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
-    family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
-    card = model_card.Card(
-        title=repository or plan.output_dir.resolve().name,
-        base_model=args.pretrained_model_name_or_path,
-        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", family, *METHOD_TAGS],
-        instance_prompt=plan.prompt,
-        validation_prompt=args.validation_prompt,
-        grid=f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png",
-        settings=summary,
-        snippet=usage_snippet(args, plan.base, repository or str(plan.output_dir), plan.prompt),
-    )
-    model_card.write(plan.output_dir, card, args.revision, args.hub_token)
+    write_card(vars(args), plan, METHOD_TAGS, summary, repository)
     if repository:
         stop.begin_upload(hub.say_how_to_upload(plan.output_dir, repository))
         logger.info(f"Uploaded to {hub.upload_result(plan.output_dir, repository, args.hub_token)}")

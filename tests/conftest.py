@@ -11,7 +11,10 @@ os.environ |= {
 }
 
 import signal
+import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ import torch
 from PIL import Image
 
 from tests.runs import Trainer
+from utils.concepts import Concept
+from utils.geometry import Size
 from utils.make_model import make_model
 
 if hasattr(signal, "SIGHUP"):
@@ -43,6 +48,32 @@ def draw_picture(width: int, height: int, number: int) -> Image.Image:
         np.sin((1 + number / 3) * x + channel) * np.cos(0.7 * y + number + 0.3 * x * channel) for channel in range(3)
     ]
     return Image.fromarray(np.uint8(127.5 + 120 * np.stack(waves, axis=-1)))
+
+
+def make_concept(**values) -> Concept:
+    """Return a concept as the flags give it that have defaults, but for some values."""
+    defaults = {"image_column": "image", "caption_strategy": "instanceprompt", "prepend_instance_prompt": False}
+    defaults |= {"num_class_images": 100, "repeats": 1, "prior_loss_weight": 1.0, "crop_style": "random"}
+    return Concept(
+        **dict.fromkeys(Concept._fields) | Concept._field_defaults | defaults | {"random_flip": False} | values
+    )
+
+
+def make_dataset(script, paths, resolution=16, seed=0, is_if=False, **flags):
+    """Make a dataset of photos of a subject; flags are those of its concept, too."""
+    size, of_concept = Size.parse(resolution), {key: flags[key] for key in Concept._fields if key in flags}
+    texts, concept = ["", "a photo of sks dog"], make_concept(**of_concept)
+    examples = [script.Example(path, tuple(texts[1:]), concept, size) for path in paths]
+    base = SimpleNamespace(is_if=is_if, latent_factor=1 if is_if else 8)
+    plan = SimpleNamespace(seed=seed, base=base, examples=examples)
+    args = Namespace(**vars(script.make_parser().parse_args([])) | flags)
+    return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=texts))
+
+
+def visit_of(dataset, example, visit, seed=0):
+    """Return what a visit to an example gives."""
+    kind = sys.modules[type(dataset).__module__].Draw
+    return dataset[kind(example, visit, dataset.examples[example].size, 1.0, seed)]
 
 
 @pytest.fixture(scope="session")

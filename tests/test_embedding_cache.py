@@ -12,11 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils import embedding_cache
-from utils.embedding_cache import EmbeddingCache, default_folder, model_identity
+from utils import tensor_cache
+from utils.embedding_cache import EmbeddingCache
 from utils.errors import InputError
+from utils.tensor_cache import default_folder, model_identity
 
 IDENTITY = {"model": "owner/name", "commits": [["text_encoder", "abc"]], "precision": "fp32", "device": "cpu"}
+TEXT = ("text_encoder",)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None  # a new Python would take seconds
 
@@ -83,6 +85,27 @@ def test_the_file_is_plain_safetensors_as_readable_as_any(cache):
         assert same_bits(file.get_tensor("embeds"), embeds)
     (cache.folder / "plain").touch()
     assert path.stat().st_mode == (cache.folder / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("length", "label"), [(8, "token ids 7 7 7 7 7 7 7 7"), (9, "token ids 7 7 7 7 7 7 7 7 …")])
+def test_an_entry_has_a_label(cache, length, label):
+    """The first token ids, since nobody tells the cache the words."""
+    ids = torch.full((length,), 7)
+    cache.save(ids, None, torch.zeros(length, 8))
+    entry = tensor_cache.read_entry(cache.path_of(ids, None))
+    assert entry.label == label and entry.source == ("embeddings", "owner/name")
+
+
+def test_an_entry_of_an_older_version_is_not_looked_at(cache, caplog):
+    """Its name is another one, so there is no warning."""
+    ids, mask, embeds = prompt(0)
+    cache.save(ids, mask, embeds)
+    now = cache.path_of(ids, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_cache, "_FORMAT", 2)
+        assert cache.path_of(ids, mask) != now and cache.load(ids, mask) is None and not caplog.messages
+        now.rename(cache.path_of(ids, mask))
+        assert cache.load(ids, mask) is None and "of another version of this program" in caplog.text
 
 
 def test_saving_again_replaces(cache):
@@ -153,7 +176,7 @@ def test_no_damage_gives_another_tensor(cache, dtype, seed, monkeypatch):
     ids, mask, embeds = prompt(0, dtype)
     cache.save(ids, mask, embeds)
     path, logged = cache.path_of(ids, mask), []
-    monkeypatch.setattr(embedding_cache.logger, "warning", lambda text, *_: logged.append(text))
+    monkeypatch.setattr(tensor_cache.logger, "warning", lambda text, *_: logged.append(text))
     cases, used = damaged(path.read_bytes(), seed), []
     for case in cases:
         path.write_bytes(case)
@@ -175,7 +198,7 @@ def test_swapped_files_are_not_used(cache, caplog):
         for index, (owner, ids, mask, _) in enumerate(entries):
             owner.path_of(ids, mask).write_bytes(contents[(index + shift) % 3])
             caplog.clear()
-            assert owner.load(ids, mask) is None and "another prompt's or model's" in caplog.text
+            assert owner.load(ids, mask) is None and "another entry's, under this name" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -255,7 +278,7 @@ def test_a_killed_writer_leaves_whole_entries(cache, caplog):
         assert writer.exitcode == -signal.SIGKILL
         found = [check_entry(cache, number) for number in range(4)]
     assert all(found) and not caplog.messages
-    assert all(path.name.startswith(".embeds-") or path.suffix == ".safetensors" for path in cache.folder.iterdir())
+    assert all(path.name.startswith(".tensor-") or path.suffix == ".safetensors" for path in cache.folder.iterdir())
 
 
 def write_entries(cache: EmbeddingCache, rank: int, times: int) -> None:
@@ -285,11 +308,12 @@ def test_a_file_is_written_elsewhere_and_renamed(cache, monkeypatch):
     assert first != second and first.parent == target.parent == cache.folder and first.name.startswith(".")
 
 
-def test_leftovers_go_after_a_day(cache):
-    """Not those of a run that may still be alive, and nothing that the cache has not written."""
+@pytest.mark.parametrize("name", ["tensor", "embeds"])
+def test_leftovers_go_after_a_day(cache, name):
+    """Of any version; not those of a run that may still be alive, and nothing that the cache has not written."""
     cache.save(*prompt(0))
-    kept = [cache.path_of(*prompt(0)[:2]), cache.folder / ".embeds-mine.partial", cache.folder / "notes.partial"]
-    young, old = (cache.folder / f".embeds-{digit * 16}.partial" for digit in "0f")
+    kept = [cache.path_of(*prompt(0)[:2]), cache.folder / f".{name}-mine.partial", cache.folder / "notes.partial"]
+    young, old = (cache.folder / f".{name}-{digit * 16}.partial" for digit in "0f")
     for path, hours in [*((path, 1000) for path in kept), (young, 23), (old, 25)]:
         path.touch()
         os.utime(path, (time.time() - hours * 3600,) * 2)
@@ -339,39 +363,43 @@ def model(tmp_path) -> Path:
 def test_a_change_of_a_folder_changes_its_identity(model, change, tmp_path):
     """Then nothing that was cached is found."""
     ids, mask, embeds = prompt(0)
-    identity = model_identity(str(model), None)
+    identity = model_identity(str(model), None, TEXT)
     EmbeddingCache(tmp_path / "cache", identity).save(ids, mask, embeds)
     (model / "unet" / "config.json").write_text("another U-Net")
-    assert model_identity(f"{model}/../model/", None) == identity
-    assert same_bits(EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask), embeds)
+    assert model_identity(f"{model}/../model/", None, TEXT) == identity
+    assert same_bits(
+        EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask), embeds
+    )
     change(model)
-    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask) is None
+    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask) is None
 
 
 def test_files_that_are_gone_do_not_matter(model, tmp_path):
     """Whoever has all embeddings may delete gigabytes of weights, but not put others in their place."""
     ids, mask, embeds = prompt(0)
     weights = model / "text_encoder" / "more" / "model.safetensors"
-    EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).save(ids, mask, embeds)
+    EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).save(ids, mask, embeds)
     weights.unlink()
-    assert same_bits(EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask), embeds)
+    assert same_bits(
+        EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask), embeds
+    )
     weights.write_text("other weights")
-    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None)).load(ids, mask) is None
+    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask) is None
 
 
 def test_parts_and_places_tell_folders_apart(model, tmp_path):
     """Each part that is asked for counts, also behind a link, and so does the folder itself."""
-    identity = model_identity(str(model), None)
+    identity = model_identity(str(model), None, TEXT)
     assert [name for name, *_ in identity["files"]] == [
         "text_encoder/config.json",
         "text_encoder/more/model.safetensors",
     ]
     assert len(model_identity(str(model), None, ("text_encoder", "unet"))["files"]) == 3
     model.rename(tmp_path / "moved")
-    assert model_identity(str(tmp_path / "moved"), None) != identity
+    assert model_identity(str(tmp_path / "moved"), None, TEXT) != identity
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "text_encoder").symlink_to(tmp_path / "moved" / "text_encoder")
-    assert len(model_identity(str(tmp_path / "linked"), None)["files"]) == 2
+    assert len(model_identity(str(tmp_path / "linked"), None, TEXT)["files"]) == 2
 
 
 @pytest.fixture
@@ -390,10 +418,10 @@ def hub_copy(tmp_path, monkeypatch) -> Path:
 def test_a_model_of_the_hub_is_its_commit(hub_copy):
     """The branch's or the given one, without a connection; a branch that moves on is another identity."""
     first, second = ({"model": "owner/name", "commits": [["text_encoder", digit * 40]]} for digit in "12")
-    assert model_identity("owner/name", None) == model_identity("owner/name", "1" * 40) == first
-    assert model_identity("owner/name", "other") == model_identity("owner/name", "2" * 40) == second
+    assert model_identity("owner/name", None, TEXT) == model_identity("owner/name", "1" * 40, TEXT) == first
+    assert model_identity("owner/name", "other", TEXT) == model_identity("owner/name", "2" * 40, TEXT) == second
     (hub_copy / "refs" / "main").write_text("2" * 40)
-    assert model_identity("owner/name", None) == second
+    assert model_identity("owner/name", None, TEXT) == second
 
 
 @pytest.mark.parametrize(
@@ -402,7 +430,7 @@ def test_a_model_of_the_hub_is_its_commit(hub_copy):
 def test_a_model_that_is_not_there_is_an_input_error(hub_copy, model, revision):
     """Neither folder nor local copy."""
     with pytest.raises(InputError, match=f"The model {model} is no folder here, and the Hub gave none of its files"):
-        model_identity(model, revision)
+        model_identity(model, revision, TEXT)
 
 
 @pytest.mark.parametrize("value", [None, "", "relative/path"])

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import checkpoints, config_file, schedules
+from utils import batch_order, checkpoints, concepts, config_file, model_card, run_summary, schedules
 from utils.errors import InputError
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
@@ -44,6 +45,11 @@ OUR_DEFAULTS = {
     **{"validation_num_inference_steps": 25, "hub_private_repo": False, "crop_style": None, "caption_dropout": 0.0},
     **{"cache_dir": None, "text_encoder_precision": None, "stage_one_model_name_or_path": None, "lr_end": None},
     **{"validation_resolution": None, "num_eval_images": None, "train_variance": False, "class_guidance_scale": None},
+    **{"dataset_name": None, "image_column": "image", "caption_column": None, "concepts_list": None, "repeats": 1},
+    **{"mask_data_dir": None, "crop_aspect": "square", "resolution_type": "pixel_area", "bucket_step": None},
+    **{"minimum_image_size": None, "maximum_image_size": None, "target_downsample_size": None},
+    **{"stepwise_downsampling": False, "cache_latents": "auto", "latent_variants": None, "prior_target": "images"},
+    **{"dry_run": False},
 }
 OWN_DEFAULTS = {
     FULL: {"output_dir": "dreambooth-model", "learning_rate": 5e-6, "skip_save_text_encoder": False},
@@ -57,7 +63,8 @@ AT_LEAST_1 = (
     *("num_eval_images", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
     *("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps"),
     *("checkpoints_total_limit", "num_validation_images", "validation_steps", "validation_epochs"),
-    *("validation_num_inference_steps", "rank", "lora_alpha"),
+    *("validation_num_inference_steps", "rank", "lora_alpha", "repeats", "latent_variants", "bucket_step"),
+    *("minimum_image_size", "maximum_image_size", "target_downsample_size"),
 )
 INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")
 FROM_0 = (
@@ -74,6 +81,10 @@ RANGE_CASES = [
     *((name, value, "in [0, 1)") for name in BELOW_1 for value in ("1.0", "-0.1", "nan", "inf")),
 ]
 ALLOWING = ["--train_text_encoder", "--lr_scheduler=polynomial"]  # what some of these flags need beside them
+ALLOWING_OF = {
+    "maximum_image_size": ["--target_downsample_size=1"],
+    "target_downsample_size": ["--maximum_image_size=64"],
+}
 GOOD_EDGES = [
     *((name, "1") for name in AT_LEAST_1),
     *((name, "0") for name in (*INTEGERS_FROM_0, *FROM_0, *BELOW_1)),
@@ -186,17 +197,26 @@ def test_the_examples_way_of_writing_a_command_is_understood(script, needed, sma
     assert args.resolution == "512"
 
 
+def names_read(node: ast.AST) -> list[str]:
+    """Return the flag that an expression reads, if it reads one."""
+    if isinstance(node, ast.Attribute):
+        owner = ast.unparse(node.value)
+        of_concept = node.attr in concepts.Concept._fields and re.search(r"(^|\.)concept$|^self$", owner)
+        return [node.attr] if owner in ("args", "self.args") or of_concept else []
+    is_item = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+    return [node.slice.value] if is_item and ast.unparse(node.value) == "flags" else []
+
+
 def test_no_flag_is_accepted_and_ignored(script):
-    """Every flag is read as args.NAME somewhere outside the functions that define flags, --config by its reader."""
-    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (script, config_file)]
+    """Every flag is read outside the functions that define or check flags, --config by its reader.
+
+    As args.NAME or, where that is given on, as flags["NAME"]; those of each subject from its `Concept`.
+    """
+    modules = (script, batch_order, checkpoints, concepts, config_file, model_card, run_summary)
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    readers = [node for node in functions if not (node.name.startswith("add_") and node.name.endswith("_args"))]
-    read = {
-        node.attr
-        for function in readers
-        for node in ast.walk(function)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-    }
+    readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_.*", node.name)]
+    read = {name for function in readers for node in ast.walk(function) for name in names_read(node)}
     assert sorted(known_flags(script).keys() - read) == []
     (reader,) = [node for node in functions if node.name == "parse_args"]
     assert "parse_with_config" in {node.id for node in ast.walk(reader) if isinstance(node, ast.Name)}
@@ -217,7 +237,7 @@ def test_every_number_has_a_range_case(script):
 )
 def test_numbers_out_of_range_are_refused(owner, name, value, words, needed, capsys):
     """Zero, negative, infinite and undefined numbers get the sentence that names the range."""
-    sentence = refuse_one(owner, [*needed, *ALLOWING, f"--{name}={value}"], capsys)
+    sentence = refuse_one(owner, [*needed, *ALLOWING, *ALLOWING_OF.get(name, []), f"--{name}={value}"], capsys)
     assert sentence == f"--{name} {value} is out of range: it must be {words}."
 
 
@@ -226,7 +246,7 @@ def test_the_ends_of_the_ranges_are_accepted(script, needed):
     flags = known_flags(script)
     for name, value in GOOD_EDGES:
         if name in flags:
-            args = script.parse_args([*needed, *ALLOWING, f"--{name}={value}"])
+            args = script.parse_args([*needed, *ALLOWING, *ALLOWING_OF.get(name, []), f"--{name}={value}"])
             assert getattr(args, name) == float(value)
 
 
@@ -280,6 +300,7 @@ def test_whole_numbers_must_be_whole(script, needed, capsys, value):
         *(("image_interpolation_mode", "sharp"), ("prior_generation_precision", "fp8"), ("mixed_precision", "fp32")),
         *(("class_labels_conditioning", "noise"), ("lr_scheduler", "zigzag"), ("validation_scheduler", "Euler")),
         *(("crop_style", "left"), ("text_encoder_precision", "no"), ("text_encoder_precision", "int4")),
+        *(("crop_aspect", "keep"), ("resolution_type", "area"), ("cache_latents", "yes"), ("prior_target", "none")),
     ],
 )
 def test_words_outside_a_closed_set_are_refused(script, needed, capsys, name, value):
@@ -319,6 +340,18 @@ CONTRADICTIONS = {
     "--center_crop --crop_style random": "--center_crop excludes --crop_style random.",
     "--center_crop --crop_style shifted_center": "--center_crop excludes --crop_style shifted_center.",
     "--num_eval_images 2 --validation_images HERE": "--validation_images excludes --num_eval_images.",
+    "--maximum_image_size 64": "--maximum_image_size and --target_downsample_size need each other.",
+    "--target_downsample_size 64": "--maximum_image_size and --target_downsample_size need each other.",
+    "--maximum_image_size 64 --target_downsample_size 65": (
+        "--target_downsample_size 65 is above --maximum_image_size 64: nothing would shrink."
+    ),
+    "--dataset_name me/dogs": "--dataset_name excludes instance_data_dir.",
+    "--dataset_name me/dogs --instance_data_dir= --mask_data_dir .": "--mask_data_dir needs instance_data_dir.",
+    "--dataset_name me/dogs --instance_data_dir= --caption_column text --caption_strategy filename": (
+        "--caption_column excludes captions by filename."
+    ),
+    "--caption_column text": "--caption_column needs dataset_name.",
+    "--mask_data_dir missing": "--mask_data_dir missing does not exist.",
 }
 METHOD_PROBLEMS = [
     (
@@ -609,6 +642,11 @@ IDLE = {
     "--prepend_instance_prompt": "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt.",
     "--class_prompt=dog": "--class_prompt has no effect without --with_prior_preservation.",
     "--class_data_dir=dogs": "--class_data_dir has no effect without --with_prior_preservation.",
+    "--class_guidance_scale=2": "--class_guidance_scale has no effect without --with_prior_preservation.",
+    "--prior_target=base_prediction": (
+        "--prior_target base_prediction has no effect without --with_prior_preservation."
+    ),
+    "--bucket_step=64": "--bucket_step has no effect without --crop_aspect preserve.",
     "--validation_images=HERE": "--validation_images has no effect without --validation_prompt.",
     "--num_eval_images=2": "--num_eval_images has no effect without --validation_prompt.",
     "--validation_resolution=64,96": "--validation_resolution has no effect without --validation_prompt.",
@@ -629,5 +667,11 @@ def test_a_flag_without_work_says_so(script, needed, monkeypatch, small_images, 
 def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
     """With prior preservation, the class images' flags are no news, nor are those of previews with a prompt."""
     flags = ["--with_prior_preservation", "--class_prompt=dog", "--class_data_dir=dogs"]
+    flags += [
+        "--class_guidance_scale=2",
+        "--prior_target=base_prediction",
+        "--crop_aspect=preserve",
+        "--bucket_step=8",
+    ]
     flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
     assert script.idle_flags(script.parse_args([*needed, *flags])) == []

@@ -1,6 +1,7 @@
 """Folders of pictures, of results and of checkpoints, as the scripts use them."""
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -240,7 +241,7 @@ def test_checkpoints_that_lie_ahead_are_set_aside(tmp_path, caplog, step, aside)
         if name != "checkpoint-500":
             write_state(tmp_path / name, step_of(tmp_path / name) or 0, {})
     with caplog.at_level(logging.WARNING):
-        checkpoints.open_folder(tmp_path, "{}", step)
+        checkpoints.open_folder(tmp_path, {}, step, None)
     assert [message.split()[0] for message in caplog.messages] == [f"checkpoint-{number}" for number in aside]
     assert sorted(int(path.name.split("-")[2]) for path in tmp_path.glob("passed-over-*")) == aside
     assert all((tmp_path / name).exists() for name in kept)
@@ -259,7 +260,7 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
                 status = 2
                 with contextlib.suppress(BaseException):
                     try:
-                        checkpoints.open_folder(tmp_path / str(number), name, 0)
+                        checkpoints.open_folder(tmp_path / str(number), {"seed": name}, 0, None)
                         time.sleep(0.2)
                         status = 0
                     except InputError as error:
@@ -269,6 +270,6 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
         os.write(go, b"go")
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert sorted(statuses) == [0, 1]
-        assert (tmp_path / str(number) / "args.json").read_text() == "ab"[statuses.index(0)]
+        assert json.loads((tmp_path / str(number) / "args.json").read_text()) == {"seed": "ab"[statuses.index(0)]}
         os.close(start)
         os.close(go)

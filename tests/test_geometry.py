@@ -5,7 +5,21 @@ from fractions import Fraction
 
 import pytest
 
-from utils.geometry import Size, cover, find_size_problems, parse_list, shifted_center
+from utils.geometry import (
+    UNITS,
+    Shrinking,
+    Size,
+    bucket_step,
+    choose_bucket,
+    cover,
+    cut_off,
+    find_shrinking_problems,
+    find_size_problems,
+    list_buckets,
+    parse_list,
+    scaled_size,
+    shifted_center,
+)
 
 JUNK = [
     *("0", "0x64", "64x0", "-5", "-64x64", "64x-64", "", " ", "x", "64x", "x64", "64x64x64", "64 64", "64,64", "1.5"),
@@ -130,3 +144,65 @@ def test_shifted_crops_stay_inside():
             assert 0 <= left <= margin_x and abs(left - margin_x // 2) <= edge / 10 + 0.5
             assert 0 <= top <= margin_y and abs(top - margin_y // 2) <= edge / 5 + 0.5
         assert places == sorted(places, key=lambda place: (place[0], -place[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.mark.parametrize(("edge", "step", "most"), [(512, 64, 0.05), (768, 64, 0.05), (512, 8, 0.015)])
+@pytest.mark.parametrize("spread", ["ratios", "logarithms"])
+def test_little_is_cut_off(edge, step, most, spread):
+    """Of 1,000 shapes from 1:2 to 2:1, buckets within a tenth of the area cut off little on average."""
+    target = Size(edge, edge)
+    buckets = list_buckets(target, step, "pixel_area")
+    shapes = [place / 999 for place in range(1000)]
+    shapes = [0.5 + 1.5 * place if spread == "ratios" else 2 ** (2 * place - 1) for place in shapes]
+    sizes = [(round(4000 * shape), 4000) for shape in shapes]
+    assert sum(cut_off(size, choose_bucket(size, buckets, target)) for size in sizes) / 1000 <= most
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    ("target", "step"), [(Size(512, 512), 64), (Size(64, 64), 8), (Size(512, 640), 8), (Size(96, 96), 32)]
+)
+def test_buckets_keep_their_promises(target, step, unit):
+    """Edges are multiples, areas within a tenth, shapes within 1:4; the resolution itself is among them, once."""
+    buckets = list_buckets(target, step, unit)
+    assert target in buckets and len(set(buckets)) == len(buckets)
+    for bucket in buckets:
+        if bucket == target:
+            continue
+        assert bucket.width % step == bucket.height % step == 0
+        assert 1 / 4 <= bucket.width / bucket.height <= 4
+        assert Size(bucket.height, bucket.width) in buckets
+        if unit == "pixel_area":
+            assert abs(bucket.width * bucket.height / (target.width * target.height) - 1) <= 0.1
+        else:
+            assert min(bucket) == min(target) // step * step
+
+
+def test_a_square_photo_has_the_resolution_as_its_bucket():
+    """A photo of the resolution's own shape is cut to it, whatever else fits as well."""
+    for edge, step in ((512, 64), (512, 8), (64, 8), (256, 32)):
+        target = Size(edge, edge)
+        assert choose_bucket((1000, 1000), list_buckets(target, step, "pixel_area"), target) == target
+
+
+def test_the_usual_step_follows_from_the_resolution():
+    """64 px for Stable Diffusion, 8 for IF's stage I, 32 for its stage II; less for small models."""
+    sizes = {(512, 8): 64, (768, 8): 64, (1024, 8): 64, (256, 8): 32, (64, 8): 8, (64, 4): 8, (24, 8): 8, (256, 4): 32}
+    assert {key: bucket_step(Size(key[0], key[0]), key[1]) for key in sizes} == sizes
+
+
+def test_only_pictures_above_the_maximum_keep_more_than_the_crop():
+    """They are scaled to the wanted measure, and never to less than the crop needs."""
+    target, by_edge, by_area = Size(64, 64), Shrinking(200, 100, "pixel"), Shrinking(200, 100, "pixel_area")
+    assert scaled_size((200, 300), target, by_edge) == (64, 96)
+    assert scaled_size((202, 303), target, by_edge) == (100, 150)
+    assert scaled_size((100, 400), target, by_area) == (64, 256)
+    assert scaled_size((100, 500), target, by_area) == (64, 320), "100 px of area would not cover 64 px"
+    assert scaled_size((300, 300), target, by_area) == (100, 100)
+    assert scaled_size((4000, 4000), target, Shrinking()) == (64, 64)
+    for given in ((100, None), (None, 100), (100, 101)):
+        assert len(find_shrinking_problems(*given)) == 1
+    assert find_shrinking_problems(None, None) == find_shrinking_problems(100, 100) == []

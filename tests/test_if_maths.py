@@ -17,9 +17,11 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
+from tests.conftest import make_concept, make_dataset, visit_of
 from tests.if_models import PIPELINES, STAGES, quiet, write_models
 from utils.geometry import Size
 from utils.seeds import derive_seed, generator
+from utils.variance import variational_bound
 
 SEEDS = [derive_seed(0, "example", number) for number in range(12000)]
 WORDS = [
@@ -80,20 +82,22 @@ def edges(count: int, width: int, height: int) -> torch.Tensor:
 def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch.Tensor, **flags):
     """Return the loss of a batch of pictures, and the inputs and the output of its call of the U-Net."""
     conditioning = flags.pop("class_labels_conditioning", "noise_level")
-    args = Namespace(**{"snr_gamma": None, "train_variance": False} | flags)
-    args.prior_loss_weight = 1.0
+    args = Namespace(**{"snr_gamma": None, "train_variance": False, "prior_target": "images"} | flags)
     kind = {"if1": script.ModelKind.IF_STAGE_1, "if2": script.ModelKind.IF_STAGE_2}[stage]
-    base = SimpleNamespace(kind=kind, prediction_type="epsilon", conditioning=conditioning)
+    base = SimpleNamespace(kind=kind, prediction_type="epsilon", conditioning=conditioning, latent_scale=1.0)
     plan = SimpleNamespace(base=base, noise_offset=0.1)
     noising = getattr(pipeline, "image_noising_scheduler", None)
     unet = pipeline.unet
-    models = script.Models(unet, None, None, pipeline.scheduler, noising, {"unet": unet})
-    count = len(pictures)
     prompts = script.PromptTable(["dog"], torch.zeros(1, 77), None, embeds)
+    models = script.Models(prompts, unet, None, None, pipeline.scheduler, noising, {"unet": unet}, {})
+    count = len(pictures)
     batch = {
         "pixel_values": pictures,
         "prompt_rows": torch.zeros(count, dtype=torch.int64),
+        "weight_map": torch.ones_like(pictures[:, :1]),
         "is_prior": torch.zeros(count, dtype=torch.bool),
+        "shares": torch.full((count,), 1 / count, dtype=torch.float64),
+        "weights": torch.ones(count, dtype=torch.float64),
         "seeds": torch.tensor(SEEDS[:count]),
     }
     calls, outputs = [], []
@@ -103,7 +107,7 @@ def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch
         outputs.append(output.sample)
 
     hooks = [capture(unet, calls), unet.register_forward_hook(keep)]
-    loss = script.compute_loss(args, SimpleNamespace(device=torch.device("cpu")), plan, models, prompts, batch)
+    loss = script.compute_loss(args, SimpleNamespace(device=torch.device("cpu")), plan, models, batch)
     for hook in hooks:
         hook.remove()
     assert len(calls) == 1
@@ -241,10 +245,11 @@ def test_prompts_are_fed_as_when_the_pipeline_is_called(script, models, pipeline
     argv += ["--instance_prompt", WORDS[0], "--validation_prompt", WORDS[1], "--validation_negative_prompt", WORDS[3]]
     argv += ["--num_eval_images", "1"] if stage == "if2" else []
     args = script.parse_args([*map(str, argv), "--output_dir", str(tmp_path / "out")])
-    plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32)
-    examples = [script.Example(tmp_path / "a.png", (WORDS[0],), False)]
-    first = script.encode_prompts(args, accelerator, plan, examples)
-    again = script.encode_prompts(args, accelerator, plan, examples)
+    base, size = script.recognise_model(args), Size(16, 16)
+    examples = [script.Example(tmp_path / "a.png", (WORDS[0],), make_concept(), size)]
+    plan = SimpleNamespace(base=base, frozen_dtype=torch.float32, examples=examples)
+    first = script.encode_prompts(args, accelerator, plan)
+    again = script.encode_prompts(args, accelerator, plan)
     assert sorted(first.texts) == sorted(WORDS)
     assert first.ids.shape == first.mask.shape == (4, 77)
     lengths = dict(zip(first.texts, first.mask.sum(dim=1).tolist()))
@@ -293,14 +298,14 @@ def bound_by_hand(noise, variance, clean, noisy, timestep) -> float:
     return -math.log2(max(above - below, 1e-12))
 
 
-def bound(script, noise, variance, clean, noisy, timesteps, dtype=torch.float64) -> torch.Tensor:
-    """Return the script's bound for lists of numbers, an example each."""
+def bound(noise, variance, clean, noisy, timesteps, dtype=torch.float64) -> torch.Tensor:
+    """Return the bound for lists of numbers, an example each."""
     columns = [torch.tensor(column, dtype=dtype).view(-1, 1, 1, 1) for column in (noise, variance, clean, noisy)]
-    return script.variational_bound(*columns, torch.tensor(timesteps), ALPHAS.to(dtype))
+    return variational_bound(*columns, torch.ones_like(columns[0]), torch.tensor(timesteps), ALPHAS.to(dtype))
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 2, 30, 500, 998, 999])
-def test_the_bound_by_hand(script, timestep):
+def test_the_bound_by_hand(timestep):
     """Each term is the KL divergence of two Gaussians, or at the last step minus the logarithm of a probability."""
     chance = np.random.default_rng(timestep)
     clean = [*(chance.integers(0, 256, 6) / 127.5 - 1).tolist(), -1.0, 1.0, -1.0, 1.0]
@@ -310,27 +315,29 @@ def test_the_bound_by_hand(script, timestep):
     noisy = [math.sqrt(kept) * picture + math.sqrt(1 - kept) * one for picture, one in zip(clean, true)]
     variance = chance.uniform(-1.2, 1.2, 10).tolist()
     wanted = [bound_by_hand(*numbers, timestep) for numbers in zip(noise, variance, clean, noisy)]
-    found = bound(script, noise, variance, clean, noisy, [timestep] * 10)
+    found = bound(noise, variance, clean, noisy, [timestep] * 10)
     assert found.tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-9)
-    single = bound(script, noise, variance, clean, noisy, [timestep] * 10, torch.float32)
+    single = bound(noise, variance, clean, noisy, [timestep] * 10, torch.float32)
     assert single.dtype == torch.float32
     assert single.tolist() == pytest.approx(wanted, rel=2e-2, abs=2e-3)
 
 
-def test_the_bound_is_the_mean_of_an_examples_numbers(script):
-    """An example's term averages over its own channels and pixels, whatever the others' timesteps are."""
+def test_the_bound_is_the_mean_of_an_examples_numbers():
+    """Over its own channels and pixels, as much as each counts, whatever the others' timesteps are."""
     chance = generator("bound")
     noise, variance, noisy = torch.randn(3, 3, 3, 2, 2, generator=chance, dtype=torch.float64)
     clean = torch.rand(3, 3, 2, 2, generator=chance, dtype=torch.float64) * 2 - 1
     timesteps = [700, 0, 1]
-    found = script.variational_bound(noise, variance, clean, noisy, torch.tensor(timesteps), ALPHAS.double())
+    light = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.5], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])[:, None]
+    pictures = (noise, variance, clean, noisy)
+    found = variational_bound(*pictures, light.double(), torch.tensor(timesteps), ALPHAS.double())
     for place, timestep in enumerate(timesteps):
-        numbers = (tensor[place].flatten().tolist() for tensor in (noise, variance, clean, noisy))
-        wanted = np.mean([bound_by_hand(*four, timestep) for four in zip(*numbers)])
-        assert found[place].item() == pytest.approx(wanted, rel=1e-6)
+        numbers = (tensor[place].flatten().tolist() for tensor in pictures)
+        terms, weights = [bound_by_hand(*four, timestep) for four in zip(*numbers)], light[place].flatten().tolist()
+        assert found[place].item() == pytest.approx(np.average(terms, weights=3 * weights), rel=1e-6)
 
 
-def test_the_range_of_the_variance_is_that_of_diffusers(script):
+def test_the_range_of_the_variance_is_that_of_diffusers():
     """With an exact prediction, what is left are the two log variances, and those are the scheduler's own."""
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
     for timestep in (1, 2, 10, 100, 400, 800):
@@ -342,29 +349,29 @@ def test_the_range_of_the_variance_is_that_of_diffusers(script):
             above = log_variance.double() - posterior
             wanted = float(above + (-above).exp() - 1) / 2 / math.log(2)
             noisy = math.sqrt(ALPHAS[timestep]) * 0.3 + math.sqrt(1 - ALPHAS[timestep]) * 1.2
-            found = bound(script, [1.2], [share], [0.3], [noisy], [timestep]).item()
+            found = bound([1.2], [share], [0.3], [noisy], [timestep]).item()
             assert found == pytest.approx(wanted, rel=2e-2, abs=1e-12), (timestep, share)
             assert share == -1 or found > 1e-12
 
 
-def test_an_exact_prediction_with_the_posteriors_variance_costs_nothing(script):
+def test_an_exact_prediction_with_the_posteriors_variance_costs_nothing():
     """At every step but the last, the bound's term is zero there, and above zero for any other prediction."""
     timesteps = list(range(1, 1000))
     kept = ALPHAS[1:].double()
     noisy = (kept.sqrt() * 0.5 - (1 - kept).sqrt() * 0.8).tolist()
-    same = bound(script, [-0.8] * 999, [-1.0] * 999, [0.5] * 999, noisy, timesteps)
+    same = bound([-0.8] * 999, [-1.0] * 999, [0.5] * 999, noisy, timesteps)
     assert same.abs().max() < 1e-9
-    assert bound(script, [-0.8] * 999, [-0.9] * 999, [0.5] * 999, noisy, timesteps).min() > 0
-    assert (bound(script, [-0.7] * 999, [-1.0] * 999, [0.5] * 999, noisy, timesteps) > same + 1e-12).all()
+    assert bound([-0.8] * 999, [-0.9] * 999, [0.5] * 999, noisy, timesteps).min() > 0
+    assert (bound([-0.7] * 999, [-1.0] * 999, [0.5] * 999, noisy, timesteps) > same + 1e-12).all()
 
 
 @pytest.mark.parametrize(("mean", "variance"), [(0.1, 1.0), (-0.999, 0.0), (0.998, 0.5), (1.3, 1.0), (-1.3, 1.0)])
-def test_the_last_steps_probabilities_add_up(script, mean, variance):
+def test_the_last_steps_probabilities_add_up(mean, variance):
     """The probabilities of a picture's 256 levels sum to one, wherever the predicted picture lies."""
     kept = float(ALPHAS[0])
     levels = [level / 127.5 - 1 for level in range(256)]
     noisy = math.sqrt(kept) * mean + math.sqrt(1 - kept) * 0.7
-    bits = bound(script, [0.7] * 256, [variance] * 256, levels, [noisy] * 256, [0] * 256)
+    bits = bound([0.7] * 256, [variance] * 256, levels, [noisy] * 256, [0] * 256)
     chances = 2**-bits
     assert chances.sum().item() == pytest.approx(1, abs=1e-6)
     assert chances.argmax() == min(max(round((mean + 1) * 127.5), 0), 255)
@@ -372,13 +379,14 @@ def test_the_last_steps_probabilities_add_up(script, mean, variance):
         assert chances.max() > 1 - 1e-6
 
 
-def test_the_bounds_gradient_is_finite_at_every_step(script):
+def test_the_bounds_gradient_is_finite_at_every_step():
     """Also for bad predictions of black and of white, and in a batch of all timesteps."""
     chance = generator("gradient")
     noise, noisy = 3 * torch.randn(2, 1000, 3, 2, 2, generator=chance)
     variance = (torch.randn(1000, 3, 2, 2, generator=chance) * 2).requires_grad_()
     clean = torch.rand(1000, 3, 2, 2, generator=chance).mul(3).sub(1.5).clamp(-1, 1)
-    losses = script.variational_bound(noise, variance, clean, noisy, torch.arange(1000), ALPHAS)
+    light = torch.ones_like(clean[:, :1])
+    losses = variational_bound(noise, variance, clean, noisy, light, torch.arange(1000), ALPHAS)
     losses.sum().backward()
     assert losses.isfinite().all() and variance.grad.isfinite().all()
     assert variance.grad[1:].abs().amax(dim=(1, 2, 3)).min() > 0
@@ -399,20 +407,12 @@ def test_the_variance_is_taught_by_the_bound_and_the_prediction_is_not(script, p
     assert torch.equal(output.grad[:, :3], without.grad[:, :3]) and without.grad[:, :3].abs().max() > 0
     assert not without.grad[:, 3:].any() and output.grad[:, 3:].abs().amax(dim=(1, 2, 3)).min() > 0
     alphas, noisy = pipeline.scheduler.alphas_cumprod, fed["sample"][:, :3]
-    terms = script.variational_bound(*output.detach().split(3, dim=1), pictures, noisy, fed["timestep"], alphas)
+    places = (torch.ones_like(noisy[:, :1]), fed["timestep"], alphas)
+    terms = variational_bound(*output.detach().split(3, dim=1), pictures, noisy, *places)
     assert (hybrid.total - plain.total).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- pictures and captions
-
-
-def make_dataset(script, paths, resolution, seed=0, is_if=True, **flags):
-    """Make a dataset of photos."""
-    args = {"center_crop": False, "crop_style": None, "random_flip": False, "image_interpolation_mode": None}
-    plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=Size.parse(resolution), is_if=is_if))
-    examples = [script.Example(path, ("a photo of sks dog",), False) for path in paths]
-    texts = SimpleNamespace(texts=["other", "a photo of sks dog", ""])
-    return script.DreamBoothDataset(Namespace(**args | {"caption_dropout": 0.0} | flags), plan, texts, examples)
 
 
 @pytest.fixture(scope="module")
@@ -424,19 +424,21 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("is_if", "mode"), [(True, "BICUBIC"), (False, "LANCZOS")])
-@pytest.mark.parametrize(("style", "lefts"), [("shifted_center", range(16, 25)), ("center", [20]), (None, range(41))])
+@pytest.mark.parametrize(
+    ("style", "lefts"), [("shifted_center", range(16, 25)), ("center", [20]), ("random", range(41))]
+)
 def test_crops_lie_where_their_style_says(script, wide, is_if, mode, style, lefts):
     """A shifted crop is at most a tenth of its edge off the centre, and every place there comes; IF is bicubic."""
     dataset = make_dataset(script, [wide], 40, is_if=is_if, crop_style=style)
     resized = np.asarray(Image.open(wide).resize((80, 40), Image.Resampling[mode])).transpose(2, 0, 1)
     crops = {(resized[:, :, left : left + 40] / np.float32(127.5) - 1).tobytes(): left for left in range(41)}
-    found = [crops[dataset[script.Draw(0, visit, 0)]["pixel_values"].numpy().tobytes()] for visit in range(300)]
+    found = [crops[visit_of(dataset, 0, visit)["pixel_values"].numpy().tobytes()] for visit in range(300)]
     assert set(found) == set(lefts)
 
 
 def test_pictures_are_as_wide_and_high_as_asked(script, wide):
     """A size of width x height is (3, height, width)."""
-    assert make_dataset(script, [wide], "24x16")[script.Draw(0, 0, 0)]["pixel_values"].shape == (3, 16, 24)
+    assert visit_of(make_dataset(script, [wide], "24x16"), 0, 0)["pixel_values"].shape == (3, 16, 24)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
@@ -444,11 +446,11 @@ def test_captions_are_dropped_in_that_share_of_the_visits(script, wide, share):
     """A visit's caption is the empty one with that chance, of the visit's own seed, and nothing else changes."""
     dataset = make_dataset(script, [wide], 8, caption_dropout=share)
     plain = make_dataset(script, [wide], 8)
-    rows = [dataset[script.Draw(0, 0, seed)]["prompt_rows"] for seed in SEEDS[:1500]]
-    assert set(rows) == ({1} if share == 0 else {1, 2})
-    assert rows.count(2) / 1500 == pytest.approx(share, abs=0.04)
+    rows = [visit_of(dataset, 0, 0, seed)["prompt_rows"] for seed in SEEDS[:1500]]
+    assert set(rows) == ({1} if share == 0 else {0, 1})
+    assert rows.count(0) / 1500 == pytest.approx(share, abs=0.04)
     again = make_dataset(script, [wide], 8, caption_dropout=share)
     for place in (7, 3):
-        item, other = (each[script.Draw(0, 0, SEEDS[place])] for each in (again, plain))
+        item, other = (visit_of(each, 0, 0, SEEDS[place]) for each in (again, plain))
         assert item["prompt_rows"] == rows[place]
         assert torch.equal(item["pixel_values"], other["pixel_values"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFont
 
+from utils import images
 from utils.errors import InputError
 from utils.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
 from utils.previews import _wrap, make_grid
@@ -725,3 +726,37 @@ def test_letters_that_the_font_lacks_are_drawn_plainly(text, drawn):
 def test_grid_refuses_what_does_not_fit(count, columns, options, message):
     with pytest.raises(ValueError, match=message):
         make_grid([Image.new("RGB", (4, 4))] * count, columns, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize("edges", [(2, 1), (3, 1), (4, 3), (1000, 37), (37, 100), (5, 5)])
+def test_shrinking_stepwise_ends_at_the_size(tmp_path, edges):
+    """However small, and whether there is anything to shrink; a plain picture stays plain."""
+    Image.new("RGB", (edges[0], edges[0]), (10, 200, 90)).save(tmp_path / "plain.png")
+    found = images.open_scaled(tmp_path / "plain.png", (edges[1], edges[1]), Image.Resampling.LANCZOS, True)
+    assert found.size == (edges[1], edges[1])
+    assert set(found.get_flattened_data()) == {(10, 200, 90)}
+
+
+def test_shrinking_stepwise_is_close_to_one_step_and_softer(tmp_path):
+    """Of a picture with fine detail: a mean difference of few levels, and less contrast between neighbours."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    sizes = (tmp_path / "noise.png", (60, 60), Image.Resampling.LANCZOS)
+    one, many = (np.asarray(images.open_scaled(*sizes, stepwise), int) for stepwise in (False, True))
+    assert 0 < np.abs(one - many).mean() < 10
+    assert np.abs(np.diff(many, axis=0)).mean() < np.abs(np.diff(one, axis=0)).mean()
+
+
+def test_a_size_is_read_once_for_each_state_of_a_file(tmp_path):
+    """Another picture under the same name has its own size; one that is gone is an error."""
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (6, 4)).save(path)
+    assert images.upright_size(path) == (6, 4)
+    Image.new("RGB", (40, 60)).save(path)
+    assert images.upright_size(path) == (40, 60)
+    path.unlink()
+    with pytest.raises(InputError, match="photo"):
+        images.upright_size(path)

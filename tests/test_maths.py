@@ -20,6 +20,8 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
+from tests.conftest import make_concept, make_dataset, visit_of
+from utils.batch_order import BatchOrder
 from utils.geometry import Size
 from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
 from utils.seeds import derive_seed, generator, shuffled
@@ -50,17 +52,31 @@ def spread(uniform: list[int], below: int, bins: int) -> float:
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
+def losses_of(script, prediction, wanted, *of_steps):
+    """Return each example's loss if all places count alike."""
+    return script.example_losses(prediction, wanted, torch.ones_like(wanted[:, :1]), *of_steps)
+
+
 def test_a_loss_is_the_mean_square_of_its_own_example(script):
     """Without Min-SNR, no example knows of its neighbours or of its timestep."""
     wanted = torch.zeros(3, 2, 2, 2)
     prediction = torch.stack([torch.full((2, 2, 2), 2.0), torch.zeros(2, 2, 2), torch.arange(8.0).view(2, 2, 2)])
-    losses = script.example_losses(prediction, wanted, torch.arange(3), torch.tensor([0.0, 0.5, 1.0]), "epsilon", None)
+    losses = losses_of(script, prediction, wanted, torch.arange(3), torch.tensor([0.0, 0.5, 1.0]), "epsilon", None)
     assert losses.tolist() == [4.0, 0.0, 140 / 8]
     assert losses.dtype == torch.float32
-    assert (
-        script.example_losses(wanted, prediction, torch.arange(3), torch.rand(3), "v_prediction", None).tolist()
-        == losses.tolist()
+    turned = losses_of(script, wanted, prediction, torch.arange(3), torch.rand(3), "v_prediction", None)
+    assert turned.tolist() == losses.tolist()
+
+
+def test_a_loss_counts_each_place_by_its_weight(script):
+    """Of all channels alike: a half counts half, what is dark neither adds nor divides, and whole darkness is 0."""
+    errors = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]).expand(4, 2, 2, 2)
+    light = torch.tensor(
+        [[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]], [[0.5, 1.0], [0.0, 0.0]], [[0.0] * 2] * 2]
     )
+    rest = (torch.arange(4), torch.full((4,), 0.5), "epsilon", None)
+    losses = script.example_losses(errors, torch.zeros(4, 2, 2, 2), light[:, None], *rest)
+    assert losses.tolist() == pytest.approx([204 / 8, (1 + 25) / 2, (0.5 * (1 + 25) + 4 + 36) / 3, 0])
 
 
 @pytest.mark.parametrize(
@@ -80,15 +96,15 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
     alphas = torch.tensor([0.0, 0.2, 0.5, 0.9])
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0])
     prediction = errors.view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    losses = script.example_losses(
-        prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
+    losses = losses_of(
+        script, prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
     )
     assert losses.shape == (4,)
     expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     order = [2, 0, 3, 1]
-    turned = script.example_losses(
-        prediction[order], torch.zeros(4, 3, 2, 2), torch.tensor(order), alphas, prediction_type, gamma
+    turned = losses_of(
+        script, prediction[order], torch.zeros(4, 3, 2, 2), torch.tensor(order), alphas, prediction_type, gamma
     )
     assert turned.tolist() == losses[order].tolist()
 
@@ -99,7 +115,8 @@ def test_min_snr_equals_the_definition_at_every_timestep(script, prediction_type
     scheduler = DDPMScheduler.from_config(NOISE_SCHEDULE)
     timesteps = torch.arange(1000)
     snr = compute_snr(scheduler, timesteps)
-    losses = script.example_losses(
+    losses = losses_of(
+        script,
         torch.ones(1000, 1, 1, 1),
         torch.zeros(1000, 1, 1, 1),
         timesteps,
@@ -116,11 +133,17 @@ def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_typ
     """Neither zero signal nor zero noise gives NaN."""
     prediction = torch.ones(2, 1, 2, 2, requires_grad=True)
     alphas = torch.tensor([0.0, 1.0])
-    losses = script.example_losses(
-        prediction, torch.zeros(2, 1, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, 5.0
+    losses = losses_of(
+        script, prediction, torch.zeros(2, 1, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, 5.0
     )
     losses.sum().backward()
     assert losses.isfinite().all() and prediction.grad.isfinite().all()
+
+
+def combine(script, losses, is_prior, weight):
+    """Combine losses that are each an equal part of the mean over their kind; class images have a weight."""
+    shares = torch.where(is_prior, 1 / is_prior.sum().clamp(min=1), 1 / (~is_prior).sum())
+    return script.combine(losses, shares, torch.where(is_prior, weight, 1.0), is_prior)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.0, 0.25])
@@ -129,7 +152,7 @@ def test_combine_in_every_order(script, weight):
     kinds = [(1.0, False), (3.0, False), (10.0, True), (40.0, True)]
     for order in itertools.permutations(kinds):
         losses, is_prior = (torch.tensor(column) for column in zip(*order))
-        loss = script.combine(losses, is_prior, weight)
+        loss = combine(script, losses, is_prior, weight)
         assert [part.item() for part in loss] == [2 + weight * 25, 2, 25]
 
 
@@ -145,15 +168,25 @@ def test_combine_in_every_order(script, weight):
 )
 def test_combine_with_uneven_parts(script, losses, is_prior, expected):
     """Each kind is averaged over its own examples, weighted here by 2; without class images there is no weight."""
-    loss = script.combine(torch.tensor(losses), torch.tensor(is_prior), 2.0)
-    assert tuple(None if part is None else part.item() for part in loss) == expected
+    loss = combine(script, torch.tensor(losses), torch.tensor(is_prior), 2.0)
+    assert [None if part is None else part.item() for part in loss] == [
+        None if part is None else pytest.approx(part) for part in expected
+    ]
+
+
+def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
+    """A concept's weight counts in the total alone, as the class images' does; a share is taken as it is given."""
+    columns = ([1.0, 2.0, 4.0, 8.0], [0.5, 0.25, 0.5, 0.0], [1.0, 3.0, 2.0, 9.0])
+    losses, shares, weights = (torch.tensor(column) for column in columns)
+    loss = script.combine(losses, shares, weights, torch.tensor([False, False, True, True]))
+    assert [part.item() for part in loss] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_gradients_reach_the_examples_that_count(script, weight):
     """An example's gradient is its share of its own mean, times the weight for a class image."""
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
-    loss = script.combine(losses, torch.tensor([True, False, True, False, True]), weight)
+    loss = combine(script, losses, torch.tensor([True, False, True, False, True]), weight)
     loss.total.backward()
     third = pytest.approx(weight / 3)
     assert losses.grad.tolist() == [third, 0.5, third, 0.5, third]
@@ -228,14 +261,38 @@ def test_offset_noise_is_constant_over_each_channel(script):
     torch.testing.assert_close(twice - plain, 2 * (noisy - plain), rtol=0, atol=1e-6)
 
 
+def latents_of(script, vae, pixel_values, seeds):
+    """Return the latents of a batch of pictures."""
+    batch = {"pixel_values": pixel_values, "seeds": torch.tensor(seeds)}
+    return script.to_model_space(batch, vae, vae.config.scaling_factor, torch.device("cpu"))
+
+
 def test_latents_of_a_batch_equal_those_of_its_pictures_one_by_one(script, tiny):
     """Neighbours do not change a picture's latents, not even in the last bit."""
     pictures = torch.rand(3, 3, 32, 48, generator=generator("pictures")) * 2 - 1
-    latents = script.to_model_space(tiny.vae, pictures, [1, 2, 3])
+    latents = latents_of(script, tiny.vae, pictures, [1, 2, 3])
     assert latents.shape == (3, 4, 4, 6) and latents.dtype == torch.float32
     for place, seed in enumerate((1, 2, 3)):
-        assert torch.equal(script.to_model_space(tiny.vae, pictures[place : place + 1], [seed])[0], latents[place])
-    assert torch.equal(script.to_model_space(tiny.vae, pictures.flip(0), [3, 2, 1]), latents.flip(0))
+        assert torch.equal(latents_of(script, tiny.vae, pictures[place : place + 1], [seed])[0], latents[place])
+    assert torch.equal(latents_of(script, tiny.vae, pictures.flip(0), [3, 2, 1]), latents.flip(0))
+
+
+def test_latents_from_moments_equal_those_of_the_pictures(script, tiny):
+    """To the bit, whatever else was encoded with them: what is cached is the posterior, and draws differ by seed."""
+    pictures = torch.rand(2, 3, 32, 48, generator=generator("pictures")) * 2 - 1
+    moments = torch.cat([script.encode(tiny.vae, picture[None]) for picture in pictures])
+    assert moments.shape == (2, 2, 4, 4, 6) and torch.equal(script.encode(tiny.vae, pictures), moments)
+    batch = {"moments": moments, "seeds": torch.tensor([1, 2])}
+    found = script.to_model_space(batch, None, tiny.vae.config.scaling_factor, torch.device("cpu"))
+    assert torch.equal(found, latents_of(script, tiny.vae, pictures, [1, 2]))
+    assert not torch.equal(found, latents_of(script, tiny.vae, pictures, [1, 3]))
+
+
+def test_pictures_are_their_own_model_space_without_a_vae(script):
+    """They are what they were, unscaled."""
+    pictures = torch.rand(2, 3, 8, 8)
+    batch = {"pixel_values": pictures, "seeds": torch.tensor([1, 2])}
+    assert torch.equal(script.to_model_space(batch, None, 1.0, torch.device("cpu")), pictures)
 
 
 def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
@@ -245,8 +302,8 @@ def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
     vae.quant_conv.bias.data[4:] -= 2  # so that standard deviations are not near 1, where variances would pass as well
     with torch.no_grad():
         posterior = vae.encode(picture).latent_dist
-    draws = torch.cat([script.to_model_space(vae, picture, [seed]) for seed in SEEDS[:400]])
-    assert torch.equal(draws[7:8], script.to_model_space(vae, picture, [SEEDS[7]]))
+    draws = torch.cat([latents_of(script, vae, picture, [seed]) for seed in SEEDS[:400]])
+    assert torch.equal(draws[7:8], latents_of(script, vae, picture, [SEEDS[7]]))
     assert not torch.equal(draws[7], draws[8])
     noise = (draws / 0.18215 - posterior.mean) / posterior.std
     assert abs(noise.mean()) < 0.03 and noise.std() == pytest.approx(1, abs=0.02)
@@ -259,7 +316,7 @@ def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
 def test_latents_are_float32_whatever_the_precision_of_the_vae(script):
     """A VAE in bfloat16 encodes in bfloat16; the draw and the scaling are float32."""
     vae = build_pipeline(SHAPES["tiny"], dtype=torch.bfloat16).vae
-    latents = script.to_model_space(vae, torch.zeros(1, 3, 16, 16), [1])
+    latents = latents_of(script, vae, torch.zeros(1, 3, 16, 16), [1])
     assert latents.dtype == torch.float32
     assert not torch.equal(latents, latents.bfloat16().float())
 
@@ -367,10 +424,13 @@ def test_one_cycle_of_one_step_is_its_peak(script):
 
 def make_sampler(script, photos, batch, first=0, last=20, rank=0, processes=1, priors=0, seed=3):
     """Make a sampler over so many photos and, after them, class images."""
-    kinds = [False] * photos + [True] * priors
-    examples = [script.Example(Path(str(number)), ("a prompt",), kind) for number, kind in enumerate(kinds)]
-    plan = SimpleNamespace(seed=seed, global_batch=batch * processes, processes=processes)
-    return script.StepSampler(plan, examples, first, last, rank)
+    kinds, concept = [False] * photos + [True] * priors, make_concept()
+    examples = [
+        script.Example(Path(str(number)), ("a prompt",), concept, Size(16, 16), kind)
+        for number, kind in enumerate(kinds)
+    ]
+    plan = SimpleNamespace(seed=seed, processes=processes, order=BatchOrder(examples, batch * processes, seed))
+    return script.StepSampler(plan, first, last, rank)
 
 
 @pytest.mark.parametrize(("photos", "batch"), [(7, 3), (6, 3), (1, 1), (1, 4), (2, 5), (5, 1)])
@@ -410,6 +470,8 @@ def test_two_processes_share_the_batches_of_one(script, priors):
     assert len(whole) == 20
     for step, (first, second) in zip(whole, zip(*ranks)):
         assert len(first) == len(second) == (4 if priors else 2)
+        assert {draw.share for draw in step} == {1 / 4} and {draw.share for draw in first + second} == {1 / 2}
+        first, second = ([draw._replace(share=1 / 4) for draw in part] for part in (first, second))
         assert sorted(first + second) == sorted(step)
         assert [draw for draw in first + second if draw.example < 7] == step[:4]
 
@@ -512,15 +574,6 @@ def test_gradients_reach_a_text_encoder_that_trains(script, tiny, prompts):
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def make_dataset(script, paths, resolution=16, seed=0, **flags):
-    """Make a dataset of photos."""
-    examples = [script.Example(path, ("a photo of sks dog",), False) for path in paths]
-    defaults = {"center_crop": False, "crop_style": None, "random_flip": False, "caption_dropout": 0.0}
-    args = Namespace(**defaults | {"image_interpolation_mode": None} | flags)
-    plan = SimpleNamespace(seed=seed, base=SimpleNamespace(resolution=Size.parse(resolution), is_if=False))
-    return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=["", "a photo of sks dog"]), examples)
-
-
 def to_tensor(image):
     """Scale a picture from 0 … 255 to -1 … 1, channels first."""
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
@@ -554,8 +607,8 @@ def test_a_centre_crop_equals_pillows(script, pictures, name, size, corner, mode
     with Image.open(pictures / f"{name}.png") as image:
         resized = image.resize(size, Image.Resampling[mode.upper()])
     expected = resized.crop((*corner, corner[0] + 32, corner[1] + 32))
-    dataset = make_dataset(script, [pictures / f"{name}.png"], 32, center_crop=True, image_interpolation_mode=mode)
-    item = dataset[script.Draw(0, 0, 77)]
+    dataset = make_dataset(script, [pictures / f"{name}.png"], 32, crop_style="center", image_interpolation_mode=mode)
+    item = visit_of(dataset, 0, 0, 77)
     torch.testing.assert_close(item["pixel_values"], to_tensor(expected), rtol=0, atol=1e-6)
     assert item["prompt_rows"] == 1 and item["is_prior"] is False and item["seeds"] == 77
 
@@ -566,7 +619,7 @@ def test_random_crops_are_uniform_and_whole(script, pictures, name):
     dataset = make_dataset(script, [pictures / f"{name}.png"])
     starts = []
     for visit in range(1500):
-        pixels = (dataset[script.Draw(0, visit, 0)]["pixel_values"] + 1) * 127.5
+        pixels = (visit_of(dataset, 0, visit, 0)["pixel_values"] + 1) * 127.5
         line = pixels[0, 0] if name == "ramp" else pixels[0, :, 0]
         start = round(line[0].item())
         starts.append(start)
@@ -579,35 +632,35 @@ def test_a_crop_depends_on_seed_example_and_visit_alone(script, pictures):
     """Neither the noise's seed, nor the order of access, nor global random states change a picture."""
     paths = [pictures / "ramp.png"] * 2
     dataset, flags = make_dataset(script, paths, random_flip=True), {"random_flip": True}
-    first = dataset[script.Draw(0, 5, 1)]["pixel_values"]
+    first = visit_of(dataset, 0, 5, 1)["pixel_values"]
     for visit in range(4):
-        dataset[script.Draw(1, visit, 0)]
+        visit_of(dataset, 1, visit, 0)
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
-    again = make_dataset(script, paths, **flags)[script.Draw(0, 5, 999)]["pixel_values"]
+    again = visit_of(make_dataset(script, paths, **flags), 0, 5, 999)["pixel_values"]
     assert torch.equal(first, again)
     others = [(0, example, visit) for example, visit in ((0, 6), (1, 5))] + [(1, 0, 5)]
     for seed, example, visit in others:
-        other = make_dataset(script, paths, seed=seed, **flags)[script.Draw(example, visit, 1)]["pixel_values"]
+        other = visit_of(make_dataset(script, paths, seed=seed, **flags), example, visit, 1)["pixel_values"]
         assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("center_crop", [True, False])
-def test_half_of_the_visits_are_exact_mirror_images(script, pictures, center_crop):
+@pytest.mark.parametrize("crop_style", ["center", "random"])
+def test_half_of_the_visits_are_exact_mirror_images(script, pictures, crop_style):
     """A mirrored picture is the other one read from right to left, and comes about every second time."""
-    path = pictures / ("wide.png" if center_crop else "square.png")
-    plain = make_dataset(script, [path], center_crop=center_crop)
-    flipping = make_dataset(script, [path], center_crop=center_crop, random_flip=True)
-    upright = plain[script.Draw(0, 0, 0)]["pixel_values"]
+    path = pictures / ("wide.png" if crop_style == "center" else "square.png")
+    plain = make_dataset(script, [path], crop_style=crop_style)
+    flipping = make_dataset(script, [path], crop_style=crop_style, random_flip=True)
+    upright = visit_of(plain, 0, 0, 0)["pixel_values"]
     mirrored = 0
     for visit in range(1200):
-        pixels = flipping[script.Draw(0, visit, 0)]["pixel_values"]
+        pixels = visit_of(flipping, 0, visit, 0)["pixel_values"]
         is_mirrored = not torch.equal(pixels, upright)
         assert not is_mirrored or torch.equal(pixels, upright.flip(2))
         mirrored += is_mirrored
     assert 540 < mirrored < 660
-    assert torch.equal(plain[script.Draw(0, 9, 0)]["pixel_values"], upright), "without the flag, none is mirrored"
+    assert torch.equal(visit_of(plain, 0, 9, 0)["pixel_values"], upright), "without the flag, none is mirrored"
 
 
 def test_black_is_minus_one_and_white_is_one(script, tmp_path):
@@ -615,7 +668,7 @@ def test_black_is_minus_one_and_white_is_one(script, tmp_path):
     colours = np.zeros((16, 16, 3), np.uint8)
     colours[:, :, 0] = 255
     Image.fromarray(colours).save(tmp_path / "red.png")
-    pixels = make_dataset(script, [tmp_path / "red.png"])[script.Draw(0, 0, 0)]["pixel_values"]
+    pixels = visit_of(make_dataset(script, [tmp_path / "red.png"]), 0, 0, 0)["pixel_values"]
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert [pixels[channel].unique().tolist() for channel in range(3)] == [[1.0], [-1.0], [-1.0]]
 
@@ -627,7 +680,7 @@ def test_a_picture_of_16_bits_equals_the_one_of_8(script, tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     Image.fromarray(grey).save(tmp_path / "8.webp", lossless=True)
     names = ("8.png", "16.png", "8.webp")
-    tensors = [make_dataset(script, [tmp_path / name], 32)[script.Draw(0, 0, 0)]["pixel_values"] for name in names]
+    tensors = [visit_of(make_dataset(script, [tmp_path / name], 32), 0, 0, 0)["pixel_values"] for name in names]
     assert torch.equal(tensors[0], tensors[1]) and torch.equal(tensors[0], tensors[2])
     assert tensors[0].std() > 0.1
 
@@ -640,7 +693,7 @@ def test_a_photo_is_turned_upright(script, pictures, tmp_path):
         exif[0x0112] = 8  # turn by 90 degrees to the left to see it upright
         image.save(tmp_path / "lying.png", exif=exif)
     upright, lying = (
-        make_dataset(script, [tmp_path / name], 32, center_crop=True)[script.Draw(0, 0, 0)]["pixel_values"]
+        visit_of(make_dataset(script, [tmp_path / name], 32, crop_style="center"), 0, 0, 0)["pixel_values"]
         for name in ("upright.png", "lying.png")
     )
     assert torch.equal(upright, lying)
@@ -650,10 +703,13 @@ def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
     """Collation keeps the order, and seeds of 32 bits fit."""
     paths = [pictures / "wide.png", pictures / "tall.png"]
     dataset = make_dataset(script, paths, 24)
-    items = [dataset[script.Draw(1, 0, 2**32 - 1)], dataset[script.Draw(0, 3, 5)]]
+    items = [visit_of(dataset, 1, 0, 2**32 - 1), visit_of(dataset, 0, 3, 5)]
     items[1]["is_prior"] = True
     batch = script.collate(items)
-    assert set(batch) == {"pixel_values", "prompt_rows", "is_prior", "seeds", "names"}
+    keys = {"pixel_values", "weight_map", "prompt_rows", "is_prior", "shares", "weights", "seeds", "names"}
+    assert set(batch) == keys
+    assert batch["weight_map"].dtype == torch.float32 and batch["weight_map"].tolist() == [[[[1.0] * 3] * 3]] * 2
+    assert batch["shares"].tolist() == batch["weights"].tolist() == [1, 1]
     assert batch["names"] == [str(path) for path in reversed(paths)]
     assert batch["pixel_values"].shape == (2, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
     assert torch.equal(batch["pixel_values"][1], items[1]["pixel_values"])

@@ -4,6 +4,7 @@ import ast
 import builtins
 import dataclasses
 import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,8 +12,18 @@ import yaml
 
 import train_dreambooth
 import train_dreambooth_lora
+from utils.concepts import read_concepts
 from utils.geometry import Size
-from utils.model_card import Card, Picture, find_license, lora_snippet, pipeline_snippet, reading_lines, render, write
+from utils.model_card import (
+    Card,
+    Picture,
+    find_license,
+    lora_snippet,
+    pipeline_snippet,
+    reading_lines,
+    render,
+    write_card,
+)
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -240,22 +251,6 @@ def test_the_snippets_draw_as_training_read_and_enlarged():
     assert "scheduler" not in lora_snippet("some/dog", "a dog", "some/base", None)
 
 
-def test_a_card_shows_the_grid_only_if_it_was_drawn(card, tmp_path):
-    """A written card has the base model's licence, and no picture that is not beside it."""
-    base, out = tmp_path / "base", tmp_path / "out"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    card = dataclasses.replace(card, base_model=str(base))
-    (out / "samples" / "step-000500").mkdir(parents=True)
-    for drawn in (False, True):
-        write(out, card, None, None)
-        header, markdown = split((out / "README.md").read_text(encoding="utf-8"))
-        assert header["license"] == "mit" and ("widget" in header) == ("![samples]" in markdown) == drawn
-        (out / "samples" / "step-000500" / "grid.png").touch()
-    write(out, dataclasses.replace(card, grid=None), None, None)
-    assert "![" not in (out / "README.md").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     "code",
     [
@@ -313,6 +308,59 @@ def recognised(script, **changes):
     return script.BaseModel(**fields | changes)
 
 
+# ------------------------------------------------------------------------------------------------------ card of a run
+
+
+def write_run(script, out: Path, *flags: str, repository: str | None = None, **changes) -> tuple[dict, str, str]:
+    """Write the card of a run of 500 steps; return its header, its Markdown and its snippet."""
+    (out.parent / "photos").mkdir(exist_ok=True)
+    needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(out.parent / "photos")]
+    args = script.parse_args([*needed, "--instance_prompt", "a photo of sks dog", "--output_dir", str(out), *flags])
+    (concept,) = read_concepts(vars(args))
+    photo = script.Example(Path("dog.jpg"), ("a dog on the beach", "a dog"), concept, Size(64, 64))
+    plan = dict.fromkeys(field.name for field in dataclasses.fields(script.Plan))
+    plan |= {"base": recognised(script), "examples": [photo], "first_step": 0, "steps": 500, "output_dir": out}
+    out.mkdir(exist_ok=True)
+    write_card(vars(args), script.Plan(**plan | changes), script.METHOD_TAGS, {"steps": "500"}, repository)
+    header, markdown = split((out / "README.md").read_text(encoding="utf-8"))
+    return header, markdown, re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1]
+
+
+@pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)
+def script(request):
+    """Run a test with each script."""
+    return request.param
+
+
+def test_a_card_shows_the_grid_only_if_it_was_drawn(script, tmp_path):
+    """A written card has the base model's licence, and no picture that is not beside it."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    (out / "samples" / "step-000500").mkdir(parents=True)
+    flags = ["--pretrained_model_name_or_path", str(base), "--validation_prompt", "a dog"]
+    for drawn in (False, True):
+        header, markdown, _ = write_run(script, out, *flags)
+        assert header["license"] == "mit" and ("widget" in header) == ("![samples]" in markdown) == drawn
+        (out / "samples" / "step-000500" / "grid.png").touch()
+    for steps in ({"steps": 400}, {"first_step": 600}):
+        assert "![" not in write_run(script, out, *flags, **steps)[1]
+
+
+def test_a_card_says_what_the_run_was(script, tmp_path):
+    """Title, tags, base model, settings, and the instance prompt or, without one, the first photo's first caption."""
+    header, markdown, snippet = write_run(script, tmp_path / "my-dog")
+    lora, own = script is train_dreambooth_lora, ["--caption_strategy", "textfile", "--instance_prompt="]
+    family = recognised(script, kind=script.ModelKind.IF_STAGE_1)
+    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", "stable-diffusion", *["lora"] * lora]
+    assert (header["tags"], header["base_model"]) == (tags, "some/base")
+    assert header["instance_prompt"] == "a photo of sks dog" and table_rows(markdown) == [[" steps ", " 500 "]]
+    assert "# my-dog\n" in markdown and str(tmp_path / "my-dog") in strings_in(snippet)
+    header, markdown, snippet = write_run(script, tmp_path / "my-dog", *own, repository="me/dog", base=family)
+    assert header["instance_prompt"] == "a dog on the beach" and "deepfloyd-if" in header["tags"]
+    assert "# me/dog\n" in markdown and {"me/dog", "a dog on the beach"} <= set(strings_in(snippet))
+
+
 SAME_BASE = [
     (train_dreambooth, ["--skip_save_text_encoder"]),
     (train_dreambooth_lora, []),
@@ -322,23 +370,16 @@ SAME_BASE = [
 @pytest.mark.parametrize(("script", "flags"), SAME_BASE)
 def test_the_snippet_loads_the_base_model_as_the_run_did(script, flags, tmp_path):
     """What the base model lends comes from the same revision and from the files of the same variant."""
-    needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
-    needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
-    rest = (recognised(script), "some/dog", "a dog")
-    assert "some/base" in strings_in(script.usage_snippet(script.parse_args([*needed, *flags]), *rest))
+    assert "some/base" in strings_in(write_run(script, tmp_path / "out", *flags)[2])
     for flag, value in (("revision", "v1"), ("variant", "fp16")):
-        code = script.usage_snippet(script.parse_args([*needed, *flags, f"--{flag}", value]), *rest)
+        code = write_run(script, tmp_path / "out", *flags, f"--{flag}", value)[2]
         calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
         given = [ast.unparse(call) for call in calls if "'some/base'" in map(ast.unparse, call.args)]
         assert len(given) == 1 and f"{flag}={value!r}" in given[0]
 
 
-@pytest.mark.parametrize("script", [train_dreambooth, train_dreambooth_lora])
 def test_the_snippet_draws_the_validation_prompt_if_there_is_one(script, tmp_path):
     """Otherwise it draws the instance prompt."""
-    needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(tmp_path)]
-    needed += ["--instance_prompt", "a photo of sks dog", "--output_dir", "out"]
     for flags, prompt in (([], "a photo of sks dog"), (["--validation_prompt", "sks on Mars"], "sks on Mars")):
-        args = script.parse_args([*needed, *flags])
-        code = script.usage_snippet(args, recognised(script), "some/dog", "a photo of sks dog")
+        code = write_run(script, tmp_path / "out", *flags)[2]
         assert prompt in strings_in(code) and "small.png" not in code and "scheduler" not in code

@@ -392,11 +392,11 @@ def test_all_contradictions_are_told_at_once(script, parse, copy):
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load(script, args):
-    """Load a model's networks on the CPU, in float32."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32)
-    return script.load_models(args, accelerator, plan, SimpleNamespace(embeds=None))
+def load(script, args, device="cpu"):
+    """Load a model's networks, in float32."""
+    fits = {"precision": "no"}
+    plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32, fits=fits)
+    return script.load_models(args, plan, SimpleNamespace(embeds=None), torch.device(device))
 
 
 def test_a_variant_is_loaded_in_the_precision_of_training(script, parse, tmp_path):
@@ -432,21 +432,34 @@ def test_networks_are_frozen_and_only_the_trained_ones_are_listed(script, parse,
         assert models.noise_scheduler.config.num_train_timesteps == 1000
 
 
+@pytest.mark.parametrize("flags", [[], ["--train_text_encoder"]])
+def test_networks_without_weights_are_those_with_them(script, parse, tiny, copy, flags):
+    """On the meta device, names, shapes and precisions come from configs alone; the files of weights may be gone."""
+    real, empty = load(script, parse(tiny, *flags)), load(script, parse(copy, *flags), "meta")
+    assert list(real.trained) == list(empty.trained)
+    for name in ("unet", "vae", "text_encoder"):
+        one, other = (
+            {key: (value.shape, value.dtype, value.requires_grad) for key, value in network.named_parameters()}
+            for network in (getattr(real, name), getattr(empty, name))
+        )
+        assert one == other and {value.device.type for value in getattr(empty, name).parameters()} == {"meta"}
+
+
 def test_the_text_encoder_is_of_the_class_that_the_index_names(script, parse, tiny, tmp_path):
     """The class comes from model_index.json, not from a guess."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    device = torch.device("cpu")
     model = shutil.copytree(tiny, tmp_path / "model")
     args = parse(model)
     for name, kind in (("CLIPTextModel", CLIPTextModel), ("CLIPTextModelWithProjection", CLIPTextModelWithProjection)):
         change(model, "model_index.json", text_encoder=["transformers", name])
         kind.from_pretrained(model / "text_encoder").save_pretrained(model / "text_encoder")  # with a projection
         plan = SimpleNamespace(base=script.recognise_model(args))
-        encoder = script.load_text_encoder(args, accelerator, plan, "bf16")
+        encoder = script.load_text_encoder(args, plan, "bf16", device)
         assert not any(parameter.requires_grad for parameter in encoder.parameters())
         assert type(encoder) is kind and encoder.dtype == torch.bfloat16 and not encoder.training
     change(model, "model_index.json", text_encoder=["transformers", "NoSuchModel"])
     with pytest.raises(InputError) as refusal:
-        script.load_text_encoder(args, accelerator, SimpleNamespace(base=script.recognise_model(args)), "fp32")
+        script.load_text_encoder(args, SimpleNamespace(base=script.recognise_model(args)), "fp32", device)
     named = "model_index.json names transformers.NoSuchModel as its text_encoder; no installed package has it."
     assert str(refusal.value) == named
 

@@ -14,6 +14,7 @@ import train_dreambooth_lora
 from tests.conftest import draw_picture
 from tests.runs import ROOT, SIZE, environment, names
 from utils import preview_data
+from utils.geometry import Size
 
 
 def find(picture: Image.Image, sheet: Image.Image) -> list[tuple[int, int]]:
@@ -56,26 +57,65 @@ def test_the_sheet_holds_what_the_model_is_given(tiny, tmp_path):
 def test_a_picture_is_labelled_with_what_the_text_encoder_reads(tmp_path, cleans, caption):
     """Its file, its caption, cleaned if the model's are, and how often it was seen; what is to be drawn is grey."""
     path, size = tmp_path / "dog.png", (8, 6)
-    example = train_dreambooth_lora.Example(path, ("A SKS Dog",), False)
-    missing = train_dreambooth_lora.Example(tmp_path / "00001.png", ("a dog",), True, is_missing=True)
+    example = train_dreambooth_lora.Example(path, ("A SKS Dog",), None, size)
+    missing = train_dreambooth_lora.Example(tmp_path / "00001.png", ("a dog",), None, size, True, True)
 
     class Dataset:
         def __init__(self, row: int):
-            self.row, self.size, self.examples = row, size, [example, missing]
+            self.row, self.examples = row, [example, missing]
 
         def __getitem__(self, draw):
             return {"pixel_values": torch.linspace(-1, 1, 3 * 6 * 8).reshape(3, 6, 8), "prompt_rows": self.row}
 
     texts, draws = (
         ["A SKS Dog", ""],
-        [SimpleNamespace(example=index, visit=visit) for index, visit in ((0, 0), (0, 2))],
+        [SimpleNamespace(example=index, visit=visit, size=Size(*size)) for index, visit in ((0, 0), (0, 2))],
     )
     picture, label = preview_data.describe(Dataset(0), texts, draws[0], cleans)
     assert picture.size == size and np.asarray(picture)[0, 0, 0] == 0 and np.asarray(picture)[-1, -1, -1] == 255
-    assert label == f"dog.png: {caption}"
-    assert preview_data.describe(Dataset(1), texts, draws[1], cleans)[1] == "dog.png, seen 2x: (no caption)"
-    grey, label = preview_data.describe(Dataset(0), texts, SimpleNamespace(example=1, visit=0), cleans)
+    assert label == f"dog.png, 8x6 px: {caption}"
+    assert preview_data.describe(Dataset(1), texts, draws[1], cleans)[1] == "dog.png, 8x6 px, seen 2x: (no caption)"
+    to_draw = SimpleNamespace(example=1, visit=0, size=Size(*size))
+    grey, label = preview_data.describe(Dataset(0), texts, to_draw, cleans)
     assert grey.size == size and label == "00001.png: to be drawn from 'a dog'"
+
+
+def test_what_a_mask_hides_is_tinted_and_sizes_are_told(tiny, tmp_path):
+    """Each picture has its own size; places that count nothing are tinted, those that count are the picture's own."""
+    photos, masks, sheet = tmp_path / "photos", tmp_path / "masks", tmp_path / "sheet.png"
+    photos.mkdir()
+    masks.mkdir()
+    for number, (width, height) in enumerate(((SIZE, SIZE), (56, 80))):
+        draw_picture(width, height, number).save(photos / f"{number}.png")
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (16, 16, 40, 48))
+        mask.save(masks / f"{number}.png")
+    flags = f"--resolution {SIZE} --train_batch_size 1 --seed 3 --crop_aspect preserve --report_to none"
+    words = [
+        "--output",
+        str(sheet),
+        "--count",
+        "2",
+        "train_dreambooth.py",
+        "--pretrained_model_name_or_path",
+        str(tiny),
+    ]
+    words += ["--instance_data_dir", str(photos), "--mask_data_dir", str(masks), "--instance_prompt", "a sks dog"]
+    words += [*flags.split(), "--output_dir", str(tmp_path / "out")]
+    variables = environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "utils.preview_data", *words]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    drawn = Image.open(sheet).convert("RGB")
+    for number, (width, height) in enumerate(((SIZE, SIZE), (56, 80))):
+        picture = draw_picture(width, height, number)
+        ((top, left),) = find(picture.crop((16, 16, 40, 48)), drawn)
+        cell = drawn.crop((left - 16, top - 16, left - 16 + width, top - 16 + height))
+        hidden = np.asarray(Image.blend(picture, Image.new("RGB", picture.size, preview_data.TINT), 0.75), int)
+        counts = np.zeros((height, width), bool)
+        counts[16:48, 16:40] = True
+        shown, wanted = np.asarray(cell, int), np.where(counts[..., None], np.asarray(picture, int), hidden)
+        assert np.abs(shown - wanted).max() <= 1
 
 
 def test_mistakes_of_the_training_flags_are_told_as_by_the_script(capsys):

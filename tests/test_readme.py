@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from tests.runs import ROOT, SCRIPTS
 from utils.make_model import make_model
@@ -17,6 +18,8 @@ from utils.make_model import make_model
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(accelerate launch .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
 SAMPLES = re.findall(r"^```bash\npython (-m utils.sample .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+CONCEPTS = re.findall(r"^```json\n(\[.*?\])\n```$", TEXT, re.DOTALL | re.MULTILINE)
+PLACES = ("photos", "cat", "masks", "classes", "class-dog", "concepts.json")  # that commands name beside their output
 SHA = "89abcdef0123456789abcdef0123456789abcdef"
 # Wins over what the README says: a CPU has no fp16, and a test no hours and no Hub.
 SMALL = "--max_train_steps 1 --resolution 64 --mixed_precision no --num_validation_images 1 --no-push_to_hub"
@@ -56,32 +59,53 @@ def home(trainer, tiny, tiny_v, photos, tmp_path_factory):
         (cached / "refs" / "main").write_text(SHA)
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(photos, folder / "photos")
+    shutil.copytree(photos, folder / "cat")
+    (concepts,) = CONCEPTS
+    (folder / "concepts.json").write_text(
+        re.sub('": "(photos|cat)"', lambda found: f'": "{folder / found[1]}"', concepts)
+    )
     for path in [path for path in (folder / "photos").rglob("*.*") if path.suffix in (".png", ".jpg", ".webp")]:
         path.with_suffix(".txt").write_text("a photo of sks dog on a beach\nsks dog")
+        # The command that draws masks keeps those that are there; of these patterns it finds no subject.
+        mask = folder / "masks" / path.relative_to(folder / "photos").with_suffix(".png")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", ImageOps.exif_transpose(Image.open(path)).size, 255).save(mask)
     return folder
+
+
+def run_tool(home: Path, trainer, words: list[str]) -> str:
+    """Run a tool in the folder of photos, and return what it prints."""
+    environment = os.environ | {"HF_HOME": str(trainer.home), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, *words], cwd=home, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, f"{words}\n{run.stderr}"
+    return run.stdout
+
+
+def test_masks_are_drawn_by_the_command_that_is_given(trainer, home):
+    """It finds the photos, leaves what is there, and draws the sheet."""
+    (command,) = re.findall(r"^```bash\npython (-m utils.make_masks .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)
+    assert "5 kept" in run_tool(home, trainer, shlex.split(command))
+    assert (home / "masks-sheet.png").is_file()
 
 
 def test_the_commands_run_in_their_order(trainer, home):
     """Each writes its own folder; resuming, repeating and drawing find what the first ones left."""
-    assert len(BLOCKS) == 15
+    assert len(BLOCKS) == 18
     for block in BLOCKS:
         words = shlex.split(block.replace("\\\n", " "))
         place = next(index for index, word in enumerate(words) if word in SCRIPTS.values())
         script = next(name for name, file in SCRIPTS.items() if file == words[place])
         flags = [*words[place + 1 :], *SMALL.split()]
         out = home / flags[flags.index("--output_dir") + 1]
-        inside = [str(home / word) if word in ("photos", "class-dog", out.name) else word for word in flags]
+        inside = [str(home / word) if word in (*PLACES, out.name) else word for word in flags]
         inside = [str(home / word) if word.startswith("my-dog-lora/") else word for word in inside]
         run = trainer.start_words(script, out, inside).finish()
         assert run.code == 0, f"{block}\n{run.text}"
         assert (out / "metrics.jsonl").read_text().count("\n") == 1
     assert len(SAMPLES) == 2
-    environment = os.environ | {"HF_HOME": str(trainer.home), "PYTHONPATH": str(ROOT)}
     for block, quick, count in zip(SAMPLES, (QUICK[0], f"{QUICK[1]} {CASCADE}"), (8, 4)):
-        words = [*shlex.split(block.replace("\\\n", " ")), *quick.split()]
-        run = subprocess.run([sys.executable, *words], cwd=home, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, f"{block}\n{run.stderr}"
-        assert f"Wrote {count} pictures and grid.png to pictures" in run.stdout
+        printed = run_tool(home, trainer, [*shlex.split(block.replace("\\\n", " ")), *quick.split()])
+        assert f"Wrote {count} pictures and grid.png to pictures" in printed
 
 
 def test_what_can_go_wrong_has_a_module_for_each_line():

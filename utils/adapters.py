@@ -1,6 +1,8 @@
 """LoRA adapters: putting them on a network, and the file that diffusers' `load_lora_weights` reads, whole."""
 
+import contextlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import peft
@@ -31,6 +33,19 @@ def add(model: nn.Module, layers: list[str], flag: str, **config) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # whatever precision the frozen layers are in
+
+
+@contextlib.contextmanager
+def switched_off(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Let networks be what they were without their adapters, while the context lasts."""
+    models = list(models)
+    for model in models:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.enable_adapters()
 
 
 def save(path: Path, models: dict[str, nn.Module]) -> None:

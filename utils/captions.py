@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor
 
 from utils.errors import InputError
 
@@ -98,6 +99,19 @@ def lost_words(text: str) -> list[str]:
     pieces = [piece for token in cleaned.split() for piece in _pieces(token)]
     kept = _align([_spellings(word) for word in words], pieces, [word.lower() in cleaned.split() for word in words])
     return [_without_punctuation(word) for index, word in enumerate(words) if index not in kept]
+
+
+def tokenise(tokenizer, texts: list[str], length: int, cleans: bool) -> tuple[Tensor, Tensor]:
+    """Return the tokens of prompts and their attention mask, (N, L) int64 each; words that a model loses are told.
+
+    Args:
+        length: Tokens per prompt.
+        cleans: Clean the words first, as IF's pipelines do; Stable Diffusion's gives them as they are.
+    """
+    words = [clean(text) for text in texts] if cleans else texts
+    rows = tokenizer(words, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    warn_of_losses(texts, words, tokenizer, length)
+    return rows["input_ids"], rows["attention_mask"]
 
 
 def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length: int) -> None:

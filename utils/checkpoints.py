@@ -18,9 +18,12 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from utils import images
 from utils.devices import is_out_of_memory
 from utils.errors import InputError, cannot_write
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
 ARGS_FILE = "args.json"
+OPTIMIZER_FILE = "optimizer.pt"
 _CLAIMS = []  # open files, whose locks say that this process works in their folders
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch says when it cannot write a file
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -116,23 +120,24 @@ def is_of(output_dir: Path, wanted: str | None) -> bool:
     return own in [os.path.dirname(os.path.realpath(path)) for path in (os.path.join(own, wanted), wanted)]
 
 
-def open_folder(output_dir: Path, settings: str, step: int) -> None:
+def open_folder(output_dir: Path, flags: dict, step: int, resume_from: Path | None) -> None:
     """Make a run's output folder its own until it ends, clear it of what dead runs left, and write its args.json.
 
     Args:
-        settings: The content of args.json.
+        flags: The content of args.json; what differs from those beside `resume_from` is logged.
         step: At which the run begins; checkpoints beyond it are of another one, and set aside.
 
     Raises:
         InputError: It cannot be made or written, or another run is at work in it.
     """
+    announce_changes(resume_from, step, flags)
     path = output_dir / ARGS_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         _claim(path)
         remove_leftovers(output_dir)
         _set_aside_newer(output_dir, step)
-        atomic_write_text(path, settings, _claim)
+        atomic_write_text(path, json.dumps(flags, indent=2) + "\n", _claim)
     except BlockingIOError as error:
         raise InputError(
             f"--output_dir {output_dir} is in use by another run. Wait, or use another folder."
@@ -211,6 +216,43 @@ def find_state(output_dir: Path, wanted: str | None) -> tuple[Path | None, dict]
     if wanted:
         logger.warning("%s holds no complete checkpoint: starting at step 0.", output_dir)
     return None, {"step": 0, "fits": {}}
+
+
+def save_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
+    """Write an optimizer's state, and that of fp16's scaler, which may be None."""
+    scaled = None if scaler is None else scaler.state_dict()
+    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaled}, folder / OPTIMIZER_FILE)
+
+
+def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
+    """Read what `save_optimizer` wrote, but keep weight decay and the like as they are given now."""
+    flags = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    for group, given in zip(optimizer.param_groups, flags):
+        group.update(given)
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+
+
+def fits_of_pictures(examples: list) -> dict:
+    """Return what a checkpoint's run and the one that resumes it must have in common as to pictures and captions.
+
+    Args:
+        examples: The script's `Example`s.
+    """
+    photos = [example for example in examples if not example.is_prior]
+    subjects = list(dict.fromkeys(example.concept for example in examples))
+    sizes = {str(example.size) for example in photos}
+    has_captions = any(one.caption_strategy != "instanceprompt" or one.caption_column for one in subjects)
+    return {
+        "photos": [example.path.name for example in photos],
+        "class images": len(examples) - len(photos),
+        "captions": [list(example.prompts) for example in photos] if has_captions else None,
+        "sizes": [str(example.size) for example in photos] if len(sizes) > 1 else None,
+        "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
+        "content of the pictures": images.fingerprint((example.path, example.is_prior) for example in examples),
+    }
 
 
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:

@@ -1,15 +1,38 @@
 """Reading an args.json back as flags, so that argparse checks it like the command line."""
 
+import argparse
 import difflib
 import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+
+
+def make_grouped_parser(doc: str, groups: Sequence[Callable]) -> argparse.ArgumentParser:
+    """Return a script's parser.
+
+    Args:
+        doc: Of the script; its first line describes it.
+        groups: Functions that add flags, given `add` and `switch`; their docstrings name the groups. A switch is set
+            by `--flag` and undone by `--no-flag`, so that the command line can undo one of --config.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir DIR --instance_prompt PROMPT [...]",
+        description=doc.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="ARGS_JSON", help="Repeat the run of this args.json; other flags win.")
+    for add_flags in groups:
+        group = parser.add_argument_group(add_flags.__doc__.removeprefix("Add the flags of ").rstrip("."))
+        action = argparse.BooleanOptionalAction
+        add_flags(group.add_argument, functools.partial(group.add_argument, action=action, default=False))
+    return parser
 
 
 def parse_with_config(parser, argv: list[str]) -> Any:

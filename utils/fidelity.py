@@ -126,15 +126,18 @@ TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
 # As its model was trained: without offset noise, the colours of what it enlarges drift. So they do without pictures of
 # the class, which are given here: it cannot draw them from words alone.
 IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --train_batch_size=2 --noise_offset=0.15 {COMMON} {IF2_PRIOR}"
+CAPTIONS = "--caption_strategy=textfile"
 RECIPES = {
     "SD, full": Recipe(SD, FULL, FULL_FLAGS, seeds=1),
     "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
+    "SD, full, prior, captions": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR} {CAPTIONS}"),
     "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS, seeds=1),
     "SD, LoRA, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {PRIOR}"),
     "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}", seeds=1),
     "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}", seeds=1),
     "SD, velocity, LoRA, prior": Recipe(SD_V, LORA, f"{LORA_FLAGS} {PRIOR}", seeds=1),
     "IF I, full, prior": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {IF1_PRIOR}"),
+    "IF I, full, prior, captions": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {IF1_PRIOR} {CAPTIONS}"),
     "IF I, LoRA, prior": Recipe(IF1, LORA, f"{IF1_LORA_FLAGS} {IF1_PRIOR}"),
     "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
     "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps", seeds=1),
@@ -320,7 +323,7 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
     recipe, shape = RECIPES[name], SUBJECTS[subject].shape
     photos = args.output / "photos" / slug(subject)
     result = args.output / "runs" / f"{slug(subject)}-{slug(name)}-{seed}"
-    shapes.write_photos(photos, subject)
+    shapes.write_photos(photos, subject, WORD)
     if recipe.model == IF2:
         shapes.write_class_pictures(class_folder(args, subject, IF2), shape)
     shutil.rmtree(result, ignore_errors=True)

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 RANGES = {
+    "any": lambda value: True,
     "above 0": lambda value: 0 < value < math.inf,
     "0 or more": lambda value: 0 <= value < math.inf,
     "1 or more": lambda value: 1 <= value < math.inf,
@@ -23,6 +24,31 @@ def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[st
         for name, words in ranges.items()
         if values[name] is not None and not RANGES[words](values[name])
     ]
+
+
+def usual_ranges(values: dict[str, Any]) -> dict[str, str]:
+    """Return the range of each number unless it is told: a key of `RANGES`, "1 or more" for whole ones."""
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()}
+
+
+def find_idle(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:
+    """Return a sentence for each flag that is given without another that it needs.
+
+    Args:
+        needs: For a flag, or a flag and its value, another or another and its value.
+    """
+    return [
+        f"--{name} has no effect without --{need}."
+        for name, need in needs.items()
+        if _is_given(flags, name) and not _is_given(flags, need)
+    ]
+
+
+def _is_given(flags: dict[str, Any], words: str) -> bool:
+    """Say whether a flag is set, or has the value that is named behind it."""
+    name, _, value = words.partition(" ")
+    return str(flags[name]) == value if value else bool(flags[name])
 
 
 def problems_that_hold(*checks: tuple[Any, str]) -> list[str]:

@@ -1,30 +1,35 @@
 """Checks of where a run reads and writes, before anything is there."""
 
 from pathlib import Path
+from typing import Any
 
 from utils import checkpoints, hub
+from utils.concepts import Concept, read_concepts
+from utils.errors import InputError
 from utils.flag_checks import problems_that_hold
 
 FILES, FOLDERS = ("args.json", "metrics.jsonl", "README.md"), ("samples",)  # that a run writes, whatever it trains
 
 
-def find_folder_problems(
-    photos: Path | None, output: Path, classes: Path | None, resume_from: str | None
-) -> list[str]:
+def find_folder_problems(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each folder that is not there or lies where it would be mistaken for another.
 
     Args:
-        photos: --instance_data_dir; None if it is not given.
-        output: --output_dir.
-        classes: Where class images are or will be; None without prior preservation.
-        resume_from: --resume_from_checkpoint.
+        flags: All flags by name.
     """
-    given = {"--instance_data_dir": photos, "--output_dir": output, "--class_data_dir": classes}
-    given = {flag: folder for flag, folder in given.items() if folder}
+    output, resume_from = Path(flags["output_dir"]), flags["resume_from_checkpoint"]
+    try:
+        subjects = read_concepts(flags)
+    except InputError:  # which is said by the check of the concepts
+        subjects = []
+    photos, masks, classes = (
+        {one.call(key): Path(folder) for one in subjects if (folder := getattr(one, key))}
+        for key in ("instance_data_dir", "mask_data_dir", "class_data_dir")
+    )
+    given = photos | masks | {"--output_dir": output} | classes
     reasons = {flag: _why_unusable(folder) for flag, folder in given.items()}
     if any(reasons.values()):
         return [f"{flag} {given[flag]} cannot be used: {why}. Use another." for flag, why in reasons.items() if why]
-    inside, swallowed = _list_below("--instance_data_dir", given), _list_below("--class_data_dir", given)
     saved = checkpoints.list_checkpoints(output)
     left = [] if checkpoints.is_of(output, resume_from) else [*saved, *hub.result_files(output)[:1]]
     held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
@@ -32,11 +37,12 @@ def find_folder_problems(
     kinds = {name: (output / name).is_dir() for name in (*FILES, *FOLDERS) if (output / name).exists()}
     wrong = ", ".join(name for name, is_folder in kinds.items() if is_folder != (name in FOLDERS))
     return problems_that_hold(
-        (photos and photos.is_file(), f"--instance_data_dir {photos} is not a folder."),
-        (photos and not photos.exists(), f"--instance_data_dir {photos} does not exist."),
-        (inside, f"{inside} in --instance_data_dir {photos}: all pictures below it count as photos."),
-        (swallowed, f"{swallowed} in --class_data_dir: all pictures below it count as class images."),
-        (classes and classes.is_file(), f"--class_data_dir {classes} is not a folder."),
+        *((folder.is_file(), f"{flag} {folder} is not a folder.") for flag, folder in (photos | masks).items()),
+        *((not folder.exists(), f"{flag} {folder} does not exist.") for flag, folder in (photos | masks).items()),
+        *((True, f"{inside}: all pictures below it count as photos.") for inside in _list_below(photos, given)),
+        *((True, f"{inside}: all pictures below it count as class images.") for inside in _list_below(classes, given)),
+        *((folder.is_file(), f"{flag} {folder} is not a folder.") for flag, folder in classes.items()),
+        *((True, sentence) for sentence in _find_shared(subjects)),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {held}."),
         (
@@ -61,7 +67,32 @@ def _why_unusable(folder: Path) -> str:
     return ""
 
 
-def _list_below(flag: str, given: dict[str, Path]) -> str:
-    """Return the other flags, with "and" between them, whose folders are the one of a flag or lie below it."""
-    others = {other: folder.resolve() for other, folder in given.items() if other != flag and flag in given}
-    return " and ".join(other for other, folder in others.items() if folder.is_relative_to(given[flag].resolve()))
+def _list_below(outer: dict[str, Path], given: dict[str, Path]) -> list[str]:
+    """Return, for each of some folders, the flags whose folders are that one or lie below it, and where.
+
+    Concepts may share a folder of photos, or one of class images.
+    """
+    found = []
+    for flag, folder in outer.items():
+        own = folder.resolve()
+        inside = {
+            other: resolved
+            for other, place in given.items()
+            if (resolved := place.resolve()).is_relative_to(own) and not (other in outer and resolved == own)
+        }
+        where = flag + ("" if flag == "--class_data_dir" else f" {folder}")
+        found += [f"{' and '.join(inside)} in {where}"] if inside else []
+    return found
+
+
+def _find_shared(subjects: list[Concept]) -> list[str]:
+    """Return a sentence for each folder of class images that is to hold those of several prompts."""
+    prompts = {}
+    for one in subjects:
+        if one.class_data_dir:
+            prompts.setdefault(Path(one.class_data_dir).resolve(), []).append(one.class_prompt)
+    return [
+        f"class_data_dir {folder} cannot hold the class images of {' and '.join(map(repr, dict.fromkeys(texts)))}."
+        for folder, texts in prompts.items()
+        if len(set(texts)) > 1
+    ]

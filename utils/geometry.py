@@ -1,10 +1,15 @@
 """Sizes of pictures in pixels, always width before height, and where a crop of one lies; numbers only."""
 
+import math
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _TEXT = re.compile(r"([0-9]{1,6})(?:[xX×]([0-9]{1,6}))?")
+_LARGEST_RATIO = 4  # of a bucket's edges; a longer picture is cut
+_FREE_AREA = 0.1  # by which a bucket's area may differ from the resolution's
+_LARGEST_STEP, _STEPS_AN_EDGE = 64, 8  # of a bucket's edges, in pixels, and in steps of the resolution's shorter edge
 _LARGEST_SHIFT = 10  # a crop moves by at most this fraction of its own edge: a tenth, as DeepFloyd trained IF
 
 
@@ -78,7 +83,100 @@ def cover(size: tuple[int, int], target: Size) -> tuple[int, int]:
     return round(width * target.height / height), target.height
 
 
+class Shrinking(NamedTuple):
+    """Which pictures are cut out of a larger version of themselves than one that just covers the crop.
+
+    Attributes:
+        maximum: Pictures whose `measure` is above it are shrunk to `wanted`, and the crop is cut out of that; None:
+            all are shrunk until they just cover the crop.
+        wanted: The measure that they are given, if they then cover the crop.
+        unit: One of `UNITS`.
+    """
+
+    maximum: int | None = None
+    wanted: int | None = None
+    unit: str = "pixel_area"
+
+
+UNITS = ("pixel_area", "pixel")
+
+
+def measure(size: tuple[int, int], unit: str) -> float:
+    """Return how large a picture is, in pixels: its shorter edge, or by "pixel_area" the edge of a square as large."""
+    return math.sqrt(size[0] * size[1]) if unit == "pixel_area" else min(size)
+
+
+def find_shrinking_problems(maximum: int | None, wanted: int | None) -> list[str]:
+    """Return a sentence if --maximum_image_size and --target_downsample_size do not go together; None is unset."""
+    if (maximum is None) != (wanted is None):
+        return ["--maximum_image_size and --target_downsample_size need each other."]
+    if maximum is not None and 0 < maximum < wanted:
+        return [f"--target_downsample_size {wanted} is above --maximum_image_size {maximum}: nothing would shrink."]
+    return []
+
+
+def scaled_size(size: tuple[int, int], target: Size, shrinking: Shrinking) -> tuple[int, int]:
+    """Return the (width, height) that a picture is scaled to before a crop of the target's size is cut out of it."""
+    smallest = cover(size, target)
+    if shrinking.maximum is None or measure(size, shrinking.unit) <= shrinking.maximum:
+        return smallest
+    factor = shrinking.wanted / measure(size, shrinking.unit)
+    wanted = tuple(round(edge * factor) for edge in size)
+    return wanted if all(edge >= least for edge, least in zip(wanted, smallest)) else smallest
+
+
+def bucket_step(target: Size, factor: int) -> int:
+    """Return what the edges of buckets are multiples of, unless told: 64 px at 512, less below, as the model allows.
+
+    Args:
+        factor: What the model's edges must be multiples of.
+    """
+    return max(min(_LARGEST_STEP, min(target) // _STEPS_AN_EDGE) // factor * factor, factor)
+
+
+def list_buckets(target: Size, step: int, unit: str) -> list[Size]:
+    """Return the sizes that pictures of all shapes from 1:4 to 4:1 are cut to, the widest last.
+
+    Args:
+        target: The resolution.
+        step: What the edges are multiples of, in pixels.
+        unit: "pixel_area": about as many pixels as the target, at most a tenth more or less; "pixel": the target's
+            shorter edge. The target itself is always among them.
+    """
+    if unit == "pixel":
+        edge = max(min(target) // step, 1)
+        pairs = {(edge, longer) for longer in range(edge, _LARGEST_RATIO * edge + 1)}
+    else:
+        area, pairs = target.width * target.height / step**2, set()
+        for edge in range(1, math.isqrt(int(area * (1 + _FREE_AREA))) + 1):
+            pairs |= {(edge, longer) for longer in (math.floor(area / edge), math.ceil(area / edge))}
+        free = _FREE_AREA * area
+        pairs = {(a, b) for a, b in pairs if a <= b <= _LARGEST_RATIO * a and abs(a * b - area) <= free}
+    edges = {(a * step, b * step) for pair in pairs for a, b in (pair, pair[::-1])} | {tuple(target)}
+    return sorted((Size(*pair) for pair in edges), key=lambda size: size.width / size.height)
+
+
+def cut_off(size: tuple[int, int], target: Size) -> float:
+    """Return the share of a picture's pixels that a crop of the target's shape leaves out, in [0, 1)."""
+    shape, wanted = size[0] / size[1], target.width / target.height
+    return 1 - min(shape, wanted) / max(shape, wanted)
+
+
+def choose_bucket(size: tuple[int, int], buckets: Sequence[Size], target: Size) -> Size:
+    """Return the bucket that cuts least off a picture; of two such ones, that whose area is nearer to the target's."""
+    area = target.width * target.height
+    return min(buckets, key=lambda bucket: (cut_off(size, bucket), abs(bucket.width * bucket.height - area), bucket))
+
+
 CROP_STYLES = ("random", "center", "shifted_center")
+
+
+class Cut(NamedTuple):
+    """How a picture becomes what a model is given: scaled, cut, and perhaps mirrored."""
+
+    scaled: tuple[int, int]  # width and height
+    box: tuple[int, int, int, int]  # left, top, right and bottom, in what was scaled
+    is_flipped: bool
 
 
 def crop_box(size: tuple[int, int], target: Size, style: str, chance: random.Random) -> tuple[int, int, int, int]:

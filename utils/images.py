@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from utils.concepts import Concept
 from utils.errors import InputError, naming_what_cannot_be_written
-from utils.geometry import Size, cover
+from utils.geometry import Cut, measure
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
@@ -31,12 +32,14 @@ IMAGE_SUFFIXES = (
 logger = logging.getLogger(__name__)
 
 PROMPT_FILE = ".prompt"
+READING = 1  # to be raised when a change here gives other pixels: caches go by it
 
 # What Pillow may take a file for. A closed list, because the suffix says nothing about the content: Pillow would also
 # run Ghostscript on PostScript that is named photo.jpg.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _LARGEST_RATIO = 100  # beyond it, a picture whose short edge is made the resolution takes gigabytes
+_LARGEST_STEP = 0.75  # of an edge, that is left by one step of shrinking stepwise
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS archives and Synology disks add
 
 _EXIF_ORIENTATION = 0x0112
@@ -131,8 +134,7 @@ def open_rgb(path: Path) -> Image.Image:
             turn, profile = _turn(image), image.info.get("icc_profile")
             colours, alpha = _split_alpha(image, raw_mode)
     except Exception as error:  # decoders raise nearly every type on corrupt data
-        message = f"{path} cannot be read as an image: {_reason(error)}. Export it again, or remove it."
-        raise InputError(message) from error
+        raise _unreadable(path, error) from error
     rgb = _to_srgb(colours, profile)
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
@@ -142,11 +144,26 @@ def open_rgb(path: Path) -> Image.Image:
     return rgb
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the (width, height) that `open_rgb` gives an image, or raise InputError as it does."""
+    try:
+        return _look(path)[0]
+    except Exception as error:  # see open_rgb
+        raise _unreadable(path, error) from error
+
+
 @functools.lru_cache(maxsize=256)
-def open_covering(path: Path, size: Size, resample: Image.Resampling) -> Image.Image:
-    """Open a picture and resize it in one antialiased step until it just covers a size; the last are remembered."""
+def open_scaled(path: Path, size: tuple[int, int], resample: Image.Resampling, stepwise: bool = False) -> Image.Image:
+    """Open a picture and resize it by antialiased filters; the last ones are remembered.
+
+    Args:
+        stepwise: Take off at most a quarter of the edges at a time; else it is one step, which is sharper.
+    """
     image = open_rgb(path)
-    return image.resize(cover(image.size, size), resample)
+    while stepwise and any(_LARGEST_STEP * edge > wanted for edge, wanted in zip(image.size, size)):
+        smaller = [max(int(_LARGEST_STEP * edge), wanted) for edge, wanted in zip(image.size, size)]
+        image = image.resize(tuple(smaller), resample)
+    return image.resize(size, resample)
 
 
 def inspect_images(paths: Iterable[Path]) -> Inspection:
@@ -158,13 +175,37 @@ def inspect_images(paths: Iterable[Path]) -> Inspection:
     sizes, unreadable, transparent = {}, {}, []
     for path in paths:
         try:
-            sizes[path], is_transparent = _inspect(path)
+            sizes[path], is_transparent = _look(path)
         except Exception as error:  # see open_rgb
             unreadable[path] = _reason(error)
             continue
         if is_transparent:
             transparent.append(path)
     return Inspection(sizes, unreadable, tuple(transparent))
+
+
+def cut(image: Image.Image, cut: Cut) -> Image.Image:
+    """Return what is left of a picture that was scaled."""
+    image = image.crop(cut.box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if cut.is_flipped else image
+
+
+def leave_out_small(sizes: dict[Path, tuple[int, int]], minimum: int | None, unit: str) -> dict[Path, tuple[int, int]]:
+    """Return the images that measure at least a minimum, in pixels, and log how many others there are.
+
+    Args:
+        unit: What `geometry.measure` goes by.
+
+    Raises:
+        InputError: None is that large.
+    """
+    kept = {path: size for path, size in sizes.items() if measure(size, unit) >= (minimum or 0)}
+    left_out = [f"{path} ({size[0]}x{size[1]})" for path, size in sizes.items() if path not in kept]
+    if not kept:
+        raise InputError(f"All {len(sizes)} photos are smaller than --minimum_image_size {minimum}: {left_out[0]} …")
+    if left_out:
+        logger.warning("%d of %d photos are too small, left out: %s", len(left_out), len(sizes), ", ".join(left_out))
+    return kept
 
 
 def find_unreadable(flag: str, paths: Iterable[str]) -> list[str]:
@@ -204,6 +245,19 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
     return replace(inspection, notes=tuple(notes))
 
 
+def list_class_batches(missing: dict[Path, Concept], size: int) -> list[tuple[Concept, range]]:
+    """Return the batches in which missing class images are drawn: a concept, and the numbers of its images.
+
+    A batch begins at a multiple of its size, whatever is there already, so that each image has always the same
+    neighbours, which decide its last bits.
+    """
+    starts = {(concept.class_data_dir, int(path.stem) // size * size): concept for path, concept in missing.items()}
+    return [
+        (starts[folder, first], range(first, min(first + size, starts[folder, first].num_class_images)))
+        for folder, first in sorted(starts)
+    ]
+
+
 def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -> tuple[list[Path], set[Path]]:
     """Return the paths of as many images as are wanted, and those among them that are still to be drawn.
 
@@ -226,7 +280,16 @@ def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -
     return sorted({*present[:wanted], *missing}), missing
 
 
-def fingerprint(pictures: list[tuple[Path, bool]]) -> str:
+def refuse_missing(folder: Path, missing: int, wanted: int) -> None:
+    """Raise InputError if class images are missing that nothing can draw, as stage II has nothing to enlarge."""
+    if missing:
+        raise InputError(
+            f"{folder} lacks {missing} of {wanted} class images, and stage II cannot draw from words alone. "
+            "Give --class_data_dir with enough of them, or --stage_one_model_name_or_path."
+        )
+
+
+def fingerprint(pictures: Iterable[tuple[Path, bool]]) -> str:
     """Return what changes when pictures do: a hash of the content of files, and of the names of class images.
 
     Args:
@@ -315,6 +378,11 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path, formats=("HEIF",))
 
 
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """Return the error of a file that cannot be read as an image."""
+    return InputError(f"{path} cannot be read as an image: {_reason(error)}. Export it again, or remove it.")
+
+
 def _reason(error: Exception) -> str:
     """Say in a few words why a file could not be read."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -339,7 +407,14 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _inspect(path: Path) -> tuple[tuple[int, int], bool]:
+def _look(path: Path) -> tuple[tuple[int, int], bool]:
+    """Return what `_inspect` finds in a file, which is read anew only if it changes."""
+    state = Path(path).stat()
+    return _inspect(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=65536)
+def _inspect(path: Path, _size: int, _time: int) -> tuple[tuple[int, int], bool]:
     """Decode an image; return its upright (width, height) and whether any pixel is not opaque."""
     with warnings.catch_warnings(action="ignore"), _open(path) as image:  # of size and EXIF data: the pixels are good
         width, height = image.size

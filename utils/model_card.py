@@ -45,11 +45,56 @@ class Picture(NamedTuple):
 ANY_PICTURE = Picture()
 
 
-def write(folder: Path, card: Card, revision: str | None, token: str | None) -> None:
-    """Write README.md of a result, with the base model's licence, and with the grid if it is there."""
-    card = dataclasses.replace(card, grid=card.grid if card.grid and (folder / card.grid).exists() else None)
-    text = render(card, find_license(card.base_model, revision, token))
-    checkpoints.atomic_write_text(folder / "README.md", text)
+def write_card(
+    flags: dict[str, Any], plan: Any, tags: list[str], settings: dict[str, str], repository: str | None
+) -> None:
+    """Write README.md of a run's result, with the base model's licence, and with the grid if it is there.
+
+    Args:
+        flags: As given, by name.
+        plan: The script's `Plan`.
+        tags: Of the method.
+        settings: What a reader wants to know of the run, by name.
+        repository: On the Hub; None: the result stays where it is.
+    """
+    family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
+    grid = f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png"
+    prompt = flags["instance_prompt"] or plan.examples[0].prompts[0]
+    describe = _adapter_snippet if "lora" in tags else _pipeline_snippet
+    card = Card(
+        title=repository or plan.output_dir.resolve().name,
+        base_model=flags["pretrained_model_name_or_path"],
+        tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", family, *tags],
+        instance_prompt=prompt,
+        validation_prompt=flags["validation_prompt"],
+        grid=grid if (plan.output_dir / grid).exists() else None,
+        settings=settings,
+        snippet=describe(flags, plan.base, repository or str(plan.output_dir), prompt),
+    )
+    text = render(card, find_license(card.base_model, flags["revision"], flags["hub_token"]))
+    checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
+
+
+def _pipeline_snippet(flags: dict[str, Any], base: Any, name: str, prompt: str) -> str:
+    """Return Python code that draws a picture with a full result; stage II's wants a small picture beside it."""
+    prompt = flags["validation_prompt"] or prompt
+    has_encoder = not base.precomputes_text or Path(flags["output_dir"], "text_encoder").is_dir()
+    lacks_encoder = flags["skip_save_text_encoder"] or not has_encoder
+    encoder_from = flags["pretrained_model_name_or_path"] if lacks_encoder else None
+    is_masked = encoder_from and flags["text_encoder_use_attention_mask"] and not base.is_if
+    places = (encoder_from, flags["revision"], flags["variant"], reading_lines(None, is_masked))
+    picture = Picture(base.resolution, base.enlarges_from, base.is_if)
+    return pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], picture)
+
+
+def _adapter_snippet(flags: dict[str, Any], base: Any, name: str, prompt: str) -> str:
+    """Return Python code that draws a picture with an adapter; stage II's wants a small picture beside it."""
+    prompt, max_length = flags["validation_prompt"] or prompt, flags["tokenizer_max_length"]
+    reading = () if base.is_if else reading_lines(max_length, flags["text_encoder_use_attention_mask"])
+    places = (flags["pretrained_model_name_or_path"], flags["revision"], flags["variant"], reading)
+    has_scheduler = base.learns_variance and not flags["train_variance"]
+    picture = Picture(base.resolution, base.enlarges_from, base.is_if)
+    return lora_snippet(name, prompt, *places, has_scheduler, picture)
 
 
 def find_license(base_model: str, revision: str | None, token: str | None) -> dict[str, str]:

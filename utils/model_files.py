@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import huggingface_hub
+import torch
 import transformers
 from huggingface_hub.errors import HTTPError
 from torch import nn
@@ -84,16 +85,24 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
         raise InputError(f"The model {model}{at} {what} a readable {filename}: {reason}") from None
 
 
-def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[str, ...]) -> str | None:
-    """Return what a checkpoint is if a script cannot train it, else None.
+def check_supported(
+    model: str, configs: Configs, is_known: bool, prediction_types: tuple[str, ...], supported: list[str]
+) -> None:
+    """Raise InputError if a script cannot train a checkpoint.
 
     Args:
         is_known: Whether the script knows a kind of such channels, VAE and class embedding.
         prediction_types: That it can train of this kind.
-
-    Raises:
-        InputError: It could be trained but for a class that no installed package has, or a scheduler that cannot be.
+        supported: The kinds that it can train, in words.
     """
+    if reason := _why_unsupported(configs, is_known, prediction_types):
+        words = f"not supported. Supported: {', '.join(supported)}."
+        raise InputError(f"--pretrained_model_name_or_path {model} is {reason}: {words}")
+    _check_parts(configs)
+
+
+def _why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[str, ...]) -> str | None:
+    """Return what a checkpoint is if a script cannot train it, else None; arguments of `check_supported`."""
     unet, vae, index = configs.unet, configs.vae, configs.index
     channels, name = unet.get("in_channels"), index.get("_class_name") or "pipeline"
     pipeline = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
@@ -116,8 +125,6 @@ def why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[st
         (channels == 6 and not configs.image_noising_scheduler, f"{pipeline} without an image_noising_scheduler"),
         (prediction_type not in prediction_types, f"{pipeline} that predicts {prediction_type!r}"),
     )
-    if not reasons:
-        _check_parts(configs)
     return reasons[0] if reasons else None
 
 
@@ -187,11 +194,12 @@ def find_stage_one_problems(model: str | None, token: str | None, stage_two: Con
     )
 
 
-def load(kind: type, model: str, part: str | None, **options) -> Any:
+def load(kind: type, model: str, part: str | None, device: torch.device | None = None, **options) -> Any:
     """Load a part of a model, or with part None the whole of it.
 
     Args:
         kind: The class that loads it.
+        device: Where a network is put; "meta" builds it from its config, without weights. None: where it was loaded.
         options: Of its `from_pretrained`.
 
     Raises:
@@ -199,7 +207,10 @@ def load(kind: type, model: str, part: str | None, **options) -> Any:
     """
     name = f"The {part or ('tokenizer' if kind is transformers.AutoTokenizer else 'model')} of {model}"
     folder, is_network = Path(model, part or ""), issubclass(kind, nn.Module)
-    options |= _options_of(kind) | ({"subfolder": part} if part else {})
+    options |= {"subfolder": part} if part else {}
+    if device is not None and device.type == "meta":
+        return _build(kind, model, options)
+    options |= _options_of(kind)
     is_here = os.path.isdir(folder)
     if is_network and is_here:
         loading_checks.check_presence(name, folder, options.get("variant"))
@@ -218,7 +229,18 @@ def load(kind: type, model: str, part: str | None, **options) -> Any:
         if not is_here:
             _warn_of_downloaded_pickles(name, model, options)
     loading_checks.check_loaded(name, loaded)
-    return loaded
+    return loaded if device is None else loaded.to(device)
+
+
+def _build(kind: type, model: str, options: dict) -> nn.Module:
+    """Return a network as its config says, without weights."""
+    places = {key: options[key] for key in ("subfolder", "revision", "token") if options.get(key)}
+    with torch.device("meta"):
+        if issubclass(kind, diffusers.ModelMixin):
+            network = kind.from_config(kind.load_config(model, **places))
+        else:
+            network = kind(kind.config_class.from_pretrained(model, **places))
+    return network.to(options.get("dtype") or torch.float32)
 
 
 def _options_of(kind: type) -> dict:
@@ -246,6 +268,11 @@ def _warn_of_downloaded_pickles(name: str, model: str, options: dict) -> None:
     config = huggingface_hub.try_to_load_from_cache(model, filename, revision=options.get("revision"))
     if isinstance(config, str):
         loading_checks.are_pickles(name, Path(config).parent, options.get("variant"))
+
+
+def fits_of_model(model: str, revision: str | None, token: str | None) -> dict[str, str]:
+    """Return what a checkpoint's run and the one that resumes it must have in common as to the base model."""
+    return {"base model": public_name(model), "content of the base model": fingerprint(model, revision, token)}
 
 
 def fingerprint(model: str, revision: str | None, token: str | None) -> str:

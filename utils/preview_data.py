@@ -1,4 +1,4 @@
-"""Draw a sheet of what a training command gives the model: crops, flips and captions, in the order of its batches.
+"""Draw a sheet of what a training command gives the model: crops, flips, masks, captions, batch by batch.
 
     python -m utils.preview_data train_dreambooth_lora.py --pretrained_model_name_or_path MODEL \
         --instance_data_dir photos/ --instance_prompt "a photo of sks dog"
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from utils import captions, images, previews
+from utils import captions, images, previews, run_summary
 from utils.errors import exit_status
 from utils.flag_checks import find_out_of_range
 
+TINT = (40, 0, 120)  # of what a mask hides
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 
 
@@ -61,26 +62,30 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
     """
     accelerator = script.start(args)
     base = script.recognise_model(args)
-    examples = script.list_examples(args, base)
-    plan = script.make_plan(args, accelerator, base, examples)
-    prompts = script.tokenise_prompts(args, base, examples, torch.device("cpu"))
-    dataset = script.DreamBoothDataset(args, plan, prompts, examples)
+    plan = script.make_plan(args, accelerator, base, script.list_examples(args, base))
+    prompts = script.tokenise_prompts(args, plan, torch.device("cpu"))
+    dataset = script.DreamBoothDataset(args, plan, prompts)
     begun = plan.first_step * args.gradient_accumulation_steps
     pictures, labels = [], []
-    for draws in script.StepSampler(plan, examples, begun, begun + count, rank=0):
+    for draws in script.StepSampler(plan, begun, begun + count, rank=0):
         for draw in draws:
             picture, label = describe(dataset, prompts.texts, draw, base.is_if)
             pictures.append(picture)
             labels.append(label)
         if len(pictures) >= count:
             break
-    photos = sum(not example.is_prior for example in examples)
-    words = f"{photos} photos, {len(examples) - photos} class images, {base.resolution} px"
-    return previews.make_grid(pictures, columns=4, labels=labels, title=f"{words}; in the order of the batches")
+    summary = run_summary.describe_pictures(vars(args), plan, None)
+    words = "; ".join(f"{name}: {text}" for name, text in summary.items() if name in ("masks", "sizes"))
+    photos = sum(not example.is_prior for example in plan.examples)
+    title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"
+    title += "; in the order of the batches" + (f"; {words}" if words else "")
+    return previews.make_grid(pictures, columns=4, labels=labels, title=title)
 
 
 def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[Image.Image, str]:
     """Return a picture as the model is given it, and what stands under it; grey for one that is yet to be drawn.
+
+    What a mask hides from the loss is tinted.
 
     Args:
         texts: The distinct prompts of the run.
@@ -88,14 +93,19 @@ def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[I
     """
     example = dataset.examples[draw.example]
     if example.is_missing:
-        grey = Image.new("RGB", tuple(dataset.size), "grey")
+        grey = Image.new("RGB", tuple(draw.size), "grey")
         return grey, f"{example.path.name}: to be drawn from {example.prompts[0]!r}"
     item = dataset[draw]
     pixels = ((item["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    if example.mask:
+        light = Image.fromarray((item["weight_map"][0] * 255).round().to(torch.uint8).numpy())
+        hidden = Image.blend(picture, Image.new("RGB", picture.size, TINT), 0.75)
+        picture = Image.composite(picture, hidden, light.resize(picture.size, Image.Resampling.NEAREST))
     caption = texts[item["prompt_rows"]]
     caption = captions.clean(caption) if cleans else caption
     seen = f", seen {draw.visit}x" if draw.visit else ""
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy()), f"{example.path.name}{seen}: {caption or '(no caption)'}"
+    return picture, f"{example.path.name}, {draw.size} px{seen}: {caption or '(no caption)'}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Starting a script, and work that one of several processes does for all."""
 
+import datetime
 import importlib
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import diffusers
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
 
 from utils.errors import InputError
@@ -46,6 +47,26 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments) ->
     if refusal is not None:
         raise InputError(refusal)
     return value
+
+
+def connect(precision: str | None, accumulation: int, trackers: list[str], output_dir: str, logs: Path) -> Accelerator:
+    """Return accelerate's connection of the processes, with messages set up.
+
+    Args:
+        precision: Of autocast; None: as accelerate is set.
+        accumulation: Micro-steps per optimizer step.
+    """
+    check_engine()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulation,
+        mixed_precision=precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(output_dir, str(logs)),
+        # One process may load or write gigabytes, or draw a picture more, while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+    )
+    set_up_logging(accelerator)
+    return accelerator
 
 
 def set_up_logging(accelerator: Accelerator) -> None:

@@ -1,12 +1,22 @@
 """A run in words: the start-up screen, and the settings of the model card."""
 
+from collections import Counter
 from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from utils.devices import count_parameters
 
 
+def show_run(accelerator: Accelerator, title: str, summary: dict[str, str]) -> None:
+    """Print the start-up screen."""
+    accelerator.print(title)
+    accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
+
+
 def describe_run(
-    flags: dict[str, Any], plan: Any, method: dict[str, Any], examples: list, models: Any, optimizer: Any
+    flags: dict[str, Any], plan: Any, method: dict[str, Any], models: Any, device: torch.device
 ) -> dict[str, str]:
     """Return what a person wants to know of a run, by name, in the order of the screen.
 
@@ -14,18 +24,15 @@ def describe_run(
         flags: As given, by name.
         plan: The script's `Plan`.
         method: What only its method has, such as the rank of adapters.
-        examples: The script's `Example`s.
-        models: The script's `Models`.
-        optimizer: As accelerate wraps it.
+        models: The script's `Models`; on the meta device before they are loaded.
     """
-    base, photos = plan.base, [example for example in examples if not example.is_prior]
-    prompts = dict.fromkeys(repr(prompt) for example in photos for prompt in example.prompts)
-    class_images, rates = len(examples) - len(photos), " and ".join(f"{rate:g}" for rate in plan.learning_rates)
+    base, rates = plan.base, " and ".join(f"{rate:g}" for rate in plan.learning_rates)
     trained, frozen = count_parameters(models.unet, models.vae, models.text_encoder)
     accumulated = f"{flags['gradient_accumulation_steps']} accumulated"
     batch = f"{flags['train_batch_size']} x {plan.processes} processes x {accumulated}"
-    prior = f"{class_images} of {flags['class_prompt']!r}, prior weight {flags['prior_loss_weight']:g}"
+    pictures = plan.order.batch * flags["gradient_accumulation_steps"] * (2 if plan.order.has_partners else 1)
     variance = "trained" if flags["train_variance"] else "not trained: results draw with fixed_small"
+    optimizer = "AdamW8bit" if flags["use_8bit_adam"] else "AdamW"
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if flags["resolution"] else ", the default for this model"),
@@ -33,14 +40,55 @@ def describe_run(
         **{name: str(value) for name, value in method.items()},
         "text encoder": describe_text_encoder(flags, base),
         **({"variance": variance} if base.learns_variance else {}),
-        "photos": f"{len(photos)} of {shorten(list(prompts))}",
-        "class images": prior if class_images else "none",
-        "batch": f"{batch} = {plan.examples_per_step} pictures a step",
+        **describe_pictures(flags, plan, models),
+        "batch": f"{batch} = {pictures} pictures a step",
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
         "loss": f"{base.prediction_type}, min-SNR {flags['snr_gamma'] or 'off'}, noise offset {plan.noise_offset:g}",
-        "learning rate": f"{rates}, {flags['lr_scheduler']}, {type(optimizer.optimizer).__name__}",
-        "arithmetic": f"{plan.fits['precision']} mixed precision on {models.unet.device.type}, seed {plan.seed}",
+        "learning rate": f"{rates}, {flags['lr_scheduler']}, {optimizer}",
+        "arithmetic": f"{plan.fits['precision']} mixed precision on {device.type}, seed {plan.seed}",
     }
+
+
+def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str, str]:
+    """Return what is said of photos, their sizes and masks, and of class images; arguments as of `describe_run`."""
+    photos = [example for example in plan.examples if not example.is_prior]
+    priors = [example for example in plan.examples if example.is_prior]
+    found = {"photos": f"{len(photos)} of {shorten(list_prompts(photos))}"}
+    if len({example.concept for example in plan.examples}) > 1:
+        subjects = Counter(example.concept for example in photos)
+        listed = [
+            f"{count} x {one.repeats} of {one.instance_prompt or one.instance_data_dir}"
+            for one, count in subjects.items()
+        ]
+        found["concepts"] = "; ".join(listed)
+    if masked := sum(example.mask is not None for example in photos):
+        found["masks"] = f"{masked} of {len(photos)} photos"
+    if len(plan.order.counts) > 1:
+        found["sizes"] = describe_sizes(plan)
+    weights = shorten(list(dict.fromkeys(f"{example.concept.prior_loss_weight:g}" for example in priors)))
+    missing = sum(example.is_missing for example in priors)
+    found["class images"] = (
+        f"{len(priors)} of {shorten(list_prompts(priors))}, prior weight {weights}" if priors else "none"
+    )
+    found["class images"] += f", {missing} yet to be drawn" if missing and flags["dry_run"] else ""
+    if priors and models and flags["prior_target"] == "base_prediction":
+        held = sum(weight.nbytes for network in models.copies.values() for weight in network.parameters()) / 1e9
+        found["prior target"] = "the base model's prediction" + (f", a copy of {held:.2f} GB" if held else "")
+    return found
+
+
+def describe_sizes(plan: Any) -> str:
+    """Return how many photos a pass has of each size, and how many batches they make."""
+    counts, batch = plan.order.counts, plan.order.batch
+    listed = [f"{count} x {size} in {-(-count // batch)}" for size, count in sorted(counts.items())]
+    share = sum(counts.values()) / (batch * plan.order.pass_length)
+    words = f"{', '.join(listed)}; batches of up to {batch}, {float(share):.0%} full"
+    return words + (". A smaller --train_batch_size, accumulated, wastes less" if share < 0.75 else "")
+
+
+def list_prompts(examples: list[Any]) -> list[str]:
+    """Return the distinct prompts of some examples, quoted."""
+    return list(dict.fromkeys(repr(prompt) for example in examples for prompt in example.prompts))
 
 
 def describe_text_encoder(flags: dict[str, Any], base: Any) -> str:

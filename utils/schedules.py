@@ -7,7 +7,7 @@ from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-NAMES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial one_cycle".split()
+SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial one_cycle".split()
 
 
 def check_warmup(name: str, warmup: int, steps: int) -> None:
@@ -24,13 +24,13 @@ def check_warmup(name: str, warmup: int, steps: int) -> None:
     logger.warning(words)
 
 
-def learning_rate(
+def rate_of_step(
     name: str, step: int, steps: int, peak: float, warmup: int, cycles: int, power: float, end: float | None
 ) -> float:
     """Return the learning rate of a step as diffusers' schedules, and torch's OneCycleLR (cosine), have it.
 
     Args:
-        name: One of `NAMES`.
+        name: One of `SCHEDULES`.
         step: Counted from 0.
         steps: Of the whole run.
         peak: The highest rate.

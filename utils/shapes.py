@@ -221,16 +221,27 @@ def draw_photos(
     subject: str, count: int, size: int, rng: np.random.Generator, backgrounds: Sequence[str]
 ) -> list[Image.Image]:
     """Draw a subject before as many different backgrounds as there are, in turn."""
-    return [
-        draw(random_scene(rng, subject=subject, background=backgrounds[number % len(backgrounds)]), size)
-        for number in range(count)
-    ]
+    return [draw(scene, size) for scene in photo_scenes(subject, count, rng, backgrounds)]
 
 
-def write_photos(folder: Path, subject: str) -> list[Path]:
-    """Write the photos of a subject to train on, always the same, before the backgrounds that count as seen."""
+def photo_scenes(subject: str, count: int, rng: np.random.Generator, backgrounds: Sequence[str]) -> list[Scene]:
+    """Make up scenes of a subject, one background after the other."""
+    chosen = [backgrounds[number % len(backgrounds)] for number in range(count)]
+    return [random_scene(rng, subject=subject, background=background) for background in chosen]
+
+
+def write_photos(folder: Path, subject: str, word: str | None = None) -> list[Path]:
+    """Write the photos of a subject to train on, always the same, before the backgrounds that count as seen.
+
+    If there is a word for the subject, a text file beside each photo says in a caption what it shows.
+    """
     rng = np.random.default_rng(derive_seed("photos", subject))
-    return write_pictures(folder, draw_photos(subject, PHOTOS, PHOTO_PIXELS, rng, split_backgrounds(subject)[0]))
+    scenes = photo_scenes(subject, PHOTOS, rng, split_backgrounds(subject)[0])
+    paths = write_pictures(folder, [draw(scene, PHOTO_PIXELS) for scene in scenes])
+    for path, scene in zip(paths, scenes) if word else ():
+        text = phrase(scene.shape, word, scene.background, scene.size, scene.place)
+        path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    return paths
 
 
 def write_class_pictures(folder: Path, shape: str) -> list[Path]:

@@ -1,0 +1,170 @@
+"""Masks: found by name, cut like their photos, and what of the loss they let through."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_dreambooth
+import train_dreambooth_lora
+from tests.conftest import ORIENTATION, draw_picture
+from utils import images, masks
+from utils.errors import InputError
+from utils.geometry import Cut, Size
+from utils.variance import variational_bound
+
+
+@pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)
+def script(request):
+    """Run a test with each script."""
+    return request.param
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Make a folder of three photos, one of them below it and turned by its EXIF data, and one of masks."""
+    photos, light = tmp_path / "photos", tmp_path / "masks"
+    (photos / "more").mkdir(parents=True)
+    (light / "more").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    draw_picture(60, 40, 1).save(photos / "a.jpg")
+    draw_picture(40, 60, 2).save(photos / "b.png")
+    draw_picture(60, 40, 3).save(photos / "more" / "c.jpg", exif=exif)
+    for name, size in (("a", (60, 40)), ("b", (20, 30)), ("more/c", (40, 60))):
+        Image.new("L", size, 255).save(light / f"{name}.png")
+    return photos, light
+
+
+def find(photos, light):
+    """Return the masks of a folder of photos by their names."""
+    sizes = images.inspect_folder(photos, "--instance_data_dir", False).sizes
+    found = masks.find_masks(photos, sizes, str(light), "--mask_data_dir")
+    return {path.name: mask.relative_to(light).as_posix() for path, mask in found.items()}
+
+
+def test_masks_are_found_by_path_and_stem(folders):
+    """Of any format, of a smaller size, below subfolders, upright."""
+    assert find(*folders) == {"a.jpg": "a.png", "b.png": "b.png", "c.jpg": "more/c.png"}
+    assert masks.find_masks(folders[0], {}, None, "--mask_data_dir") == {}
+
+
+def test_photos_without_mask_and_masks_without_photo_are_listed(folders, caplog):
+    """They count wholly, and are of no use, in this order."""
+    photos, light = folders
+    (light / "b.png").rename(light / "d.png")
+    with caplog.at_level(logging.WARNING):
+        assert list(find(photos, light)) == ["a.jpg", "c.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 of 3 photos have no mask and count wholly: {photos / 'b.png'}",
+        f"1 masks in {light} belong to no photo: {light / 'd.png'}",
+    ]
+
+
+def test_masks_that_cannot_be_right_are_refused_together(folders):
+    """Another shape, wholly black, or two of one name."""
+    photos, light = folders
+    Image.new("L", (60, 60), 255).save(light / "a.png")
+    Image.new("L", (40, 60), 0).save(light / "b.png")
+    Image.new("L", (40, 60), 255).save(light / "more" / "c.bmp")
+    with pytest.raises(InputError) as error:
+        find(photos, light)
+    assert str(error.value).split("\n") == [
+        f"The masks in --mask_data_dir {light} cannot be used:",
+        f"{light / 'more' / 'c.bmp'}, {light / 'more' / 'c.png'} have the same name.",
+        f"{light / 'a.png'} is 60x60, but {photos / 'a.jpg'} is 60x40: another shape.",
+        f"{light / 'b.png'} is black: nothing of its photo would count.",
+    ]
+
+
+def test_a_folder_of_other_masks_is_refused(folders, tmp_path):
+    """None fits, so it is the wrong folder; one without pictures is, too."""
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        find(folders[0], tmp_path / "other")
+    Image.new("L", (8, 8), 255).save(tmp_path / "other" / "x.png")
+    with pytest.raises(InputError, match="has no mask for any of the 3 photos"):
+        find(folders[0], tmp_path / "other")
+
+
+def test_a_mask_is_cut_and_mirrored_like_its_photo(tmp_path):
+    """A photo that is its own mask gives the same numbers, whatever the crop; a place of a latent is a mean."""
+    values = np.zeros((40, 60), np.uint8)
+    values[10:30, 20:50] = 255
+    path = tmp_path / "mask.png"
+    Image.fromarray(values).save(path)
+    for box in ((0, 0, 32, 32), (20, 8, 52, 40)):
+        for flip in (False, True):
+            cut = Cut((60, 40), box, flip)
+            photo = images.cut(images.open_scaled(path, (60, 40), Image.Resampling.LANCZOS), cut).convert("L")
+            wanted = torch.from_numpy(np.array(photo)).float() / 255
+            assert torch.equal(masks.weight_map(path, cut, Size(32, 32), 1)[0], wanted)
+            found = masks.weight_map(path, cut, Size(32, 32), 8)
+            assert found.shape == (1, 4, 4)
+            means = wanted.reshape(4, 8, 4, 8).mean(dim=(1, 3))
+            assert torch.allclose(found[0], means)
+    assert torch.equal(masks.weight_map(None, cut, Size(32, 16), 8), torch.ones(1, 2, 4))
+
+
+def test_a_white_mask_weighs_exactly_one(tmp_path):
+    """However it is scaled, so that it changes no bit of a run."""
+    path = tmp_path / "white.png"
+    Image.new("L", (37, 53), 255).save(path)
+    weights = masks.weight_map(path, Cut((111, 159), (5, 7, 69, 71), True), Size(64, 64), 8)
+    assert torch.equal(weights, torch.ones(1, 8, 8))
+
+
+def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
+    """To the middle of what is light, as far as the picture goes; one that meets it stays."""
+    path = tmp_path / "corner.png"
+    mask = Image.new("L", (100, 50))
+    mask.paste(255, (90, 0, 100, 10))
+    mask.save(path)
+    assert masks.meet(path, (100, 50), (0, 0, 50, 50)) == (50, 0, 100, 50)
+    assert masks.meet(path, (100, 50), (45, 0, 95, 50)) == (45, 0, 95, 50)
+    assert masks.meet(None, (100, 50), (0, 0, 50, 50)) == (0, 0, 50, 50)
+    assert masks.meet(path, (100, 50), (0, 30, 20, 50)) == (80, 0, 100, 20)
+
+
+# What of the loss a mask lets through.
+
+ALPHAS = torch.linspace(0.99, 0.01, 1000)
+STEPS = torch.tensor([3, 500])
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_loss_over_a_mask_is_that_of_the_cut_out_part(script, snr_gamma):
+    """A rectangle of a mask gives the very loss of a picture that is that rectangle."""
+    prediction, wanted = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(2, 1, 16, 16)
+    weights[..., 4:12, 2:9] = 1
+    rest = (STEPS, ALPHAS, "epsilon", snr_gamma)
+    whole = script.example_losses(prediction, wanted, weights, *rest)
+    part = [tensor[..., 4:12, 2:9] for tensor in (prediction, wanted)]
+    torch.testing.assert_close(whole, script.example_losses(*part, torch.ones(2, 1, 8, 7), *rest))
+
+
+def test_grey_weighs(script):
+    """Half as light counts half as much, of two halves a third of the whole."""
+    errors = torch.tensor([1.0, 3.0]).repeat_interleave(8).reshape(1, 1, 4, 4)
+    weights = torch.tensor([1.0, 0.5]).repeat_interleave(8).reshape(1, 1, 4, 4)
+    losses = script.example_losses(errors.sqrt(), torch.zeros(1, 1, 4, 4), weights, STEPS[:1], ALPHAS, "epsilon", None)
+    assert losses.item() == pytest.approx((1 * 1 + 3 * 0.5) / 1.5)
+
+
+def test_nothing_outside_a_mask_has_a_gradient(script):
+    """Neither of the error nor of the variance's bound; inside all places have one."""
+    chance = torch.Generator().manual_seed(1)
+    clean = torch.rand(2, 3, 8, 8, generator=chance) * 2 - 1
+    noise, prediction, variance = torch.randn(3, 2, 3, 8, 8, generator=chance)
+    prediction.requires_grad_(), variance.requires_grad_()
+    noisy = ALPHAS[STEPS].sqrt()[:, None, None, None] * clean + (1 - ALPHAS[STEPS]).sqrt()[:, None, None, None] * noise
+    weights = torch.zeros(2, 1, 8, 8)
+    weights[0, :, 2:5, 1:7], weights[1, :, :, 3] = 1, 0.5
+    losses = script.example_losses(prediction, noise, weights, STEPS, ALPHAS, "epsilon", None)
+    bound = variational_bound(prediction.detach(), variance, clean, noisy, weights, STEPS, ALPHAS)
+    (losses.sum() + bound.sum()).backward()
+    for gradient in (prediction.grad, variance.grad):
+        assert torch.equal(gradient != 0, (weights > 0).expand_as(gradient))
