@@ -56,7 +56,7 @@ from utils import captions, checkpoints, devices, drawing, geometry, hub, images
 from utils.batch_order import BatchOrder, share_out
 from utils.caption_files import STRATEGIES, find_captions
 from utils.checkpoints import fits_of_pictures
-from utils.concepts import Concept, find_concept_problems, read_concepts
+from utils.concepts import Concept, find_concept_problems, find_idle_keys, find_lost_words, find_uneven, read_concepts
 from utils.config_file import make_grouped_parser, parse_with_config
 from utils.embedding_cache import open_cache
 from utils.errors import InputError, exit_status
@@ -423,8 +423,8 @@ def add_result_args(add, switch) -> None:
 def find_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that both scripts share, a sentence each."""
     ranges = usual_ranges(vars(args)) | dict.fromkeys(INTEGERS_FROM_0, "0 or more") | {"local_rank": "any"}
-    ranges |= dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0")
-    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout"), "in [0, 1)")
+    ranges |= dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0") | {"repeats": "from 1 to 10,000"}
+    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)")
     lacks_model, text = not (args.pretrained_model_name_or_path or "").strip(), args.train_text_encoder
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precisions = {name: getattr(args, name) for name in ("prior_generation_precision", "text_encoder_precision")}
@@ -484,18 +484,16 @@ def idle_flags(args: Namespace) -> list[str]:
     """Return a sentence for each flag that changes nothing in this run, or not what one might think."""
     xformers = args.enable_xformers_memory_efficient_attention and not is_installed("xformers")
     published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
-    needs = dict.fromkeys(("class_prompt", "class_data_dir", "class_guidance_scale"), "with_prior_preservation")
-    needs |= dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
-    needs |= {"prior_target base_prediction": "with_prior_preservation", "bucket_step": "crop_aspect preserve"}
+    needs = dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
     has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
     unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
-    prepends = args.prepend_instance_prompt and args.caption_strategy == "instanceprompt" and not args.concepts_list
-    return find_idle(vars(args), needs) + problems_that_hold(
+    return problems_that_hold(
         (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
         (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
         (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
         (xformers, "xformers is not installed: torch's own attention serves instead."),
-        (prepends, "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt."),
+        *((True, note) for note in find_idle(vars(args), needs | {"bucket_step": "crop_aspect preserve"})),
+        *((True, note) for note in find_idle_keys(vars(args))),
         (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
         (args.class_labels_conditioning == "timesteps", published),
     )
@@ -553,9 +551,7 @@ def recognise_model(args: Namespace) -> BaseModel:
 def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
     is_if, enlarges, factor = base.is_if, base.kind is ModelKind.IF_STAGE_2, base.size_factor
-    subjects, step = read_concepts(vars(args)), args.bucket_step or factor
-    own = [Size.parse(one.resolution) for one in subjects if one.resolution]
-    sizes = dict.fromkeys([base.resolution, *base.preview_sizes, *own])
+    sizes = dict.fromkeys([base.resolution, *base.preview_sizes])
     uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
     sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
     given = [name for name in sources if getattr(args, name)]
@@ -563,12 +559,12 @@ def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
     blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
     precision = args.text_encoder_precision and not base.precomputes_text
     unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
-    prompts = {one.call("instance_prompt"): one.instance_prompt or "" for one in subjects if is_if}
-    lost = [problem for flag, prompt in prompts.items() for problem in captions.find_prompt_problems(flag, prompt)]
+    lost = find_lost_words(vars(args)) if is_if else []
     return problems_that_hold(
         *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
         (uneven, f"--resolution or --validation_resolution {uneven}: the model needs multiples of {factor}."),
-        (step % factor, f"--bucket_step {step}: the model needs multiples of {factor}."),
+        *((True, found) for found in find_uneven(vars(args), base.resolution, factor)),
+        (is_if and args.cache_latents == "on", "--cache_latents on: IF works on pixels and has no latents."),
         ((base.tokens or 0) > longest, f"--tokenizer_max_length {base.tokens}: the text encoder takes {longest}."),
         (precision, "--text_encoder_precision needs --pre_compute_text_embeddings."),
         (args.train_variance and not base.learns_variance, "--train_variance: this U-Net predicts no variance."),
@@ -654,7 +650,11 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
     fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
     fits |= {"resolution": str(base.resolution), "fed by": base.conditioning} | model_files.fits_of_model(*source)
-    fits |= {name: getattr(args, name) for name in FITS} | method_fits(args, base) | fits_of_pictures(examples)
+    fits |= (
+        {name: getattr(args, name) for name in FITS}
+        | method_fits(args, base)
+        | fits_of_pictures(examples, str(base.resolution))
+    )
     if resume_from is not None:
         checkpoints.check_fits(resume_from, state["fits"], fits)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)

@@ -5,8 +5,17 @@ import json
 import pytest
 
 import train_dreambooth_lora
-from utils.concepts import Concept, find_concept_problems, read_concepts
+from utils.concepts import (
+    Concept,
+    find_concept_problems,
+    find_idle_keys,
+    find_lost_words,
+    find_uneven,
+    read_concepts,
+)
 from utils.errors import InputError
+from utils.folder_checks import find_folder_problems
+from utils.geometry import Size
 
 DOG = {"instance_data_dir": "dog", "instance_prompt": "a photo of sks dog"}
 
@@ -87,7 +96,7 @@ WRONG = {
     "whole": ({"repeats": 1.5}, f"{START}repeats is 1.5, not a whole number."),
     "switch": ({"repeats": True}, f"{START}repeats is true, not a whole number."),
     "no switch": ({"random_flip": 1}, f"{START}random_flip is 1, not true or false."),
-    "range": ({"repeats": 0}, f"{START}repeats 0 is out of range: it must be 1 or more."),
+    "range": ({"repeats": 0}, f"{START}repeats 0 is out of range: it must be from 1 to 10,000."),
     "weight": ({"prior_loss_weight": -1}, f"{START}prior_loss_weight -1 is out of range: it must be 0 or more."),
     "choice": ({"crop_style": "middle"}, f"{START}crop_style 'middle' is none of random, center, shifted_center."),
     "crops": (
@@ -163,3 +172,79 @@ def test_every_key_of_a_concept_is_a_flag_or_documented(flags_of):
     """A key that neither flags nor README know would be found by nobody."""
     known = flags_of().keys() | {"loss_weight", "is_regularisation_data", "number"}
     assert set(Concept._fields) <= known
+
+
+def test_an_object_can_undo_the_flag_of_center_crops(flags_of):
+    """`false` is a value, too."""
+    entries = [DOG, DOG | {"center_crop": False}, DOG | {"crop_style": "shifted_center"}]
+    assert [one.crop_style for one in read_concepts(flags_of(*entries, center_crop=True))] == [
+        "center",
+        "random",
+        "shifted_center",
+    ]
+
+
+def test_a_long_prompt_has_a_folder_that_a_disk_takes(flags_of):
+    """Its name is cut, and still differs from that of a prompt with the same beginning."""
+    entries = [DOG | {"class_prompt": f"{'a very long dog ' * 30}{number}"} for number in range(2)]
+    entries.append(DOG | {"class_prompt": "犬" * 200})
+    concepts = read_concepts(flags_of(*entries, with_prior_preservation=True))
+    folders = [one.class_data_dir.rpartition("/")[2] for one in concepts]
+    assert len(set(folders)) == 3 and all(len(name.encode()) <= 100 for name in folders)
+
+
+def test_half_characters_are_no_text(flags_of):
+    """JSON can write them, but nothing can read them."""
+    (problem,) = find_concept_problems(flags_of(DOG | {"instance_prompt": "\ud800 dog"}))
+    assert problem == f"{START}instance_prompt '\\ud800 dog' is not written in UTF-8."
+
+
+def test_concepts_that_share_class_images_must_want_the_same_ones(flags_of, tmp_path):
+    """The same prompt with another guidance gives other pictures."""
+    entries = [DOG | {"class_prompt": "a dog", "class_guidance_scale": scale} for scale in (1, 3)]
+    (tmp_path / "dog").mkdir()
+    entries = [entry | {"instance_data_dir": str(tmp_path / "dog")} for entry in entries]
+    flags = flags_of(*entries, with_prior_preservation=True, output_dir=str(tmp_path / "out"))
+    (problem,) = find_folder_problems(flags)
+    assert "cannot hold the class images of 'a dog (guidance 1)' and 'a dog (guidance 3)'" in problem
+    assert find_folder_problems(flags_of(*[entries[0]] * 2, output_dir=str(tmp_path / "out"))) == []
+
+
+def test_keys_without_effect_are_told(flags_of):
+    """Class images without --with_prior_preservation, or of regularisation data; all is well with it."""
+    entries = (
+        DOG | {"class_prompt": "a dog"},
+        {"instance_data_dir": "d", "class_prompt": "a dog", "class_data_dir": "c"},
+    )
+    entries[1]["is_regularisation_data"] = True
+    assert find_idle_keys(flags_of(*entries)) == [
+        f"{START}class_prompt has no effect: it needs --with_prior_preservation and a class_prompt.",
+        "--concepts_list, concept 2: class_data_dir has no effect: regularisation data shows the class itself.",
+    ]
+    del entries[1]["class_data_dir"]
+    assert find_idle_keys(flags_of(*entries, with_prior_preservation=True)) == []
+    assert find_idle_keys(flags_of(**DOG, class_prompt="a dog")) == [
+        "--class_prompt has no effect without --with_prior_preservation."
+    ]
+
+
+def test_sizes_and_steps_that_the_model_cannot_take_are_named(flags_of):
+    """With the concept that they belong to; a step that leaves no bucket is one of them."""
+    flags = flags_of(DOG | {"resolution": 60}, DOG | {"resolution": "64x65"}, DOG, resolution="64")
+    assert find_uneven(flags, Size(64, 64), 8) == [
+        f"{START}resolution 60: the model needs multiples of 8.",
+        "--concepts_list, concept 2: resolution 64x65: the model needs multiples of 8.",
+    ]
+    preserve = {"crop_aspect": "preserve", "bucket_step": 12}
+    assert find_uneven(flags_of(**DOG, **preserve), Size(64, 64), 8) == [
+        "--bucket_step 12: the model needs multiples of 8."
+    ]
+    (problem,) = find_uneven(flags_of(**DOG, **preserve | {"bucket_step": 64}), Size(64, 64), 8)
+    assert problem.startswith("--bucket_step 64 leaves no bucket beside the resolution 64")
+    assert find_uneven(flags_of(**DOG, bucket_step=64), Size(64, 64), 8) == []
+
+
+def test_lost_words_are_looked_for_in_every_concept(flags_of):
+    """IF's pipelines delete words with digits."""
+    (problem,) = find_lost_words(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}))
+    assert "--concepts_list, concept 2: instance_prompt" in problem and "p3rs0n" in problem

@@ -141,9 +141,22 @@ def test_other_buckets_or_concepts_do_not_resume(trainer, tmp_path, shaped):
     """The order of the pictures would be another one."""
     flags = f"--instance_data_dir {shaped} --checkpointing_steps 1"
     trainer.run("lora", tmp_path / "out", flags)
-    for more in ("--crop_aspect preserve", "--repeats 2", "--prior_target base_prediction"):
+    for more in ("--crop_aspect preserve", "--repeats 2", "--prior_target base_prediction", "--resolution 72"):
         run = trainer.run("lora", tmp_path / "out", f"{flags} {more} --resume_from_checkpoint latest", code=1)
         assert "cannot be resumed by this command" in run.stderr
+
+
+def test_another_size_of_all_photos_does_not_resume(trainer, tmp_path):
+    """Neither a bucket that they share, nor a concept's own resolution; the screen tells such a size."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        draw_picture(96, 72, number).save(photos / f"{number}.png")
+    flags = f"--instance_data_dir {photos} --checkpointing_steps 1 --crop_aspect preserve"
+    run = trainer.run("lora", tmp_path / "out", flags)
+    assert "sizes ......... 2 x 72x56 in 1; batches of up to 2, 100% full" in run.stdout
+    more = f"{flags} --crop_aspect square --resume_from_checkpoint latest"
+    assert "sizes: ['72x56', '72x56'] there, None here" in trainer.run("lora", tmp_path / "out", more, code=1).stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

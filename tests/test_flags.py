@@ -63,7 +63,7 @@ AT_LEAST_1 = (
     *("num_eval_images", "num_class_images", "sample_batch_size", "tokenizer_max_length", "train_batch_size"),
     *("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps"),
     *("checkpoints_total_limit", "num_validation_images", "validation_steps", "validation_epochs"),
-    *("validation_num_inference_steps", "rank", "lora_alpha", "repeats", "latent_variants", "bucket_step"),
+    *("validation_num_inference_steps", "rank", "lora_alpha", "latent_variants", "bucket_step"),
     *("minimum_image_size", "maximum_image_size", "target_downsample_size"),
 )
 INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")
@@ -74,6 +74,7 @@ FROM_0 = (
 ABOVE_0 = ("adam_epsilon", "snr_gamma")
 BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout", "caption_dropout")
 RANGE_CASES = [
+    *(("repeats", value, "from 1 to 10,000") for value in ("0", "-3", "10001")),
     *((name, value, "1 or more") for name in AT_LEAST_1 for value in ("0", "-3")),
     *((name, "-1", "0 or more") for name in INTEGERS_FROM_0),
     *((name, value, "0 or more") for name in FROM_0 for value in ("-0.5", "nan", "inf", "-inf")),

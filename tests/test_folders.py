@@ -220,6 +220,13 @@ def test_a_checkpoint_fits_what_it_equals(tmp_path):
     check_fits(tmp_path, {"seed": 1, "rank": 4, "old": "x"}, {"seed": 1, "rank": 4})
 
 
+def test_a_checkpoint_from_before_a_flag_fits_its_default(tmp_path):
+    """It was made as the default is; any other value is a difference."""
+    check_fits(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 1, "prior_target": "images"})
+    with pytest.raises(InputError, match="\n  repeats: 1 there, 2 here\n"):
+        check_fits(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 2, "prior_target": "images"})
+
+
 def test_every_difference_to_a_checkpoint_is_named(tmp_path):
     """Each line has both values; what the checkpoint lacks counts as None."""
     with pytest.raises(InputError) as error:

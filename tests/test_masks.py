@@ -64,10 +64,12 @@ def test_photos_without_mask_and_masks_without_photo_are_listed(folders, caplog)
 
 
 def test_masks_that_cannot_be_right_are_refused_together(folders):
-    """Another shape, wholly black, or two of one name."""
+    """Another shape, all but black, or two of one name."""
     photos, light = folders
     Image.new("L", (60, 60), 255).save(light / "a.png")
-    Image.new("L", (40, 60), 0).save(light / "b.png")
+    spot = Image.new("L", (400, 600))
+    spot.putpixel((20, 20), 255)
+    spot.save(light / "b.png")
     Image.new("L", (40, 60), 255).save(light / "more" / "c.bmp")
     with pytest.raises(InputError) as error:
         find(photos, light)
@@ -75,18 +77,47 @@ def test_masks_that_cannot_be_right_are_refused_together(folders):
         f"The masks in --mask_data_dir {light} cannot be used:",
         f"{light / 'more' / 'c.bmp'}, {light / 'more' / 'c.png'} have the same name.",
         f"{light / 'a.png'} is 60x60, but {photos / 'a.jpg'} is 60x40: another shape.",
-        f"{light / 'b.png'} is black: nothing of its photo would count.",
+        f"{light / 'b.png'} is light in 0.00% of its area: next to nothing of its photo would count.",
     ]
 
 
+def test_a_broken_mask_is_named_if_a_photo_has_it(folders):
+    """One that belongs to no photo harms nothing."""
+    photos, light = folders
+    (light / "none.png").write_bytes(b"no picture")
+    assert len(find(photos, light)) == 3
+    (light / "b.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read: it is damaged") as error:
+        find(photos, light)
+    assert "skip_bad_images" not in str(error.value)
+
+
 def test_a_folder_of_other_masks_is_refused(folders, tmp_path):
-    """None fits, so it is the wrong folder; one without pictures is, too."""
+    """None fits, so it is the wrong folder; or there is none at all."""
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match="holds no images"):
-        find(folders[0], tmp_path / "other")
-    Image.new("L", (8, 8), 255).save(tmp_path / "other" / "x.png")
-    with pytest.raises(InputError, match="has no mask for any of the 3 photos"):
-        find(folders[0], tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(InputError, match="has no mask for any of the 3 photos"):
+            find(folders[0], tmp_path / "other")
+        Image.new("L", (8, 8), 255).save(tmp_path / "other" / "x.png")
+
+
+def test_names_are_the_same_however_they_are_written(folders):
+    """macOS writes "é" as two characters."""
+    photos, light = folders
+    (photos / "b.png").rename(photos / "caf\u00e9.png")
+    (light / "b.png").rename(light / "cafe\u0301.png")
+    assert len(find(photos, light)) == 3
+
+
+def test_transparent_parts_of_a_mask_do_not_count(tmp_path):
+    """A cut-out subject is its own mask; an opaque picture goes by its light."""
+    cutout = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    cutout.paste((10, 20, 30, 255), (2, 2, 6, 6))
+    cutout.save(tmp_path / "cutout.png")
+    Image.new("RGBA", (8, 8), (255, 255, 255, 255)).save(tmp_path / "opaque.png")
+    light = np.asarray(images.open_light(tmp_path / "cutout.png"))
+    assert light[2:6, 2:6].min() == 255 and light.sum() == 16 * 255
+    assert np.asarray(images.open_light(tmp_path / "opaque.png")).min() == 255
 
 
 def test_a_mask_is_cut_and_mirrored_like_its_photo(tmp_path):
@@ -116,16 +147,46 @@ def test_a_white_mask_weighs_exactly_one(tmp_path):
     assert torch.equal(weights, torch.ones(1, 8, 8))
 
 
-def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
-    """To the middle of what is light, as far as the picture goes; one that meets it stays."""
-    path = tmp_path / "corner.png"
-    mask = Image.new("L", (100, 50))
-    mask.paste(255, (90, 0, 100, 10))
+def write_mask(path, size, *boxes):
+    """Write a mask that is white in some boxes."""
+    mask = Image.new("L", size)
+    for box in boxes:
+        mask.paste(255, box)
     mask.save(path)
+    return path
+
+
+def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
+    """To where most light is; one that holds a tenth of that stays."""
+    path = write_mask(tmp_path / "corner.png", (100, 50), (90, 0, 100, 10))
     assert masks.meet(path, (100, 50), (0, 0, 50, 50)) == (50, 0, 100, 50)
-    assert masks.meet(path, (100, 50), (45, 0, 95, 50)) == (45, 0, 95, 50)
+    assert masks.meet(path, (100, 50), (41, 0, 91, 50)) == (41, 0, 91, 50), "a tenth of the light"
+    assert masks.meet(path, (100, 50), (40, 0, 90, 50)) == (50, 0, 100, 50)
     assert masks.meet(None, (100, 50), (0, 0, 50, 50)) == (0, 0, 50, 50)
-    assert masks.meet(path, (100, 50), (0, 30, 20, 50)) == (80, 0, 100, 20)
+    left, top, right, bottom = masks.meet(path, (100, 50), (0, 30, 20, 50))
+    assert (right - left, bottom - top) == (20, 20) and left >= 80 and top <= 0
+
+
+def test_a_crop_between_two_light_parts_is_moved_onto_one(tmp_path):
+    """The middle of all that is light may be dark: there, nothing of the photo would count."""
+    path = write_mask(tmp_path / "two.png", (192, 64), (0, 0, 40, 64), (150, 0, 192, 64))
+    box = masks.meet(path, (192, 64), (64, 0, 128, 64))
+    assert masks.open_mask(path, (192, 64)).crop(box).getextrema()[1] == 255
+    assert np.asarray(masks.open_mask(path, (192, 64)).crop(box)).mean() > 100
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_crop_has_next_to_no_light(tmp_path, seed):
+    """Wherever a mask is light, each crop of it holds a tenth of what it could, or what was asked for."""
+    chance = np.random.default_rng(seed)
+    width, height = (int(edge) for edge in chance.integers(40, 90, 2))
+    left, top = int(chance.integers(0, width - 8)), int(chance.integers(0, height - 8))
+    path = write_mask(tmp_path / "mask.png", (width, height), (left, top, left + 8, top + 8))
+    for x in range(0, width - 32, 3):
+        for y in range(0, height - 32, 3):
+            box = masks.meet(path, (width, height), (x, y, x + 32, y + 32))
+            assert np.asarray(masks.open_mask(path, (width, height)).crop(box)).sum() >= 0.1 * 64 * 255
+            assert box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
 
 
 # What of the loss a mask lets through.

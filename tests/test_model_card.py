@@ -383,3 +383,21 @@ def test_the_snippet_draws_the_validation_prompt_if_there_is_one(script, tmp_pat
     for flags, prompt in (([], "a photo of sks dog"), (["--validation_prompt", "sks on Mars"], "sks on Mars")):
         code = write_run(script, tmp_path / "out", *flags)[2]
         assert prompt in strings_in(code) and "small.png" not in code and "scheduler" not in code
+
+
+def test_a_card_names_every_subject(script, tmp_path):
+    """By the prompt of its photos, each once; class images are none."""
+    (tmp_path / "photos").mkdir()
+    args = script.make_parser().parse_args(["--instance_data_dir", "photos", "--instance_prompt", "a sks dog"])
+    (dog,) = read_concepts(vars(args))
+    cat = dog._replace(instance_prompt=None, number=2)
+    places = [(Path(str(number)), Size(64, 64)) for number in range(4)]
+    photos = [
+        script.Example(places[0][0], ("a sks dog",), dog, places[0][1]),
+        script.Example(places[1][0], ("a zwx cat asleep", "a zwx cat"), cat, places[1][1]),
+        script.Example(places[2][0], ("a sks dog",), dog, places[2][1]),
+        script.Example(places[3][0], ("a dog",), dog, places[3][1], is_prior=True),
+    ]
+    header, markdown, _ = write_run(script, tmp_path / "out", examples=photos)
+    assert header["instance_prompt"] == "a sks dog"
+    assert "on photos of 2 subjects.\nName them in prompts as in training: `a sks dog`, `a zwx cat asleep`" in markdown

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
 ARGS_FILE = "args.json"
 OPTIMIZER_FILE = "optimizer.pt"
+SINCE = {"repeats": 1, "prior_target": "images"}  # what checkpoints were made with that do not know of a flag
 _CLAIMS = []  # open files, whose locks say that this process works in their folders
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch says when it cannot write a file
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -235,11 +236,12 @@ def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
         scaler.load_state_dict(state["scaler"])
 
 
-def fits_of_pictures(examples: list) -> dict:
+def fits_of_pictures(examples: list, resolution: str) -> dict:
     """Return what a checkpoint's run and the one that resumes it must have in common as to pictures and captions.
 
     Args:
         examples: The script's `Example`s.
+        resolution: Of the run; the sizes of photos are told if they are not all that.
     """
     photos = [example for example in examples if not example.is_prior]
     subjects = list(dict.fromkeys(example.concept for example in examples))
@@ -249,7 +251,7 @@ def fits_of_pictures(examples: list) -> dict:
         "photos": [example.path.name for example in photos],
         "class images": len(examples) - len(photos),
         "captions": [list(example.prompts) for example in photos] if has_captions else None,
-        "sizes": [str(example.size) for example in photos] if len(sizes) > 1 else None,
+        "sizes": [str(example.size) for example in photos] if sizes != {resolution} else None,
         "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
         "content of the pictures": images.fingerprint((example.path, example.is_prior) for example in examples),
     }
@@ -257,7 +259,7 @@ def fits_of_pictures(examples: list) -> dict:
 
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
-    there = {name: theirs.get(name) for name in ours}
+    there = {name: theirs.get(name, SINCE.get(name)) for name in ours}
     shorten = functools.partial(textwrap.shorten, width=300, placeholder=" …")
     lines = [
         f"  {name}: {shorten(str(there[name]))} there, {shorten(str(own))} here"

@@ -4,21 +4,24 @@ The file holds a list of objects with the names of flags as keys; a key that is 
 """
 
 import difflib
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.caption_files import STRATEGIES
+from utils.captions import find_prompt_problems
 from utils.errors import InputError
-from utils.flag_checks import find_out_of_range, problems_that_hold
-from utils.geometry import CROP_STYLES, find_size_problems
+from utils.flag_checks import find_idle, find_out_of_range, is_text, problems_that_hold
+from utils.geometry import CROP_STYLES, Size, find_size_problems, find_step_problems
 
 FLAG = "--concepts_list"
 SPELLINGS = {"is_regularization_data": "is_regularisation_data"}
 CHOICES = {"caption_strategy": STRATEGIES, "crop_style": CROP_STYLES}
-RANGES = dict.fromkeys(("repeats", "num_class_images"), "1 or more")
+RANGES = {"repeats": "from 1 to 10,000", "num_class_images": "1 or more"}
 RANGES |= dict.fromkeys(("loss_weight", "prior_loss_weight", "class_guidance_scale"), "0 or more")
+LONGEST_NAME = 80  # bytes of a folder's name that is made of a prompt
 OF_EACH = ("instance_data_dir", "dataset_name", "mask_data_dir")  # flags that a list leaves no work for
 
 
@@ -78,8 +81,8 @@ def read_concepts(flags: dict[str, Any]) -> list[Concept]:
         return [Concept(**usual | {"class_data_dir": str(folder) if wants_class else None})]
     concepts = []
     for number, entry in enumerate(_read_list(flags["concepts_list"]), start=1):
-        if entry.pop("center_crop", False):
-            entry["crop_style"] = "center"
+        if "center_crop" in entry:
+            entry.setdefault("crop_style", "center" if entry.pop("center_crop") else flags["crop_style"] or "random")
         if entry.get("is_regularisation_data"):
             # What the photos of a subject are told is no default for those of a class.
             entry = {"instance_prompt": entry.get("class_prompt", usual["class_prompt"])} | entry
@@ -103,6 +106,52 @@ def find_concept_problems(flags: dict[str, Any]) -> list[str]:
         problems.append(f"{FLAG} {flags['concepts_list']} holds regularisation data only: there is no subject.")
     needs_class = flags["with_prior_preservation"] and not pool
     return problems + [problem for concept in concepts for problem in _find_lacks(concept, needs_class)]
+
+
+def find_uneven(flags: dict[str, Any], resolution: Size, factor: int) -> list[str]:
+    """Return a sentence for each size of a concept, and for a --bucket_step, that does not fit the model.
+
+    Args:
+        resolution: Of the run.
+        factor: What the model's edges must be multiples of.
+    """
+    own = {one.call("resolution"): one.resolution for one in read_concepts(flags)}
+    sizes = {key: Size.parse(size) for key, size in own.items() if size not in (None, flags["resolution"])}
+    uneven = [f"{key} {size}" for key, size in sizes.items() if any(edge % factor for edge in size)]
+    step = flags["bucket_step"] if flags["crop_aspect"] == "preserve" else None
+    found = [f"{name}: the model needs multiples of {factor}." for name in uneven]
+    return found + find_step_problems(resolution, step, factor, flags["resolution_type"])
+
+
+def find_lost_words(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each instance prompt of which words are lost when IF's pipelines clean it."""
+    prompts = {one.call("instance_prompt"): one.instance_prompt or "" for one in read_concepts(flags)}
+    return [problem for name, prompt in prompts.items() for problem in find_prompt_problems(name, prompt)]
+
+
+def find_idle_keys(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag or key of the subjects that changes nothing in this run."""
+    by_column = flags["caption_column"] or flags["concepts_list"]
+    if flags["prepend_instance_prompt"] and flags["caption_strategy"] == STRATEGIES[0] and not by_column:
+        return ["--prepend_instance_prompt has no effect with --caption_strategy instanceprompt.", *_find_idle(flags)]
+    return _find_idle(flags)
+
+
+def _find_idle(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag or key of class images that changes nothing in this run."""
+    if not flags["concepts_list"]:
+        names = ("class_prompt", "class_data_dir", "class_guidance_scale", "prior_target base_prediction")
+        return find_idle(flags, dict.fromkeys(names, "with_prior_preservation"))
+    given, notes = _read_list(flags["concepts_list"]), []
+    for concept, entry in zip(read_concepts(flags), given):
+        keys = [key for key in ("class_data_dir", "class_prompt") if entry.get(key) and not concept.class_data_dir]
+        if concept.is_regularisation_data:
+            keys = [key for key in keys if key == "class_data_dir"]
+            why = "regularisation data shows the class itself"
+        else:
+            why = "it needs --with_prior_preservation and a class_prompt"
+        notes += [f"{concept.call(key)} has no effect: {why}." for key in keys]
+    return notes
 
 
 def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
@@ -162,6 +211,8 @@ def _find_wrong(number: int, entry: dict[str, Any]) -> list[str]:
         fits = fits or (key == "resolution" and isinstance(value, int))
         if not fits or isinstance(value, bool) != (kind is bool):
             problems.append(f"{start}{key} is {json.dumps(value)}, not {names.get(kind, 'a text')}.")
+        elif isinstance(value, str) and not is_text(value):
+            problems.append(f"{start}{key} {value!r} is not written in UTF-8.")
         elif key in CHOICES and value not in CHOICES[key]:
             problems.append(f"{start}{key} {value!r} is none of {', '.join(CHOICES[key])}.")
         elif key in RANGES:
@@ -175,4 +226,8 @@ def _find_wrong(number: int, entry: dict[str, Any]) -> list[str]:
 
 def _folder_name(prompt: str) -> str:
     """Return the name of the folder for the class images of a prompt."""
-    return re.sub(r"\W+", "_", prompt.strip().lower()).strip("_") or "class"
+    name = re.sub(r"\W+", "_", prompt.strip().lower()).strip("_") or "class"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return f"{start}_{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

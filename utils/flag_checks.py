@@ -8,6 +8,7 @@ RANGES = {
     "any": lambda value: True,
     "above 0": lambda value: 0 < value < math.inf,
     "0 or more": lambda value: 0 <= value < math.inf,
+    "from 1 to 10,000": lambda value: 1 <= value <= 10_000,
     "1 or more": lambda value: 1 <= value < math.inf,
     "in [0, 1)": lambda value: 0 <= value < 1,
 }
@@ -22,7 +23,7 @@ def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[st
     return [
         f"--{name} {values[name]} is out of range: it must be {words}."
         for name, words in ranges.items()
-        if values[name] is not None and not RANGES[words](values[name])
+        if values.get(name) is not None and not RANGES[words](values[name])
     ]
 
 
@@ -54,6 +55,11 @@ def _is_given(flags: dict[str, Any], words: str) -> bool:
 def problems_that_hold(*checks: tuple[Any, str]) -> list[str]:
     """Return the sentences of those (condition, sentence) pairs whose condition is true."""
     return [sentence for condition, sentence in checks if condition]
+
+
+def is_text(value: str) -> bool:
+    """Say whether a text can be written in UTF-8; Python's stand-ins for bytes that are no text cannot."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def is_installed(package: str) -> bool:

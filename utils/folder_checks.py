@@ -6,7 +6,8 @@ from typing import Any
 from utils import checkpoints, hub
 from utils.concepts import Concept, read_concepts
 from utils.errors import InputError
-from utils.flag_checks import problems_that_hold
+from utils.flag_checks import is_text, problems_that_hold
+from utils.images import describe_source
 
 FILES, FOLDERS = ("args.json", "metrics.jsonl", "README.md"), ("samples",)  # that a run writes, whatever it trains
 
@@ -54,7 +55,7 @@ def find_folder_problems(flags: dict[str, Any]) -> list[str]:
 
 def _why_unusable(folder: Path) -> str:
     """Say why there cannot be a folder of that name, "" if there can be."""
-    if any("\ud800" <= sign <= "\udfff" for sign in str(folder)):  # Python's stand-ins for bytes that are no text
+    if not is_text(str(folder)):
         return "its name is not written in UTF-8"
     try:
         folder.stat()
@@ -90,7 +91,8 @@ def _find_shared(subjects: list[Concept]) -> list[str]:
     prompts = {}
     for one in subjects:
         if one.class_data_dir:
-            prompts.setdefault(Path(one.class_data_dir).resolve(), []).append(one.class_prompt)
+            source = describe_source(one.class_prompt or "", one.class_guidance_scale)
+            prompts.setdefault(Path(one.class_data_dir).resolve(), []).append(source)
     return [
         f"class_data_dir {folder} cannot hold the class images of {' and '.join(map(repr, dict.fromkeys(texts)))}."
         for folder, texts in prompts.items()

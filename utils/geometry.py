@@ -141,19 +141,32 @@ def list_buckets(target: Size, step: int, unit: str) -> list[Size]:
         target: The resolution.
         step: What the edges are multiples of, in pixels.
         unit: "pixel_area": about as many pixels as the target, at most a tenth more or less; "pixel": the target's
-            shorter edge. The target itself is always among them.
+            shorter edge, and only the other one is a multiple. The target itself is always among them.
     """
+    area, shorter = target.width * target.height, min(target)
     if unit == "pixel":
-        edge = max(min(target) // step, 1)
-        pairs = {(edge, longer) for longer in range(edge, _LARGEST_RATIO * edge + 1)}
+        longest = _LARGEST_RATIO * shorter // step * step
+        pairs = {(shorter, longer) for longer in (shorter, *range(-(-shorter // step) * step, longest + 1, step))}
     else:
-        area, pairs = target.width * target.height / step**2, set()
-        for edge in range(1, math.isqrt(int(area * (1 + _FREE_AREA))) + 1):
-            pairs |= {(edge, longer) for longer in (math.floor(area / edge), math.ceil(area / edge))}
-        free = _FREE_AREA * area
-        pairs = {(a, b) for a, b in pairs if a <= b <= _LARGEST_RATIO * a and abs(a * b - area) <= free}
-    edges = {(a * step, b * step) for pair in pairs for a, b in (pair, pair[::-1])} | {tuple(target)}
+        widths = range(step, math.isqrt(int(area * (1 + _FREE_AREA))) + 1, step)
+        pairs = {(edge, turn(area / edge / step) * step) for edge in widths for turn in (math.floor, math.ceil)}
+        pairs = {(a, b) for a, b in pairs if a <= b <= _LARGEST_RATIO * a and abs(a * b - area) <= _FREE_AREA * area}
+    edges = {edges for pair in pairs for edges in (pair, pair[::-1])} | {tuple(target)}
     return sorted((Size(*pair) for pair in edges), key=lambda size: size.width / size.height)
+
+
+def find_step_problems(target: Size, step: int | None, factor: int, unit: str) -> list[str]:
+    """Return a sentence if --bucket_step does not fit the model or leaves one bucket alone; None is unset.
+
+    Args:
+        factor: What the model's edges must be multiples of.
+    """
+    if step is None:
+        return []
+    if step % factor:
+        return [f"--bucket_step {step}: the model needs multiples of {factor}."]
+    alone = f"--bucket_step {step} leaves no bucket beside the resolution {target}: give a smaller one."
+    return [alone] if list_buckets(target, step, unit) == [target] else []
 
 
 def cut_off(size: tuple[int, int], target: Size) -> float:

@@ -127,6 +127,22 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         InputError: the file is missing, cut off, corrupt, suspiciously large, or of a kind that cannot become RGB.
     """
+    rgb, alpha = _open_parts(path)
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+
+
+def open_light(path: Path) -> Image.Image:
+    """Open an image as mode "L", upright: how light it is or, if parts are transparent, how opaque.
+
+    Raises:
+        InputError: as of `open_rgb`.
+    """
+    rgb, alpha = _open_parts(path)
+    return alpha if alpha is not None and alpha.getextrema()[0] < 255 else rgb.convert("L")
+
+
+def _open_parts(path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """Open an image as its upright sRGB colours and, if it has some, its transparency; see `open_rgb`."""
     try:
         with warnings.catch_warnings(action="ignore"), _open(path) as image:
             raw_mode = _raw_mode(image)
@@ -136,12 +152,10 @@ def open_rgb(path: Path) -> Image.Image:
     except Exception as error:  # decoders raise nearly every type on corrupt data
         raise _unreadable(path, error) from error
     rgb = _to_srgb(colours, profile)
-    if alpha is not None:
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     if turn is not None:
-        rgb = rgb.transpose(turn)
+        rgb, alpha = rgb.transpose(turn), alpha and alpha.transpose(turn)
     rgb.info = {}  # a profile that stays here would be written, and applied again, with the converted pixels
-    return rgb
+    return rgb, alpha
 
 
 def upright_size(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from utils import images
 from utils.errors import InputError
+from utils.flag_checks import problems_that_hold
 from utils.geometry import Cut, Size
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 10  # paths in a message
+LEAST_LIGHT = 0.001  # of a mask's area; less may be lost when it is scaled
+LEAST_SHARE = 0.1  # of the light that a crop could hold; with less, its loss would be that of a few places at the rim
 
 
 def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | None, flag: str) -> dict[Path, Path]:
@@ -35,53 +39,70 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
     """
     if masks is None:
         return {}
-    masks = Path(masks)
-    found = images.inspect_folder(masks, flag, skip_bad=False)
-    by_name = {}
-    for path in found.sizes:
+    masks, by_name = Path(masks), {}
+    for path in images.list_images(masks).images:
         by_name.setdefault(_name(masks, path), []).append(path)
-    problems = [f"{_join(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
     pairs = {photo: by_name[_name(folder, photo)][0] for photo in sizes if _name(folder, photo) in by_name}
-    for photo, path in pairs.items():
-        (width, height), (mask_width, mask_height) = sizes[photo], found.sizes[path]
-        if abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height):
-            problems.append(f"{path} is {mask_width}x{mask_height}, but {photo} is {width}x{height}: another shape.")
-        if open_mask(path).getextrema()[1] == 0:
-            problems.append(f"{path} is black: nothing of its photo would count.")
     if not pairs:
-        problems.append(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
+        raise InputError(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
+    problems = [f"{_join(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
+    found = images.inspect_images(pairs.values())
+    problems += [f"{path} cannot be read: {reason}." for path, reason in found.unreadable.items()]
+    for photo, path in pairs.items():
+        problems += _find_misfit(photo, sizes[photo], path, found.sizes[path]) if path in found.sizes else []
     if problems:
         raise InputError("\n".join([f"The masks in {flag} {masks} cannot be used:", *problems]))
     if lacking := [photo for photo in sizes if photo not in pairs]:
         logger.warning("%d of %d photos have no mask and count wholly: %s", len(lacking), len(sizes), _join(lacking))
-    if unused := sorted(set(found.sizes) - set(pairs.values())):
+    known = {path for paths in by_name.values() for path in paths}
+    if unused := sorted(known - set(pairs.values())):
         logger.warning("%d masks in %s belong to no photo: %s", len(unused), masks, _join(unused))
     return pairs
 
 
+def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tuple[int, int]) -> list[str]:
+    """Return a sentence for each reason why a mask cannot be that of a photo."""
+    (width, height), (mask_width, mask_height) = size, mask_size
+    light = float(np.asarray(images.open_light(path)).mean()) / 255
+    shape = f"{path} is {mask_width}x{mask_height}, but {photo} is {width}x{height}: another shape."
+    dark = f"{path} is light in {light:.2%} of its area: next to nothing of its photo would count."
+    differs = abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height)
+    return problems_that_hold((differs, shape), (light < LEAST_LIGHT, dark))
+
+
 @functools.lru_cache(maxsize=256)
-def open_mask(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """Open a mask as mode "L", upright, white where the loss counts, scaled to a size if one is given."""
-    mask = images.open_rgb(path).convert("L")
-    return mask if size is None else mask.resize(size, Image.Resampling.BILINEAR)
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Open a mask as mode "L", upright, white where the loss counts, scaled to a size; the last are remembered."""
+    return images.open_light(path).resize(size, Image.Resampling.BILINEAR)
 
 
 def meet(path: Path | None, scaled: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Return a crop's (left, top, right, bottom), moved to the middle of what is light if it holds none of that.
+    """Return a crop's (left, top, right, bottom), moved if it all but misses what is light.
+
+    A crop that holds less than a tenth of the light that one of its size can hold is moved to where that is.
 
     Args:
         path: Of the mask; None: there is none.
         scaled: (width, height) of the picture that the crop is cut out of.
     """
-    mask = path and open_mask(path, scaled)
-    light = mask and mask.getbbox()
-    if not light or mask.crop(box).getbbox():
+    if path is None:
         return box
-    moved = []
-    for edge, (start, end), (first, last) in zip(mask.size, zip(box[:2], box[2:]), zip(light[:2], light[2:])):
-        length = end - start
-        moved.append(min(max((first + last - length) // 2, 0), edge - length))
-    return moved[0], moved[1], moved[0] + box[2] - box[0], moved[1] + box[3] - box[1]
+    brightest, most = _find_brightest(path, scaled, (box[2] - box[0], box[3] - box[1]))
+    light = np.asarray(open_mask(path, scaled).crop(box), np.int64).sum()
+    return box if light >= LEAST_SHARE * most else brightest
+
+
+@functools.lru_cache(maxsize=4096)
+def _find_brightest(
+    path: Path, scaled: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[int, int, int, int], int]:
+    """Return the crop of a size that holds most light, of equal ones the middle one, and how much it holds."""
+    width, height = size
+    sums = np.pad(np.asarray(open_mask(path, scaled), np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    light = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    places = np.argwhere(light == light.max())
+    top, left = (int(place) for place in places[len(places) // 2])
+    return (left, top, left + width, top + height), int(light.max())
 
 
 def weight_map(mask: Path | None, cut: Cut, size: Size, factor: int) -> Tensor:
@@ -101,8 +122,11 @@ def weight_map(mask: Path | None, cut: Cut, size: Size, factor: int) -> Tensor:
 
 
 def _name(folder: Path, path: Path) -> str:
-    """Return what a photo and its mask have in common: their path without the suffix."""
-    return path.relative_to(folder).with_suffix("").as_posix()
+    """Return what a photo and its mask have in common: their path without the suffix.
+
+    Composed, because macOS may store "é" as two characters.
+    """
+    return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
 
 
 def _join(paths: Sequence[Path]) -> str:

@@ -32,6 +32,7 @@ class Card:
     grid: str | None
     settings: dict[str, Any]
     snippet: str
+    other_prompts: tuple[str, ...] = ()  # of further subjects
 
 
 class Picture(NamedTuple):
@@ -59,13 +60,18 @@ def write_card(
     """
     family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
     grid = f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png"
-    prompt = flags["instance_prompt"] or plan.examples[0].prompts[0]
+    subjects = {
+        one.concept: one for one in reversed(plan.examples) if not one.is_prior
+    }  # with the first photo of each
+    prompts = [concept.instance_prompt or photo.prompts[0] for concept, photo in reversed(subjects.items())]
+    prompt, *others = dict.fromkeys(prompts)
     describe = _adapter_snippet if "lora" in tags else _pipeline_snippet
     card = Card(
         title=repository or plan.output_dir.resolve().name,
         base_model=flags["pretrained_model_name_or_path"],
         tags=["text-to-image", "diffusers", "diffusers-training", "dreambooth", family, *tags],
         instance_prompt=prompt,
+        other_prompts=tuple(others),
         validation_prompt=flags["validation_prompt"],
         grid=grid if (plan.output_dir / grid).exists() else None,
         settings=settings,
@@ -128,6 +134,10 @@ def render(card: Card, license: dict[str, str]) -> str:
         else ""
     )
     base = model_files.public_name(card.base_model)
+    words = ", ".join(map(as_code, (card.instance_prompt, *card.other_prompts)))
+    subjects = f"one subject.\nName it in a prompt as in training: {words}"
+    if card.other_prompts:
+        subjects = f"{1 + len(card.other_prompts)} subjects.\nName them in prompts as in training: {words}"
     licence = license.get("license") or "unknown: see the base model"
     cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in card.settings.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in cells.items())
@@ -137,8 +147,7 @@ def render(card: Card, license: dict[str, str]) -> str:
 
 # {card.title}
 
-Fine-tuned from {base} with [DreamBooth](https://arxiv.org/abs/2208.12242) on photos of one subject.
-Name it in a prompt as in training: {as_code(card.instance_prompt)}
+Fine-tuned from {base} with [DreamBooth](https://arxiv.org/abs/2208.12242) on photos of {subjects}
 {preview}
 ## Use
 

@@ -63,10 +63,10 @@ def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str
         found["concepts"] = "; ".join(listed)
     if masked := sum(example.mask is not None for example in photos):
         found["masks"] = f"{masked} of {len(photos)} photos"
-    if len(plan.order.counts) > 1:
+    if list(plan.order.counts) != [plan.base.resolution]:
         found["sizes"] = describe_sizes(plan)
     weights = shorten(list(dict.fromkeys(f"{example.concept.prior_loss_weight:g}" for example in priors)))
-    missing = sum(example.is_missing for example in priors)
+    missing = len({example.path for example in priors if example.is_missing})
     found["class images"] = (
         f"{len(priors)} of {shorten(list_prompts(priors))}, prior weight {weights}" if priors else "none"
     )
@@ -81,7 +81,7 @@ def describe_sizes(plan: Any) -> str:
     """Return how many photos a pass has of each size, and how many batches they make."""
     counts, batch = plan.order.counts, plan.order.batch
     listed = [f"{count} x {size} in {-(-count // batch)}" for size, count in sorted(counts.items())]
-    share = sum(counts.values()) / (batch * plan.order.pass_length)
+    share = sum(counts.values()) / (batch * plan.order.pass_length)  # 1 if there is one size, whose passes run on
     words = f"{', '.join(listed)}; batches of up to {batch}, {float(share):.0%} full"
     return words + (". A smaller --train_batch_size, accumulated, wastes less" if share < 0.75 else "")
 
