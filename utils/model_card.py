@@ -60,11 +60,11 @@ def write_card(
     """
     family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
     grid = f"samples/step-{max(plan.first_step, plan.steps):06d}/grid.png"
-    subjects = {
-        one.concept: one for one in reversed(plan.examples) if not one.is_prior
-    }  # with the first photo of each
-    prompts = [concept.instance_prompt or photo.prompts[0] for concept, photo in reversed(subjects.items())]
-    prompt, *others = dict.fromkeys(prompts)
+    prompts = {}  # of the first photo of each subject
+    for example in plan.examples:
+        if not example.is_prior:
+            prompts.setdefault(example.concept, example.concept.instance_prompt or example.prompts[0])
+    prompt, *others = dict.fromkeys(prompts.values())
     describe = _adapter_snippet if "lora" in tags else _pipeline_snippet
     card = Card(
         title=repository or plan.output_dir.resolve().name,
