@@ -259,7 +259,7 @@ def more_words(at: Place) -> None:
 # The tables.
 
 # Of one or two pictures that are as large as the crop.
-LATENTS = r"INFO: \[RANK 0\] The latents of [12] cuts, for [24] visits, are in memory and in \S+\.\n"
+LATENTS = r"INFO: \[RANK 0\] Latents of [12] cuts, for [24] visits, are in memory\.\n"
 SIZE_WORDS = "is no size: give the edge of a square in pixels, such as 512, or WIDTHxHEIGHT, such as 96x64."
 PRIOR = "--with_prior_preservation --class_prompt 'a dog' --num_class_images 1"
 FLAGS = {  # by flags, the sentence of the one mistake in them

@@ -223,8 +223,9 @@ def test_keys_without_effect_are_told(flags_of):
     ]
     del entries[1]["class_data_dir"]
     assert find_idle_keys(flags_of(*entries, with_prior_preservation=True)) == []
-    assert find_idle_keys(flags_of(**DOG, class_prompt="a dog")) == [
-        "--class_prompt has no effect without --with_prior_preservation."
+    assert find_idle_keys(flags_of(**DOG, class_prompt="a dog", image_column="picture")) == [
+        "--class_prompt has no effect without --with_prior_preservation.",
+        "--image_column has no effect without --dataset_name.",
     ]
 
 

@@ -255,7 +255,7 @@ def test_auto_caches_where_cuts_come_again(trainer, tmp_path):
     for flags in ("", "--center_crop", "--latent_variants 1", "--center_crop --cache_latents off"):
         out = tmp_path / str(len(said))
         run = trainer.run("lora", out, f"--max_train_steps 10 {flags} --cache_dir {tmp_path / 'cache'}")
-        said[flags] = "The latents of" in run.stderr
+        said[flags] = "Latents of" in run.stderr
     assert list(said.values()) == [False, True, True, False]
 
 

@@ -346,12 +346,12 @@ CONTRADICTIONS = {
     "--maximum_image_size 64 --target_downsample_size 65": (
         "--target_downsample_size 65 is above --maximum_image_size 64: nothing would shrink."
     ),
-    "--dataset_name me/dogs": "--dataset_name excludes instance_data_dir.",
-    "--dataset_name me/dogs --instance_data_dir= --mask_data_dir .": "--mask_data_dir needs instance_data_dir.",
+    "--dataset_name me/dogs": "--dataset_name excludes --instance_data_dir.",
+    "--dataset_name me/dogs --instance_data_dir= --mask_data_dir .": "--mask_data_dir needs --instance_data_dir.",
     "--dataset_name me/dogs --instance_data_dir= --caption_column text --caption_strategy filename": (
         "--caption_column excludes captions by filename."
     ),
-    "--caption_column text": "--caption_column needs dataset_name.",
+    "--caption_column text": "--caption_column needs --dataset_name.",
     "--mask_data_dir missing": "--mask_data_dir missing does not exist.",
 }
 METHOD_PROBLEMS = [

@@ -141,7 +141,9 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag or key of class images that changes nothing in this run."""
     if not flags["concepts_list"]:
         names = ("class_prompt", "class_data_dir", "class_guidance_scale", "prior_target base_prediction")
-        return find_idle(flags, dict.fromkeys(names, "with_prior_preservation"))
+        needs = dict.fromkeys(names, "with_prior_preservation")
+        needs |= {} if flags["image_column"] == "image" else {"image_column": "dataset_name"}
+        return find_idle(flags, needs)
     given, notes = _read_list(flags["concepts_list"]), []
     for concept, entry in zip(read_concepts(flags), given):
         keys = [key for key in ("class_data_dir", "class_prompt") if entry.get(key) and not concept.class_data_dir]
@@ -157,19 +159,23 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
 def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
     """Return a sentence for each thing that a concept lacks, or has too much of."""
     call, by_column = concept.call, concept.dataset_name and concept.caption_column
+    dash = "" if concept.number else "--"
     wants_prompt = concept.prepend_instance_prompt or (not by_column and concept.caption_strategy == "instanceprompt")
     lacks_prompt = wants_prompt and not (concept.instance_prompt or "").strip()
     lacks_class = needs_class and not (concept.class_prompt or "").strip()
     asking = "--with_prior_preservation needs --class_prompt" if not concept.number else call("class_prompt is needed")
     return problems_that_hold(
         (not (concept.instance_data_dir or concept.dataset_name), f"{call('instance_data_dir')} is required."),
-        (concept.instance_data_dir and concept.dataset_name, f"{call('dataset_name')} excludes instance_data_dir."),
-        (concept.caption_column and not concept.dataset_name, f"{call('caption_column')} needs dataset_name."),
+        (
+            concept.instance_data_dir and concept.dataset_name,
+            f"{call('dataset_name')} excludes {dash}instance_data_dir.",
+        ),
+        (concept.caption_column and not concept.dataset_name, f"{call('caption_column')} needs {dash}dataset_name."),
         (
             by_column and concept.caption_strategy == "filename",
             f"{call('caption_column')} excludes captions by filename.",
         ),
-        (concept.mask_data_dir and concept.dataset_name, f"{call('mask_data_dir')} needs instance_data_dir."),
+        (concept.mask_data_dir and concept.dataset_name, f"{call('mask_data_dir')} needs {dash}instance_data_dir."),
         (lacks_prompt, f"{call('instance_prompt')} is required."),
         (lacks_class, f"{asking}, such as 'a photo of dog'."),
     )
