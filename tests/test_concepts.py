@@ -249,3 +249,21 @@ def test_lost_words_are_looked_for_in_every_concept(flags_of):
     """IF's pipelines delete words with digits."""
     (problem,) = find_lost_words(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}))
     assert "--concepts_list, concept 2: instance_prompt" in problem and "p3rs0n" in problem
+
+
+def test_folders_may_be_shared_but_not_contain_each_other(flags_of, tmp_path):
+    """The same photos may be two concepts; those below others, or masks among them, would be taken for others."""
+    for name in ("dogs/small", "masks"):
+        (tmp_path / name).mkdir(parents=True)
+    dogs, small, masks = (str(tmp_path / name) for name in ("dogs", "dogs/small", "masks"))
+    one, out = DOG | {"instance_data_dir": dogs}, {"output_dir": str(tmp_path / "out")}
+    assert find_folder_problems(flags_of(one, one | {"mask_data_dir": masks}, **out)) == []
+    (problem,) = find_folder_problems(flags_of(one, one | {"instance_data_dir": small}, **out))
+    assert problem == (
+        f"--concepts_list, concept 2: instance_data_dir in {START}instance_data_dir {dogs}: "
+        "all pictures below it count as photos."
+    )
+    (problem,) = find_folder_problems(flags_of(one | {"mask_data_dir": small}, **out))
+    assert problem.startswith(f"{START}mask_data_dir in {START}instance_data_dir")
+    (problem,) = find_folder_problems(flags_of(one | {"instance_data_dir": f"{dogs}/none"}, **out))
+    assert problem == f"{START}instance_data_dir {dogs}/none does not exist."

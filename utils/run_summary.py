@@ -1,6 +1,7 @@
 """A run in words: the start-up screen, and the settings of the model card."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str
     if len({example.concept for example in plan.examples}) > 1:
         subjects = Counter(example.concept for example in photos)
         listed = [
-            f"{count} x {one.repeats} of {one.instance_prompt or one.instance_data_dir}"
+            f"{count} x {one.repeats} of {one.instance_prompt or Path(one.instance_data_dir or one.dataset_name).name}"
             for one, count in subjects.items()
         ]
         found["concepts"] = "; ".join(listed)
