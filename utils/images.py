@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from utils.concepts import Concept
 from utils.errors import InputError, naming_what_cannot_be_written
 from utils.geometry import Cut, measure
 
@@ -259,8 +259,8 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
     return replace(inspection, notes=tuple(notes))
 
 
-def list_class_batches(missing: dict[Path, Concept], size: int) -> list[tuple[Concept, range]]:
-    """Return the batches in which missing class images are drawn: a concept, and the numbers of its images.
+def list_class_batches(missing: dict[Path, Any], size: int) -> list[tuple[Any, range]]:
+    """Return the batches in which missing class images are drawn: their `Concept`, and the numbers of its images.
 
     A batch begins at a multiple of its size, whatever is there already, so that each image has always the same
     neighbours, which decide its last bits.
