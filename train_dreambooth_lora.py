@@ -61,7 +61,7 @@ from utils.errors import InputError, exit_status
 from utils.flag_checks import find_idle, find_out_of_range, is_installed, problems_that_hold, usual_ranges
 from utils.folder_checks import find_folder_problems
 from utils.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
-from utils.hub_data import export_dataset
+from utils.hub_data import open_source
 from utils.latent_cache import content_hash, open_latents
 from utils.memory_use import explaining_running_out
 from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
@@ -71,8 +71,7 @@ from utils.run_summary import describe_run, show_run
 from utils.schedules import SCHEDULES, check_warmup, rate_of_step
 from utils.seeds import derive_seed, generator
 from utils.stop_request import StopRequest, ignore_signals
-from utils.tensor_cache import default_folder
-from utils.variance import variational_bound, weighted_mean
+from utils.variance import variational_bound
 
 logger = get_logger(__name__)
 
@@ -453,6 +452,7 @@ def find_problems(args: Namespace) -> list[str]:
     precisions = {name: getattr(args, name) for name in ("prior_generation_precision", "text_encoder_precision")}
     int8 = {"use_8bit_adam": args.use_8bit_adam, "text_encoder_precision int8": "int8" in precisions.values()}
     stale = "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
+    unknown = f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16."
     rises = 0 <= args.learning_rate < (args.lr_end or 0) < math.inf
     has_no_end = args.lr_end is not None and args.lr_scheduler not in ("one_cycle", "polynomial")
     crops = args.center_crop and args.crop_style not in (None, "center")
@@ -468,10 +468,7 @@ def find_problems(args: Namespace) -> list[str]:
         *problems_that_hold(
             (text and args.pre_compute_text_embeddings, stale),
             (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
-            (
-                precision not in PRECISIONS,
-                f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16.",
-            ),
+            (precision not in PRECISIONS, unknown),
             (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {args.lr_scheduler}."),
             (rises, f"--lr_end {args.lr_end} is above --learning_rate {args.learning_rate}, the highest."),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
@@ -625,10 +622,7 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
 # Same in train_dreambooth.py
 def list_photos(args: Namespace, base: BaseModel, concept: Concept) -> list[Example]:
     """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
-    folder, call, unit = Path(concept.instance_data_dir or ""), concept.call, args.resolution_type
-    if concept.dataset_name:
-        columns, cache = (concept.image_column, concept.caption_column), Path(args.cache_dir or default_folder())
-        folder = export_dataset(concept.dataset_name, *columns, cache, args.hub_token)
+    folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.call, args.resolution_type
     found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
     found = images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
@@ -980,10 +974,8 @@ class DreamBoothDataset(Dataset):
         """Remember what is needed to cut pictures; read none."""
         self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, None
         rows = {text: row for row, text in enumerate(prompts.texts)}
-        self.prompt_rows, self.empty_row = (
-            [[rows[text] for text in one.prompts] for one in plan.examples],
-            rows.get(""),
-        )
+        self.prompt_rows = [[rows[text] for text in one.prompts] for one in plan.examples]
+        self.empty_row = rows.get("")
         limits = (args.maximum_image_size, args.target_downsample_size, args.resolution_type)
         self.shrinking, self.latent_factor = geometry.Shrinking(*limits), plan.base.latent_factor
         mode = args.image_interpolation_mode or ("bicubic" if plan.base.is_if else "lanczos")
@@ -1089,6 +1081,7 @@ def cache_latents(
     """
     cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
     if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
+        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
         return None
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
     latents, options = {}, (args.variant, str(models.vae.dtype), accelerator.device.type)
@@ -1175,9 +1168,8 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     alphas_cumprod, weight_map = scheduler.alphas_cumprod.to(device), batch["weight_map"].to(device, non_blocking=True)
     losses = example_losses(prediction, wanted, weight_map, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     if args.train_variance:
-        pictures = (prediction.detach(), variance[0], clean, noisy)
-        bound = variational_bound(*pictures, weight_map, timesteps, alphas_cumprod)
-        losses = losses + len(alphas_cumprod) / 1000 * bound
+        bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
+        losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(bound, weight_map)
     shares, weights = (batch[name].float().to(device, non_blocking=True) for name in ("shares", "weights"))
     return combine(losses, shares, weights, is_prior)
 
@@ -1316,6 +1308,13 @@ def example_losses(
         return losses * snr.clamp(max=snr_gamma) / (snr + 1)
     # min(SNR, γ) / SNR in a form that is 1 at SNR = 0, where a zero-terminal-SNR schedule ends.
     return losses * (snr_gamma / snr).clamp(max=1)
+
+
+# Same in train_dreambooth.py
+def weighted_mean(values: Tensor, weight_map: Tensor) -> Tensor:
+    """Return each example's mean over its light places, (B,), of (B, C, h, w) values and a (B, 1, h, w) map."""
+    weights = weight_map.expand_as(values)
+    return (values * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
 # Same in train_dreambooth.py

@@ -212,6 +212,16 @@ def test_a_cache_is_used_again_and_mended(trainer, tmp_path):
     assert len(sorted((tmp_path / "cache").iterdir())) == 5
 
 
+def test_two_runs_fill_a_cache_at_once(trainer, tmp_path):
+    """Both of them, and a run without a cache, end in the same bits; each picture has one entry."""
+    flags = f"{STEPS} --center_crop --cache_dir {tmp_path / 'cache'}"
+    runs = {tmp_path / name: ("lora", f"{flags} --cache_latents on") for name in ("one", "two")}
+    outs = trainer.run_all(runs | {tmp_path / "plain": ("lora", f"{flags} --cache_latents off")})
+    for out in outs[:2]:
+        assert_same_end(out, outs[2])
+    assert len(names(tmp_path / "cache")) == 5
+
+
 @pytest.mark.parametrize("change", ["photo", "resolution", "filter", "stepwise"])
 def test_what_latents_depend_on_is_another_entry(trainer, tmp_path, change):
     """Another photo, size or filter is encoded anew, and the run is that of one without a cache."""
@@ -256,6 +266,8 @@ def test_auto_caches_where_cuts_come_again(trainer, tmp_path):
         out = tmp_path / str(len(said))
         run = trainer.run("lora", out, f"--max_train_steps 10 {flags} --cache_dir {tmp_path / 'cache'}")
         said[flags] = "Latents of" in run.stderr
+        # Whoever crops at random is told that this costs encoding, and what would not.
+        assert ("Latents are not cached: " in run.stderr) == (flags == "")
     assert list(said.values()) == [False, True, True, False]
 
 

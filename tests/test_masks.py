@@ -225,7 +225,8 @@ def test_nothing_outside_a_mask_has_a_gradient(script):
     weights = torch.zeros(2, 1, 8, 8)
     weights[0, :, 2:5, 1:7], weights[1, :, :, 3] = 1, 0.5
     losses = script.example_losses(prediction, noise, weights, STEPS, ALPHAS, "epsilon", None)
-    bound = variational_bound(prediction.detach(), variance, clean, noisy, weights, STEPS, ALPHAS)
+    terms = variational_bound(prediction.detach(), variance, clean, noisy, STEPS, ALPHAS)
+    bound = script.weighted_mean(terms, weights)
     (losses.sum() + bound.sum()).backward()
     for gradient in (prediction.grad, variance.grad):
         assert torch.equal(gradient != 0, (weights > 0).expand_as(gradient))

@@ -6,12 +6,11 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.errors import InputError, list_first
 
 STRATEGIES = ("instanceprompt", "textfile", "filename", "metadata")
 METADATA_FILE = "metadata.jsonl"
 COPY_NUMBER = re.compile(r"\s*(\(\d+\)|[ _-]+\d+)$")  # "a dog (2)" and "a dog_02" show what "a dog" does
-SHOWN = 10  # paths in a message
 
 
 def find_captions(
@@ -40,8 +39,8 @@ def find_captions(
     if lacking := [path for path in paths if not found.get(path)]:
         where = {"textfile": "a text file beside them", "metadata": f"a line in {folder / METADATA_FILE}"}
         raise InputError(
-            f"{len(lacking)} of {len(paths)} photos have no caption: {_list(lacking)}. --caption_strategy {strategy} "
-            f"wants {where.get(strategy, 'words in their names')} for each."
+            f"{len(lacking)} of {len(paths)} photos have no caption: {list_first(lacking)}. "
+            f"--caption_strategy {strategy} wants {where.get(strategy, 'words in their names')} for each."
         )
     start = f"{prompt} " if prepend else ""
     return {path: tuple(start + text for text in found[path]) for path in paths}
@@ -114,9 +113,3 @@ def _read_line(place: str, line: str) -> tuple[str, list[str]]:
 def _is_below(name: str) -> bool:
     """Say whether a relative path stays below its folder."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-def _list(paths: Sequence[Path]) -> str:
-    """Return the first paths, and how many more there are."""
-    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return ", ".join(map(str, paths[:SHOWN])) + more

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,10 +16,17 @@ OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE),
 )
+SHOWN = 10  # entries of a list in a message
 
 
 class InputError(ValueError):
     """Bad data, a bad model folder or a service's refusal; the message says what, why and what to do."""
+
+
+def list_first(entries: Sequence[Any]) -> str:
+    """Return the first ten entries, and how many more there are."""
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return ", ".join(map(str, entries[:SHOWN])) + more
 
 
 def cannot_write(path: Path, error: Exception) -> str:

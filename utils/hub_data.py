@@ -35,10 +35,11 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm.auto import tqdm
 
 from utils.caption_files import METADATA_FILE
-from utils.errors import OF_THE_DISK, InputError, cannot_write, naming_what_cannot_be_written
+from utils.errors import OF_THE_DISK, InputError, cannot_write, list_first, naming_what_cannot_be_written
 from utils.flag_checks import is_installed
 from utils.hub_requests import BROKEN, FAILURES, answers_within, persist, reason_of
 from utils.images import list_images
+from utils.tensor_cache import default_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,6 @@ _FORMAT = 1  # part of every key: exports of another layout are never looked at
 _PARTIAL = ".writing-"  # starts the names of folders that are being written
 _DAY = 24 * 60 * 60  # seconds; by then, who was writing a folder is dead
 _PATIENCE = 60  # seconds without a byte of the Hub
-_SHOWN = 10  # rows, columns or files in a message
 _PATTERN_SIGNS = re.compile(r"[*?\[\]]|::")  # `datasets` takes paths for patterns, and "::" for a way into an archive
 
 _BEGINNINGS = {
@@ -67,6 +67,19 @@ _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), ".avif"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), ".heic"),
 }
+
+
+def open_source(concept: Any, cache_dir: str | None, token: str | None) -> Path:
+    """Return the folder of a concept's photos, which are written there first if they are those of a dataset.
+
+    Args:
+        concept: The script's `Concept`.
+        cache_dir: Where datasets are kept; None takes `default_folder`.
+    """
+    if not concept.dataset_name:
+        return Path(concept.instance_data_dir)
+    columns, cache = (concept.image_column, concept.caption_column), Path(cache_dir or default_folder())
+    return export_dataset(concept.dataset_name, *columns, cache, token)
 
 
 def export_dataset(
@@ -212,7 +225,7 @@ def _write(name: str, source: Path, folder: Path, image_column: str, caption_col
             used.add(path)
     if bad or number < 0:
         what = (
-            f"{len(bad)} of {number + 1} rows cannot be used, counted from 0: {_list(bad)}"
+            f"{len(bad)} of {number + 1} rows cannot be used, counted from 0: {list_first(bad)}"
             if bad
             else "it has no rows"
         )
@@ -309,13 +322,13 @@ def _check_places(name: str, source: Path, builder: Any) -> None:
     files = [str(file) for files in builder.config.data_files.values() for file in files]
     if outside := [file for file in files if "://" in file or not Path(os.path.abspath(file)).is_relative_to(source)]:
         raise InputError(
-            f"--dataset_name {name} names files that are not its own: {_list(outside)}. Mend its README.md."
+            f"--dataset_name {name} names files that are not its own: {list_first(outside)}. Mend its README.md."
         )
 
 
 def _check_columns(name: str, features: dict[str, Any], image_column: str, caption_column: str | None) -> None:
     """Raise InputError if a column is missing or of a type that is not read."""
-    found = _list([f"{column} ({_describe(feature)})" for column, feature in features.items()])
+    found = list_first([f"{column} ({_describe(feature)})" for column, feature in features.items()])
     wanted = {"--image_column": image_column, "--caption_column": caption_column}
     for flag, column in wanted.items():
         if column is not None and column not in features:
@@ -425,7 +438,7 @@ def _warn_of_unused(name: str, source: Path, builder: Any, split: str, used: set
     if unused:
         logger.warning(
             f"--dataset_name {name}: {len(unused)} pictures are in none of its splits ({', '.join(splits)}), and not "
-            f"used: {_list(unused)}. Metadata files, README.md, and words like train and test in names, decide."
+            f"used: {list_first(unused)}. Metadata files, README.md, and words like train and test in names, decide."
         )
 
 
@@ -461,9 +474,3 @@ def _remove_leftovers(root: Path) -> None:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if newest < time.time() - _DAY:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _list(entries: list[str]) -> str:
-    """Return the first entries, and how many more there are."""
-    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return ", ".join(entries[:_SHOWN]) + more

@@ -3,7 +3,6 @@
 import functools
 import logging
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from utils import images
-from utils.errors import InputError
+from utils.errors import InputError, list_first
 from utils.flag_checks import problems_that_hold
 from utils.geometry import Cut, Size
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10  # paths in a message
 LEAST_LIGHT = 0.001  # of a mask's area; less may be lost when it is scaled
 LEAST_SHARE = 0.1  # of the light that a crop could hold; with less, its loss would be that of a few places at the rim
 
@@ -45,7 +43,7 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
     pairs = {photo: by_name[_name(folder, photo)][0] for photo in sizes if _name(folder, photo) in by_name}
     if not pairs:
         raise InputError(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
-    problems = [f"{_join(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
+    problems = [f"{list_first(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
     found = images.inspect_images(pairs.values())
     problems += [f"{path} cannot be read: {reason}." for path, reason in found.unreadable.items()]
     for photo, path in pairs.items():
@@ -53,10 +51,12 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
     if problems:
         raise InputError("\n".join([f"The masks in {flag} {masks} cannot be used:", *problems]))
     if lacking := [photo for photo in sizes if photo not in pairs]:
-        logger.warning("%d of %d photos have no mask and count wholly: %s", len(lacking), len(sizes), _join(lacking))
+        logger.warning(
+            "%d of %d photos have no mask and count wholly: %s", len(lacking), len(sizes), list_first(lacking)
+        )
     known = {path for paths in by_name.values() for path in paths}
     if unused := sorted(known - set(pairs.values())):
-        logger.warning("%d masks in %s belong to no photo: %s", len(unused), masks, _join(unused))
+        logger.warning("%d masks in %s belong to no photo: %s", len(unused), masks, list_first(unused))
     return pairs
 
 
@@ -127,9 +127,3 @@ def _name(folder: Path, path: Path) -> str:
     Composed, because macOS may store "é" as two characters.
     """
     return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
-
-
-def _join(paths: Sequence[Path]) -> str:
-    """Return the first paths, and how many more there are."""
-    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return ", ".join(map(str, paths[:SHOWN])) + more

@@ -8,33 +8,25 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 
-def weighted_mean(values: Tensor, weight_map: Tensor) -> Tensor:
-    """Return each example's mean over its light places, (B,), of (B, C, h, w) values and a (B, 1, h, w) map."""
-    weights = weight_map.expand_as(values)
-    return (values * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-6)
-
-
 def variational_bound(
     noise: Tensor,
     variance: Tensor,
     clean: Tensor,
     noisy: Tensor,
-    weight_map: Tensor,
     timesteps: Tensor,
     alphas_cumprod: Tensor,
 ) -> Tensor:
-    """Return each example's term of the variational bound, which teaches the variance (arXiv 2102.09672, section 3.1).
+    """Return each place's term of the variational bound, which teaches the variance (arXiv 2102.09672, section 3.1).
 
     Args:
         noise: (B, C, H, W) predicted and detached.
         variance: (B, C, H, W) in about [-1, 1], from the log variance of the posterior to that of the forward step.
         clean, noisy: (B, C, H, W) float32, clean in [-1, 1].
-        weight_map: (B, 1, H, W) float32 in [0, 1], how much each place counts.
         timesteps: (B,) int64 in [0, T).
         alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
 
     Returns:
-        (B,) float32 in bits per dimension.
+        (B, C, H, W) float32 in bits per dimension.
     """
     before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
     beta = 1 - alphas_cumprod / before
@@ -54,4 +46,4 @@ def variational_bound(
     below = model.cdf(clean - 1 / 255).where(clean > -0.999, 0.0)
     surprise = -(above - below).clamp(min=1e-12).log()
     nats = torch.where((timesteps == 0)[:, None, None, None], surprise, kl_divergence(true, model))
-    return weighted_mean(nats, weight_map) / math.log(2)
+    return nats / math.log(2)
