@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import batch_order, checkpoints, concepts, config_file, model_card, run_summary, schedules
+from utils import batch_order, checkpoints, concepts, config_file, hub_data, model_card, run_summary, schedules
 from utils.errors import InputError
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
@@ -213,7 +213,7 @@ def test_no_flag_is_accepted_and_ignored(script):
 
     As args.NAME or, where that is given on, as flags["NAME"]; those of each subject from its `Concept`.
     """
-    modules = (script, batch_order, checkpoints, concepts, config_file, model_card, run_summary)
+    modules = (script, batch_order, checkpoints, concepts, config_file, hub_data, model_card, run_summary)
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_.*", node.name)]
