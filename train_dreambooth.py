@@ -28,7 +28,6 @@ import enum
 import functools
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -55,22 +54,26 @@ from tqdm.auto import tqdm
 from utils import captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files
 from utils.batch_order import BatchOrder, share_out
 from utils.caption_files import STRATEGIES, find_captions
-from utils.checkpoints import fits_of_pictures
-from utils.concepts import Concept, find_concept_problems, find_idle_keys, find_lost_words, find_uneven, read_concepts
-from utils.config_file import make_grouped_parser, parse_with_config
+from utils.compilation import compile_blocks
+from utils.concepts import Concept, find_concept_problems, read_concepts
+from utils.config_file import flags_to_repeat, make_grouped_parser, parse_with_config
 from utils.embedding_cache import open_cache
 from utils.errors import InputError, exit_status
-from utils.flag_checks import find_idle, find_out_of_range, is_installed, problems_that_hold, usual_ranges
+from utils.fits import check_fits, fits_of_run
+from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold, ranges_of
 from utils.folder_checks import find_folder_problems
 from utils.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
 from utils.hub_data import open_source
 from utils.latent_cache import content_hash, open_latents
 from utils.memory_use import explaining_running_out
 from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
+from utils.misfits import find_idle_flags, find_misfits
 from utils.model_card import write_card
+from utils.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
 from utils.processes import connect, on_main_process
+from utils.rounding import in_float32
 from utils.run_summary import describe_run, show_run
-from utils.schedules import SCHEDULES, check_warmup, rate_of_step
+from utils.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
 from utils.seeds import derive_seed, generator
 from utils.stop_request import StopRequest, ignore_signals
 from utils.variance import variational_bound
@@ -194,16 +197,17 @@ class PromptTable:
 
 @dataclasses.dataclass
 class Models:
-    """The networks of the run; `trained` names those that are optimized, as `accelerate` wraps them."""
+    """The networks of the run, and what optimizes them; as `accelerate` wraps them, once it does."""
 
     prompts: PromptTable
     unet: nn.Module
-    vae: nn.Module | None  # None for models that work on pixels, and when all latents are cached
+    vae: nn.Module | None  # None for models that work on pixels, and where the loop needs none: latents are cached
     text_encoder: nn.Module | None
     noise_scheduler: DDPMScheduler
     image_noising_scheduler: DDPMScheduler | None  # of stage II
-    trained: dict[str, nn.Module]  # "unet" and perhaps "text_encoder"
+    trained: dict[str, nn.Module]  # those that are optimized: "unet" and perhaps "text_encoder"
     copies: dict[str, nn.Module]  # of those as they were before, where a full run needs them
+    optimizer: Optimizer | None = None
 
 
 class Loss(NamedTuple):
@@ -234,23 +238,26 @@ def main(argv: list[str] | None = None) -> int:
         draw_class_images(args, accelerator, plan, prompts, stop)
         write_small_images(args, accelerator, plan, prompts)
 
-        # 4. Networks, and which of their weights train.
-        models = load_models(args, plan, prompts, accelerator.device)
-        networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
-        prepare_training(args, plan, models)
-        optimizer = make_optimizer(args, plan, models)
-        optimizer = wrap_for_devices(accelerator, models, optimizer)
-        resume(accelerator, plan, models, optimizer)
+        # 4. Pictures to latents, where they are cut alike again and again; the VAE is freed.
+        latents = encode_pictures(args, accelerator, plan, prompts)
 
-        # 5. The loop.
-        loader = make_loader(args, accelerator, plan, models)
+        # 5. Networks, and which of their weights train.
+        models = load_models(args, plan, prompts, accelerator.device, latents)
+        networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
+        prepare_training(args, plan, models, accelerator.device)
+        models.optimizer = make_optimizer(args, plan, models)
+        wrap_for_devices(args, accelerator, models)
+        resume(accelerator, plan, models)
+
+        # 6. The loop.
+        loader = make_loader(args, accelerator, plan, prompts, latents)
         summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
         show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
-        finished = train(args, accelerator, plan, models, loader, optimizer, stop)
+        finished = train(args, accelerator, plan, models, loader, stop)
 
-        # 6. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
+        # 7. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
-            instead = functools.partial(save_checkpoint, args, accelerator, plan, models, optimizer, plan.steps)
+            instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
             with checkpoints.or_else(instead, plan.steps):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
@@ -260,13 +267,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
-
-INTEGERS_FROM_0 = ("seed", "dataloader_num_workers", "lr_warmup_steps")  # others are 1 or more
-# A run and the checkpoint that it goes on from must agree in these; what else is changed holds from there on.
-FITS = (
-    "revision instance_prompt class_prompt repeats prior_target tokenizer_name train_text_encoder use_8bit_adam "
-    "train_batch_size gradient_accumulation_steps train_variance"
-).split()
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -297,7 +297,9 @@ def add_model_args(add, switch) -> None:
     add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt; unset: the model's own limit.")
     switch("--train_text_encoder", help="Train the text encoder as well; not T5.")
     kind_decides("--text_encoder_use_attention_mask", help="Hide padding from it; samplers must, too. IF: always.")
-    kind_decides("--pre_compute_text_embeddings", help="Encode all prompts first, free the text encoder. IF: always.")
+    kind_decides(
+        "--pre_compute_text_embeddings", help="Encode prompts once, free the text encoder; unset: unless it trains."
+    )
     add("--text_encoder_precision", choices=precisions, help="For precomputing; unset: as --mixed_precision.")
     add("--cache_dir", metavar="DIR", help="Keeps embeddings and latents for later runs; unset: ~/.cache/dreambooth.")
 
@@ -358,6 +360,7 @@ def add_training_args(add, switch) -> None:
     precisions = ["no", "fp16", "bf16"]
     add("--mixed_precision", choices=precisions, help="Of arithmetic and frozen weights; unset: accelerate's setting.")
     switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
+    switch("--compile", help="Compile the U-Net's blocks: faster steps after minutes of compiling.")
     switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
     switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
     switch("--dry_run", help="Check everything, say what the run would do, and end before anything is written.")
@@ -376,7 +379,10 @@ def add_optimizer_args(add, switch) -> None:
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
     add("--lr_end", type=float, help="Last rate of polynomial, unset: 1e-7, or one_cycle, unset: highest / 250,000.")
-    switch("--use_8bit_adam", help="Keep AdamW's state in 8 bits (bitsandbytes).")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adafactor: least state; prodigy: finds its rate.")
+    switch("--use_8bit_adam", help="The same as --optimizer adamw8bit: AdamW's state in 8 bits (bitsandbytes).")
+    switch("--fused_backward", help="Update each weight in the backward pass and free its gradient at once.")
+    add("--weight_dtype", default="fp32", choices=["fp32", "bf16"], help="Of what trains; bf16 rounds stochastically.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's first moment, in [0, 1).")
     add("--adam_beta2", type=float, default=0.999, help="Decay of AdamW's second moment, in [0, 1).")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay; 0: none.")
@@ -390,6 +396,7 @@ def add_optimizer_args(add, switch) -> None:
 
 def add_method_args(add, switch) -> None:
     """Add the flags of full fine-tuning."""
+    switch("--use_bitfit", help="Train biases only (arXiv 2106.10199): little memory, and a larger --learning_rate.")
     switch("--skip_save_text_encoder", help="Leave the text encoder out of the result: users pass the base model's.")
 
 
@@ -421,33 +428,22 @@ def add_result_args(add, switch) -> None:
 
 def find_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that both scripts share, a sentence each."""
-    ranges = usual_ranges(vars(args)) | dict.fromkeys(INTEGERS_FROM_0, "0 or more") | {"local_rank": "any"}
-    ranges |= dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0") | {"repeats": "from 1 to 10,000"}
-    ranges |= dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)")
     lacks_model, text = not (args.pretrained_model_name_or_path or "").strip(), args.train_text_encoder
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precisions = {name: getattr(args, name) for name in ("prior_generation_precision", "text_encoder_precision")}
-    int8 = {"use_8bit_adam": args.use_8bit_adam, "text_encoder_precision int8": "int8" in precisions.values()}
     stale = "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
-    unknown = f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16."
-    rises = 0 <= args.learning_rate < (args.lr_end or 0) < math.inf
-    has_no_end = args.lr_end is not None and args.lr_scheduler not in ("one_cycle", "polynomial")
     crops = args.center_crop and args.crop_style not in (None, "center")
     return [
         *["--pretrained_model_name_or_path is required."] * lacks_model,
         *find_concept_problems(vars(args)),
         *captions.find_undecodable(vars(args)),
-        *find_out_of_range(vars(args), ranges),
+        *find_out_of_range(vars(args), ranges_of(vars(args))),
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
-        *devices.find_precision_problems({"mixed_precision": precision, **precisions}, int8),
+        *devices.find_precision_problems(vars(args)),
+        *find_rate_problems(vars(args)),
+        *find_optimizer_problems(vars(args)),
         *problems_that_hold(
             (text and args.pre_compute_text_embeddings, stale),
-            (args.text_encoder_lr is not None and not text, "--text_encoder_lr needs --train_text_encoder."),
-            (precision not in PRECISIONS, unknown),
-            (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {args.lr_scheduler}."),
-            (rises, f"--lr_end {args.lr_end} is above --learning_rate {args.learning_rate}, the highest."),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
@@ -472,28 +468,9 @@ def start(args: Namespace) -> Accelerator:
     devices.set_arithmetic(args.deterministic, args.allow_tf32)
     trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in idle_flags(args):
+    for note in find_idle_flags(vars(args)):
         logger.warning(note)
     return accelerator
-
-
-def idle_flags(args: Namespace) -> list[str]:
-    """Return a sentence for each flag that changes nothing in this run, or not what one might think."""
-    xformers = args.enable_xformers_memory_efficient_attention and not is_installed("xformers")
-    published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
-    needs = dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
-    has_small = not args.validation_prompt or args.validation_images or args.num_eval_images
-    unused = args.stage_one_model_name_or_path and has_small and not args.with_prior_preservation
-    return problems_that_hold(
-        (args.set_grads_to_none, "--set_grads_to_none has no work left to do: gradients are always set to None."),
-        (args.local_rank != -1, "--local_rank has no work left to do: the launcher's environment says it."),
-        (args.hub_token, "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
-        (xformers, "xformers is not installed: torch's own attention serves instead."),
-        *((True, note) for note in find_idle(vars(args), needs | {"bucket_step": "crop_aspect preserve"})),
-        *((True, note) for note in find_idle_keys(vars(args))),
-        (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
-        (args.class_labels_conditioning == "timesteps", published),
-    )
 
 
 def recognise_model(args: Namespace) -> BaseModel:
@@ -530,48 +507,19 @@ def recognise_model(args: Namespace) -> BaseModel:
         latent_scale=1.0 if is_if else vae.get("scaling_factor", 0.18215),
         learns_variance=learns_variance,
         hides_padding=bool(hides_padding),
-        precomputes_text=is_if or bool(args.pre_compute_text_embeddings),
+        precomputes_text=is_if or (not args.train_text_encoder and args.pre_compute_text_embeddings is not False),
         vocabulary=configs.text_encoder.get("vocab_size"),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
         own_size=own if is_if else Size(own.width * factor, own.height * factor),
         resolution=Size.parse(args.resolution or usual),
         preview_sizes=list(dict.fromkeys(geometry.parse_list(args.validation_resolution or args.resolution or usual))),
     )
-    problems = find_misfits(args, base, configs.text_encoder.get("max_position_embeddings", 77))
+    problems = find_misfits(vars(args), base, configs.text_encoder.get("max_position_embeddings", 77))
     small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
         raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
     return base
-
-
-def find_misfits(args: Namespace, base: BaseModel, longest: int) -> list[str]:
-    """Return a sentence for each flag that contradicts the model; `longest` is what its text encoder takes."""
-    is_if, enlarges, factor = base.is_if, base.kind is ModelKind.IF_STAGE_2, base.size_factor
-    sizes = dict.fromkeys([base.resolution, *base.preview_sizes])
-    uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
-    sources = ("validation_images", "num_eval_images", "stage_one_model_name_or_path")
-    given = [name for name in sources if getattr(args, name)]
-    unfit = [] if enlarges else given + ["class_labels_conditioning"] * bool(args.class_labels_conditioning)
-    blind = f"--validation_prompt needs one of --{', --'.join(sources)}: stage II enlarges pictures."
-    precision = args.text_encoder_precision and not base.precomputes_text
-    unmasked = base.hides_padding and args.text_encoder_use_attention_mask is False
-    lost = find_lost_words(vars(args)) if is_if else []
-    return problems_that_hold(
-        *((True, f"--{name} is for DeepFloyd IF's stage II.") for name in unfit),
-        (uneven, f"--resolution or --validation_resolution {uneven}: the model needs multiples of {factor}."),
-        *((True, found) for found in find_uneven(vars(args), base.resolution, factor)),
-        (is_if and args.cache_latents == "on", "--cache_latents on: IF works on pixels and has no latents."),
-        ((base.tokens or 0) > longest, f"--tokenizer_max_length {base.tokens}: the text encoder takes {longest}."),
-        (precision, "--text_encoder_precision needs --pre_compute_text_embeddings."),
-        (args.train_variance and not base.learns_variance, "--train_variance: this U-Net predicts no variance."),
-        (enlarges and args.validation_prompt and not given, blind),
-        (is_if and base.tokens != 77, f"--tokenizer_max_length {base.tokens}: IF's pipelines always give 77 tokens."),
-        (is_if and args.train_text_encoder, "--train_text_encoder: T5 is never trained, but encoded once and freed."),
-        (is_if and args.pre_compute_text_embeddings is False, "--no-pre_compute_text_embeddings: T5 is always freed."),
-        (unmasked, "--no-text_encoder_use_attention_mask: the model's own pipeline hides the padding."),
-        *((True, sentence) for sentence in lost),
-    )
 
 
 def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
@@ -600,8 +548,7 @@ def list_photos(args: Namespace, base: BaseModel, concept: Concept) -> list[Exam
     step = args.bucket_step or geometry.bucket_step(target, base.size_factor)
     buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
-    if small := sum(any(edge < wanted for edge, wanted in zip(found[path], sizes[path])) for path in found):
-        logger.warning(f"{small} of {len(found)} photos are smaller than {target} px: enlarged.")
+    images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
     prompts = find_captions(strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt)
     lights = masks.find_masks(folder, found, concept.mask_data_dir, call("mask_data_dir"))
@@ -641,16 +588,10 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     rates = [args.learning_rate * scale]
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
     fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
-    fits |= {"resolution": str(base.resolution), "fed by": base.conditioning} | model_files.fits_of_model(*source)
-    fits |= (
-        {name: getattr(args, name) for name in FITS}
-        | method_fits(args, base)
-        | fits_of_pictures(examples, str(base.resolution))
-    )
+    fits |= fits_of_run(vars(args), base, examples) | method_fits(args, base)
     if resume_from is not None:
-        checkpoints.check_fits(resume_from, state["fits"], fits)
+        check_fits(resume_from, state["fits"], fits)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
     plan = Plan(
         base=base,
@@ -676,8 +617,8 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
 
 
 def method_fits(args: Namespace, base: BaseModel) -> dict:
-    """Return what only a full fine-tuning and its checkpoint must have in common: nothing more."""
-    return {}
+    """Return what only a full fine-tuning and its checkpoint must have in common."""
+    return {"trained weights": "biases" if args.use_bitfit else "all"}
 
 
 def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
@@ -686,7 +627,7 @@ def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prompts = tokenise_prompts(args, plan, empty)
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
-    prepare_training(args, plan, models)
+    prepare_training(args, plan, models, empty)
     summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
     show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
     return 0
@@ -697,9 +638,7 @@ def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | 
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
     repository = on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
-    used = vars(args) | {"resolution": str(plan.base.resolution)} | decided
-    # --config with these would not repeat the run but continue it; the token is a secret.
-    used = {key: used[key] for key in used if key not in ("config", "resume_from_checkpoint", "hub_token")}
+    used = flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
         checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
@@ -728,19 +667,13 @@ def draw_class_images(
         pipeline = load_pipeline(args, accelerator, plan.base, model)
         for batch in stop.until_asked(tqdm(batches, desc="class images", disable=hidden)):
             drawn[batch] = draw_class_batch(pipeline, prompts, *batch, drawn[batch])
-            folder = Path(batch[0].class_data_dir)
-            images.remember_source(folder, batch[0].class_prompt, batch[0].class_guidance_scale)
-            paths = [folder / f"{index:05d}.png" for index in batch[1]] if model == base_model else []
-            for path, image in [pair for pair in zip(paths, drawn[batch]) if pair[0] in missing]:
-                images.save_png(image, path)
+            if model == base_model:
+                images.save_class_images(*batch, drawn[batch], missing)
         del pipeline
         devices.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
-    if elsewhere := [str(path) for path in missing if not path.exists()]:
-        raise InputError(
-            f"{len(elsewhere)} class images are on another machine, as {elsewhere[0]}: share their folder."
-        )
+    images.check_presence(missing)
 
 
 def draw_class_batch(
@@ -811,6 +744,40 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
     return prompts
 
 
+def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> dict | None:
+    """Encode each cut of a picture that the run will visit once, with a VAE that is then freed.
+
+    Returns:
+        For (path, `Cut`), (2, C, h, w) mean and deviation of its posterior, from which each visit still draws its own
+        latents. None without latents, or by --cache_latents auto if cuts do not come again, or are over 20,000: at
+        512 px 2.6 GB of memory.
+    """
+    if plan.base.is_if or args.cache_latents == "off":
+        return None
+    dataset, samplers = DreamBoothDataset(args, plan, prompts), make_samplers(args, plan)
+    visits = (draw for sampler in samplers for draws in sampler for draw in draws)
+    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
+    if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
+        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
+        return None
+    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
+    options = (args.variant, str(plan.frozen_dtype), accelerator.device.type)
+    # The first process of a machine fills the cache, the others then find it full.
+    with accelerator.local_main_process_first():
+        cache = open_latents(args.cache_dir, source, *options)
+        keys = {(path, cut): [content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts}
+        latents = {cut: cache.load(key) for cut, key in keys.items()}
+        missing = [cut for cut, moments in latents.items() if moments is None]
+        vae = load_vae(args, plan, accelerator.device) if missing else None
+        for cut in tqdm(missing, desc="latents", disable=not missing or not accelerator.is_local_main_process):
+            latents[cut] = encode(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
+            cache.save(keys[cut], latents[cut], cut[0].name)
+        del vae
+        devices.free_memory()
+    logger.info(f"Latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory.")
+    return latents
+
+
 def tokenise_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
     """Tokenise every prompt of the run, and say what the model will not see of it."""
     base, texts = plan.base, [prompt for example in plan.examples for prompt in example.prompts]
@@ -876,16 +843,25 @@ def load_text_encoder(args: Namespace, plan: Plan, precision: str, device: torch
     return load(args, kind, "text_encoder", **options).requires_grad_(False).eval()
 
 
-def load_models(args: Namespace, plan: Plan, prompts: PromptTable, device: torch.device) -> Models:
-    """Load the networks, frozen, on the device: in float32 if all their weights will train; on "meta" without any."""
-    base, options = plan.base, {"dtype": plan.frozen_dtype, "device": device}
-    vae = None if base.is_if else load(args, diffusers.AutoencoderKL, "vae", **options).requires_grad_(False).eval()
-    options["dtype"] = torch.float32 if TRAINS_WHOLE_NETWORKS else plan.frozen_dtype
-    unet = load(args, diffusers.UNet2DConditionModel, "unet", **options).requires_grad_(False)
+def load_vae(args: Namespace, plan: Plan, device: torch.device) -> nn.Module:
+    """Load the base model's VAE, frozen, on the device."""
+    options = {"dtype": plan.frozen_dtype, "device": device}
+    return load(args, diffusers.AutoencoderKL, "vae", **options).requires_grad_(False).eval()
+
+
+def load_models(
+    args: Namespace, plan: Plan, prompts: PromptTable, device: torch.device, latents: dict | None = None
+) -> Models:
+    """Load the networks, frozen, on the device; on "meta" without their weights."""
+    base = plan.base
+    needs_vae = not base.is_if and (latents is None or args.validation_prompt)
+    vae = load_vae(args, plan, device) if needs_vae else None
+    unet = load_unet(args, plan, device).requires_grad_(False)
     schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
     models = Models(prompts, unet, vae, None, *schedulers, {"unet": unet}, {})
     if prompts.embeds is None:
-        precision = "fp32" if args.train_text_encoder and TRAINS_WHOLE_NETWORKS else plan.fits["precision"]
+        trains_whole = args.train_text_encoder and TRAINS_WHOLE_NETWORKS
+        precision = args.weight_dtype if trains_whole else plan.fits["precision"]
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
@@ -898,20 +874,27 @@ def load_models(args: Namespace, plan: Plan, prompts: PromptTable, device: torch
     return models
 
 
-def prepare_training(args: Namespace, plan: Plan, models: Models) -> None:
-    """Let all weights of the U-Net train, and those of the text encoder if it is trained."""
+def load_unet(args: Namespace, plan: Plan, device: torch.device) -> nn.Module:
+    """Load the base model's U-Net in the precision in which it will train."""
+    return load(args, UNet2DConditionModel, "unet", dtype=PRECISIONS[args.weight_dtype], device=device)
+
+
+def prepare_training(args: Namespace, plan: Plan, models: Models, device: torch.device) -> None:
+    """Let all weights of the U-Net train, or its biases alone, and those of the text encoder if it is trained."""
     if args.prior_target == "base_prediction":
         models.copies = {name: copy.deepcopy(model).to(plan.frozen_dtype) for name, model in models.trained.items()}
     for model in models.trained.values():
-        model.requires_grad_(True).train()
+        for name, weight in model.train().named_parameters():
+            weight.requires_grad_(not args.use_bitfit or name.endswith("bias"))
 
 
-def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimizer) -> Optimizer:
+def wrap_for_devices(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Wrap what trains for data parallelism and, so that `forward` runs under autocast, for mixed precision."""
-    *wrapped, optimizer = accelerator.prepare(*models.trained.values(), optimizer)
+    if args.compile:
+        compile_blocks(models.unet)
+    *wrapped, models.optimizer = accelerator.prepare(*models.trained.values(), models.optimizer)
     models.trained = dict(zip(models.trained, wrapped))
     models.unet, models.text_encoder = models.trained["unet"], models.trained.get("text_encoder", models.text_encoder)
-    return optimizer
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -920,9 +903,9 @@ def wrap_for_devices(accelerator: Accelerator, models: Models, optimizer: Optimi
 class DreamBoothDataset(Dataset):
     """The pictures of the run, cut and scaled anew at each visit, or their latents."""
 
-    def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable):
-        """Remember what is needed to cut pictures; read none."""
-        self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, None
+    def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, latents: dict | None = None):
+        """Remember what is needed to cut pictures, and what `encode_pictures` made of them; read none."""
+        self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, latents
         rows = {text: row for row, text in enumerate(prompts.texts)}
         self.prompt_rows = [[rows[text] for text in one.prompts] for one in plan.examples]
         self.empty_row = rows.get("")
@@ -998,17 +981,13 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
     return torch.utils.data.default_collate(items)
 
 
-def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DataLoader:
+def make_loader(
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, latents: dict | None
+) -> DataLoader:
     """Return the batches of the steps that are left, for this process."""
-    first, last = (steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps))
-    samplers = [StepSampler(plan, first, last, rank) for rank in range(plan.processes)]
-    dataset = DreamBoothDataset(args, plan, models.prompts)
-    if models.vae is not None and args.cache_latents != "off":
-        visits = (draw for sampler in samplers for draws in sampler for draw in draws)
-        dataset.latents = cache_latents(args, accelerator, models, dataset, visits)
     return DataLoader(
-        dataset,
-        batch_sampler=samplers[accelerator.process_index],
+        DreamBoothDataset(args, plan, prompts, latents),
+        batch_sampler=make_samplers(args, plan)[accelerator.process_index],
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -1016,51 +995,35 @@ def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     )
 
 
-def cache_latents(
-    args: Namespace, accelerator: Accelerator, models: Models, dataset: DreamBoothDataset, visits: Iterator[Draw]
-) -> dict[tuple[Path, Cut], Tensor] | None:
-    """Encode each cut of a picture that the run will visit once, and free the VAE.
-
-    Returns:
-        (2, C, h, w) mean and deviation of each cut's posterior, from which each visit still draws its own latents;
-        None by --cache_latents auto if cuts do not come again, or are over 20,000: at 512 px 2.6 GB of memory.
-    """
-    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
-    if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
-        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
-        return None
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    latents, options = {}, (args.variant, str(models.vae.dtype), accelerator.device.type)
-    # The first process of a machine fills the cache, the others then find it full.
-    with accelerator.local_main_process_first():
-        cache = open_latents(args.cache_dir, source, *options)
-        for path, cut in tqdm(cuts, desc="latents", disable=not accelerator.is_local_main_process):
-            key = [content_hash(path), *cut, *map(str, dataset.resampling)]
-            latents[path, cut] = cache.load(key)
-            if latents[path, cut] is None:
-                pixels = dataset.pixels(path, cut)[None].to(accelerator.device)
-                latents[path, cut] = encode(models.vae, pixels)[0].cpu()
-                cache.save(key, latents[path, cut], path.name)
-    logger.info(f"Latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory.")
-    if not args.validation_prompt:
-        models.vae = None
-        devices.free_memory()
-    return latents
+def make_samplers(args: Namespace, plan: Plan) -> list[StepSampler]:
+    """Return the samplers of the steps that are left, for each process."""
+    first, last = (steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps))
+    return [StepSampler(plan, first, last, rank) for rank in range(plan.processes)]
 
 
 def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
-    """Return AdamW over what trains, one group of parameters for the U-Net and one for the text encoder."""
+    """Return the optimizer of what trains, one group of parameters for the U-Net and one for the text encoder."""
     groups = [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
         for model, rate in zip(models.trained.values(), plan.learning_rates)
     ]
-    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options["weight_decay"] = args.adam_weight_decay
-    if args.use_8bit_adam:
-        import bitsandbytes  # takes seconds to import
+    decay = {"weight_decay": args.adam_weight_decay}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | decay
+    # Each of these takes seconds to import.
+    if args.use_8bit_adam or args.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
 
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options)
+        return AdamW8bit(groups, **adam)
+    if args.optimizer == "adafactor":
+        from transformers import Adafactor
+
+        # The rate is that of the run, not one of Adafactor's own (arXiv 1804.04235, sections 8 and 9).
+        return Adafactor(groups, scale_parameter=False, relative_step=False, **decay)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
+    return torch.optim.AdamW(groups, **adam, fused=has_fused_kernel(groups))
 
 
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
@@ -1069,13 +1032,13 @@ def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
     return rate_of_step(args.lr_scheduler, step, steps, peak, *options)
 
 
-def resume(accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer) -> None:
+def resume(accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Restore weights and optimizer from the checkpoint that the plan names; draws need nothing restored."""
     if plan.resume_from is None:
         return
     with checkpoints.explaining_damage(plan.resume_from):
         load_weights(accelerator, plan.resume_from, models)
-        checkpoints.load_optimizer(plan.resume_from, optimizer, accelerator.scaler)
+        checkpoints.load_optimizer(plan.resume_from, models.optimizer, accelerator.scaler)
     more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
 
@@ -1272,18 +1235,16 @@ def combine(losses: Tensor, shares: Tensor, weights: Tensor, is_prior: Tensor) -
 
 
 def train(
-    args: Namespace,
-    accelerator: Accelerator,
-    plan: Plan,
-    models: Models,
-    loader: DataLoader,
-    optimizer: Optimizer,
-    stop: StopRequest,
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, loader: DataLoader, stop: StopRequest
 ) -> bool:
     """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
-    batches, parameters = iter(loader), [p for group in optimizer.param_groups for p in group["params"]]
+    batches, optimizer = iter(loader), models.optimizer
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps, parameters)
     every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
+    norms = []
+    if args.fused_backward:
+        on_each_gradient(optimizer, functools.partial(update_weight, optimizer, norms))
     stop.begin_loop()
     if plan.first_step == 0 and args.validation_prompt:
         validate(args, accelerator, plan, models, 0, stop)
@@ -1302,9 +1263,7 @@ def train(
             losses.append(loss)
             names += batch["names"]
         # Outside of `accumulate`, whose last turn has added up the processes' gradients.
-        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = update_weights(args, accelerator, plan, models, step, norms)
 
         values = {"epoch": done * accumulation / plan.order.epoch_length, "grad_norm": norm}
         values |= dict(zip(("lr", "lr_text_encoder"), rates))
@@ -1312,7 +1271,7 @@ def train(
         stopped = stop.agree() is not None
         if stopped or done % args.checkpointing_steps == 0:
             metrics.flush()
-            save_checkpoint(args, accelerator, plan, models, optimizer, done)
+            save_checkpoint(args, accelerator, plan, models, done)
         if stopped:
             logger.info(f"Stopped. Go on by the same command with --resume_from_checkpoint checkpoint-{done}.")
             return False
@@ -1323,16 +1282,48 @@ def train(
     return True
 
 
-def save_checkpoint(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, optimizer: Optimizer, step: int
-) -> None:
+def update_weights(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, norms: list[Tensor]
+) -> Tensor:
+    """Let the optimizer take a step, if it is not done by now, and return the norm of the gradient.
+
+    Args:
+        norms: Of the gradients of weights that were updated in the backward pass.
+    """
+    if args.fused_backward:
+        norm = torch.stack(norms).norm()
+        norms.clear()
+        return norm
+    optimizer = models.optimizer
+    pairs = [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = accelerator.clip_grad_norm_([weight for _, weight in pairs], args.max_grad_norm or math.inf)
+    if args.weight_dtype == "fp32":
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+    torch.manual_seed(derive_seed(plan.seed, "rounding", step))  # alike in all processes
+    for group, weight in pairs:
+        update_weight(optimizer, norms, group, weight)
+    norms.clear()
+    return norm
+
+
+def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight: nn.Parameter) -> None:
+    """Update one weight and free its gradient, of which the norm is kept; bf16 is rounded stochastically."""
+    with narrowed_to(optimizer, group, weight), in_float32(weight):
+        norms.append(weight.grad.norm())
+        optimizer.step()
+    weight.grad = None
+
+
+def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove older ones beyond the limit; the main process does."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(accelerator, folder, models)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
-            checkpoints.save_optimizer(folder, optimizer, accelerator.scaler)
+            checkpoints.save_optimizer(folder, models.optimizer, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.fits)
         checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
@@ -1406,7 +1397,7 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write a pipeline folder, all in float32: what was trained, the base's other parts, and how prompts were read."""
-    parts = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
+    parts = {name: accelerator.unwrap_model(model).float() for name, model in models.trained.items()}
     models.vae = models.text_encoder = None
     if args.skip_save_text_encoder or plan.base.precomputes_text:
         parts["text_encoder"] = None

@@ -1,6 +1,7 @@
 """Lists of concepts: what they mean, and each mistake in them in a sentence."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,13 +10,13 @@ from utils.concepts import (
     Concept,
     find_concept_problems,
     find_idle_keys,
-    find_lost_words,
     find_uneven,
     read_concepts,
 )
 from utils.errors import InputError
 from utils.folder_checks import find_folder_problems
 from utils.geometry import Size
+from utils.misfits import find_misfits
 
 DOG = {"instance_data_dir": "dog", "instance_prompt": "a photo of sks dog"}
 
@@ -247,7 +248,9 @@ def test_sizes_and_steps_that_the_model_cannot_take_are_named(flags_of):
 
 def test_lost_words_are_looked_for_in_every_concept(flags_of):
     """IF's pipelines delete words with digits."""
-    (problem,) = find_lost_words(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}))
+    base = SimpleNamespace(resolution=Size(64, 64), preview_sizes=[], size_factor=8, enlarges_from=None, tokens=77)
+    vars(base).update(dict.fromkeys(("is_if", "precomputes_text", "hides_padding", "learns_variance"), True))
+    (problem,) = find_misfits(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}), base, 77)
     assert "--concepts_list, concept 2: instance_prompt" in problem and "p3rs0n" in problem
 
 

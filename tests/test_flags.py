@@ -13,8 +13,20 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import batch_order, checkpoints, concepts, config_file, hub_data, model_card, run_summary, schedules
+from utils import (
+    batch_order,
+    checkpoints,
+    concepts,
+    config_file,
+    fits,
+    hub_data,
+    misfits,
+    model_card,
+    run_summary,
+    schedules,
+)
 from utils.errors import InputError
+from utils.misfits import find_idle_flags
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
 
@@ -49,13 +61,18 @@ OUR_DEFAULTS = {
     **{"mask_data_dir": None, "crop_aspect": "square", "resolution_type": "pixel_area", "bucket_step": None},
     **{"minimum_image_size": None, "maximum_image_size": None, "target_downsample_size": None},
     **{"stepwise_downsampling": False, "cache_latents": "auto", "latent_variants": None, "prior_target": "images"},
-    **{"dry_run": False},
+    **{"dry_run": False, "optimizer": "adamw", "fused_backward": False, "weight_dtype": "fp32", "compile": False},
 }
 OWN_DEFAULTS = {
-    FULL: {"output_dir": "dreambooth-model", "learning_rate": 5e-6, "skip_save_text_encoder": False},
+    FULL: {
+        "output_dir": "dreambooth-model",
+        "learning_rate": 5e-6,
+        "skip_save_text_encoder": False,
+        "use_bitfit": False,
+    },
     LORA: {
         **{"output_dir": "lora-dreambooth-model", "learning_rate": 5e-4, "rank": 4, "lora_dropout": 0.0},
-        **{"lora_alpha": None, "lora_layers": None},
+        **{"lora_alpha": None, "lora_layers": None, "base_model_precision": "no_change"},
     },
 }
 
@@ -211,12 +228,13 @@ def names_read(node: ast.AST) -> list[str]:
 def test_no_flag_is_accepted_and_ignored(script):
     """Every flag is read outside the functions that define or check flags, --config by its reader.
 
+    One that has no work left to do is read by what says so.
     As args.NAME or, where that is given on, as flags["NAME"]; those of each subject from its `Concept`.
     """
-    modules = (script, batch_order, checkpoints, concepts, config_file, hub_data, model_card, run_summary)
+    modules = (script, batch_order, concepts, config_file, fits, hub_data, misfits, model_card, run_summary)
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_.*", node.name)]
+    readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_(?!idle_flags).*", node.name)]
     read = {name for function in readers for node in ast.walk(function) for name in names_read(node)}
     assert sorted(known_flags(script).keys() - read) == []
     (reader,) = [node for node in functions if node.name == "parse_args"]
@@ -661,8 +679,8 @@ IDLE = {
 def test_a_flag_without_work_says_so(script, needed, monkeypatch, small_images, flag):
     """Each such flag has one sentence, and without it there is none."""
     monkeypatch.setitem(sys.modules, "xformers", None)
-    assert script.idle_flags(script.parse_args(needed)) == []
-    assert script.idle_flags(script.parse_args([*needed, flag.replace("HERE", small_images[0])])) == [IDLE[flag]]
+    assert find_idle_flags(vars(script.parse_args(needed))) == []
+    assert find_idle_flags(vars(script.parse_args([*needed, flag.replace("HERE", small_images[0])]))) == [IDLE[flag]]
 
 
 def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
@@ -675,4 +693,4 @@ def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
         "--bucket_step=8",
     ]
     flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
-    assert script.idle_flags(script.parse_args([*needed, *flags])) == []
+    assert find_idle_flags(vars(script.parse_args([*needed, *flags]))) == []

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from utils import checkpoints
-from utils.checkpoints import atomic_result, check_fits, remove_leftovers, step_of, write_state
+from utils.checkpoints import atomic_result, remove_leftovers, step_of, write_state
 from utils.errors import InputError
+from utils.fits import check_fits
 from utils.images import IMAGE_SUFFIXES, inspect_folder
 
 

@@ -80,14 +80,16 @@ def test_a_stable_diffusion_model_is_recognised(script, parse, tiny):
     assert base.scheduler == json.loads((tiny / "scheduler" / "scheduler_config.json").read_text())
     assert base.scheduler["num_train_timesteps"] == 1000
     assert (base.image_noising_scheduler, base.tokens, base.enlarges_from) == (None, None, None)
-    assert (base.is_if, base.learns_variance, base.hides_padding, base.precomputes_text) == (False,) * 4
+    assert (base.is_if, base.learns_variance, base.hides_padding, base.precomputes_text) == (False, False, False, True)
 
 
 def test_flags_decide_how_a_stable_diffusion_model_reads_prompts(script, parse, tiny, copy):
-    """Padding is hidden and text precomputed if a flag or, for the padding, the text encoder's config says so."""
+    """Padding is hidden if a flag or the encoder's config says so; text is precomputed unless its encoder trains."""
     base = script.recognise_model(parse(tiny, "--text_encoder_use_attention_mask", "--tokenizer_max_length", "20"))
-    assert (base.hides_padding, base.precomputes_text, base.tokens) == (True, False, 20)
-    assert script.recognise_model(parse(tiny, "--pre_compute_text_embeddings")).precomputes_text is True
+    assert (base.hides_padding, base.precomputes_text, base.tokens) == (True, True, 20)
+    for flag, precomputes in (("--pre_compute_text_embeddings", True), ("--train_text_encoder", False)):
+        assert script.recognise_model(parse(tiny, flag)).precomputes_text is precomputes
+    assert script.recognise_model(parse(tiny, "--no-pre_compute_text_embeddings")).precomputes_text is False
     for masks in (True, False):
         change(copy, "text_encoder/config.json", use_attention_mask=masks)
         assert script.recognise_model(parse(copy)).hides_padding is masks
@@ -367,7 +369,7 @@ def test_a_name_that_nobody_knows_while_offline(script, parse, monkeypatch, name
         (["--stage_one_model_name_or_path", "x"], "--stage_one_model_name_or_path is for DeepFloyd IF's stage II."),
         (["--train_variance"], "--train_variance: this U-Net predicts no variance."),
         (
-            ["--text_encoder_precision", "bf16"],
+            ["--text_encoder_precision", "bf16", "--train_text_encoder"],
             "--text_encoder_precision needs --pre_compute_text_embeddings.",
         ),
         (["--tokenizer_max_length", "78"], "--tokenizer_max_length 78: the text encoder takes 77."),

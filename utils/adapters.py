@@ -7,17 +7,19 @@ from pathlib import Path
 
 import peft
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
 
 
-def add(model: nn.Module, layers: list[str], flag: str, **config) -> None:
-    """Put float32 adapters on a network's layers; at first they change nothing.
+def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = torch.float32, **config) -> None:
+    """Put adapters on a network's layers; at first they change nothing.
 
     Args:
         layers: Ends of the layers' names.
         flag: That the layers come from, for messages.
+        dtype: Of the adapters.
         config: Of `peft.LoraConfig`.
 
     Raises:
@@ -32,7 +34,7 @@ def add(model: nn.Module, layers: list[str], flag: str, **config) -> None:
         raise InputError(f"{flag} {','.join(layers)}: {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # whatever precision the frozen layers are in
+            parameter.data = parameter.data.to(dtype)  # whatever precision the frozen layers are in
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ def save(path: Path, models: dict[str, nn.Module]) -> None:
         metadata |= {f"{name}.{key}": value for key, value in config.items()}
         # transformers 5 dropped this level of CLIP's names; with it, older versions find the layers as well.
         level = "text_model." if name == "text_encoder" and not hasattr(model, "text_model") else ""
-        weights |= {f"{name}.{level}{key}": value.contiguous() for key, value in tensors(model).items()}
+        weights |= {f"{name}.{level}{key}": value.float().contiguous() for key, value in tensors(model).items()}
     header = {"lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
     safetensors.torch.save_file(weights, path, header)
 

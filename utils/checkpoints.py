@@ -7,7 +7,6 @@ lock, which ends with its process, tells the leftovers of dead runs from the wor
 """
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import pickle
 import re
 import secrets
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from utils import images
 from utils.devices import is_out_of_memory
 from utils.errors import InputError, cannot_write
+from utils.optimizers import set_state
 
 try:
     import fcntl
@@ -36,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # its presence marks a complete checkpoint, so it must be written into the folder
 ARGS_FILE = "args.json"
+GIVEN = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, by flags; the rest it may have learned
 OPTIMIZER_FILE = "optimizer.pt"
-SINCE = {"repeats": 1, "prior_target": "images"}  # what checkpoints were made with that do not know of a flag
 _CLAIMS = []  # open files, whose locks say that this process works in their folders
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch says when it cannot write a file
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -227,49 +225,13 @@ def save_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
 
 def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
     """Read what `save_optimizer` wrote, but keep weight decay and the like as they are given now."""
-    flags = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    flags = [{key: group[key] for key in GIVEN if key in group} for group in optimizer.param_groups]
     state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    set_state(optimizer, state["optimizer"])
     for group, given in zip(optimizer.param_groups, flags):
         group.update(given)
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
-
-
-def fits_of_pictures(examples: list, resolution: str) -> dict:
-    """Return what a checkpoint's run and the one that resumes it must have in common as to pictures and captions.
-
-    Args:
-        examples: The script's `Example`s.
-        resolution: Of the run; the sizes of photos are told if they are not all that.
-    """
-    photos = [example for example in examples if not example.is_prior]
-    subjects = list(dict.fromkeys(example.concept for example in examples))
-    sizes = {str(example.size) for example in photos}
-    has_captions = any(one.caption_strategy != "instanceprompt" or one.caption_column for one in subjects)
-    return {
-        "photos": [example.path.name for example in photos],
-        "class images": len(examples) - len(photos),
-        "captions": [list(example.prompts) for example in photos] if has_captions else None,
-        "sizes": [str(example.size) for example in photos] if sizes != {resolution} else None,
-        "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
-        "content of the pictures": images.fingerprint((example.path, example.is_prior) for example in examples),
-    }
-
-
-def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
-    """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
-    there = {name: theirs.get(name, SINCE.get(name)) for name in ours}
-    shorten = functools.partial(textwrap.shorten, width=300, placeholder=" …")
-    lines = [
-        f"  {name}: {shorten(str(there[name]))} there, {shorten(str(own))} here"
-        for name, own in ours.items()
-        # Older checkpoints do not say what is in the files.
-        if str(there[name]) != str(own) and (name in theirs or not name.startswith("content of"))
-    ]
-    if lines:
-        head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
-        raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
 
 
 def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.caption_files import STRATEGIES
-from utils.captions import find_prompt_problems
 from utils.errors import InputError
 from utils.flag_checks import find_idle, find_out_of_range, is_text, problems_that_hold
 from utils.geometry import CROP_STYLES, Size, find_size_problems, find_step_problems
@@ -121,12 +120,6 @@ def find_uneven(flags: dict[str, Any], resolution: Size, factor: int) -> list[st
     step = flags["bucket_step"] if flags["crop_aspect"] == "preserve" else None
     found = [f"{name}: the model needs multiples of {factor}." for name in uneven]
     return found + find_step_problems(resolution, step, factor, flags["resolution_type"])
-
-
-def find_lost_words(flags: dict[str, Any]) -> list[str]:
-    """Return a sentence for each instance prompt of which words are lost when IF's pipelines clean it."""
-    prompts = {one.call("instance_prompt"): one.instance_prompt or "" for one in read_concepts(flags)}
-    return [problem for name, prompt in prompts.items() for problem in find_prompt_problems(name, prompt)]
 
 
 def find_idle_keys(flags: dict[str, Any]) -> list[str]:

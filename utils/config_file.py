@@ -101,3 +101,8 @@ def _words(path: str, key: str, value: object, switches: dict[str, bool], lists:
     if isinstance(value, list):
         return [f"--{key}", *map(str, values)]
     return [f"--{key}={value}"]
+
+
+def flags_to_repeat(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags with which --config repeats a run, and does not continue it; without the token, a secret."""
+    return {key: value for key, value in flags.items() if key not in ("config", "resume_from_checkpoint", "hub_token")}

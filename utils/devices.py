@@ -6,14 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from utils.flag_checks import is_installed
+from utils.flag_checks import is_given, is_installed
 
 logger = logging.getLogger(__name__)
 
+EIGHT_BIT = (
+    *("use_8bit_adam", "optimizer adamw8bit", "text_encoder_precision int8"),
+    *("base_model_precision int8", "base_model_precision nf4"),
+)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
 
 
@@ -62,18 +67,23 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-def find_precision_problems(precisions: dict[str, str | None], eight_bit: dict[str, bool]) -> list[str]:
-    """Return a sentence for each flag whose precision this machine cannot compute in.
+def precision_of(flags: dict[str, Any]) -> str:
+    """Return the precision of arithmetic, by --mixed_precision or as accelerate is set."""
+    return flags["mixed_precision"] or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
-    Args:
-        precisions: By flag.
-        eight_bit: Whether a flag, by its name and value, asks for 8-bit numbers.
-    """
-    lacks_fp16, lacks_8bit = not has_accelerator(), not is_installed("bitsandbytes")
-    fp16 = [f"--{flag} fp16" for flag, precision in precisions.items() if precision == "fp16" and lacks_fp16]
-    missing = [f"--{flag}" for flag, is_wanted in eight_bit.items() if is_wanted and lacks_8bit]
+
+def find_precision_problems(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag whose precision this machine cannot compute in."""
+    asked = {"mixed_precision": precision_of(flags)}
+    asked |= {name: flags[name] for name in ("prior_generation_precision", "text_encoder_precision")}
+    fp16 = [f"--{name} fp16" for name, precision in asked.items() if precision == "fp16" and not has_accelerator()]
+    missing = [f"--{words}" for words in EIGHT_BIT if is_given(flags, words) and not is_installed("bitsandbytes")]
     sentences = [f"{flag} needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16." for flag in fp16]
-    return sentences + [f"{flag} needs bitsandbytes: pip install bitsandbytes." for flag in missing]
+    sentences += [f"{flag} needs bitsandbytes: pip install bitsandbytes." for flag in missing]
+    if asked["mixed_precision"] not in ("no", "fp32", "fp16", "bf16"):
+        precision = asked["mixed_precision"]
+        sentences.append(f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16.")
+    return sentences
 
 
 @contextlib.contextmanager

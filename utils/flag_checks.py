@@ -12,6 +12,13 @@ RANGES = {
     "1 or more": lambda value: 1 <= value < math.inf,
     "in [0, 1)": lambda value: 0 <= value < 1,
 }
+RANGES_OF = {
+    "local_rank": "any",
+    "repeats": "from 1 to 10,000",
+    **dict.fromkeys(("seed", "dataloader_num_workers", "lr_warmup_steps"), "0 or more"),
+    **dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)"),
+}
 
 
 def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[str]:
@@ -27,10 +34,10 @@ def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[st
     ]
 
 
-def usual_ranges(values: dict[str, Any]) -> dict[str, str]:
-    """Return the range of each number unless it is told: a key of `RANGES`, "1 or more" for whole ones."""
-    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-    return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()}
+def ranges_of(flags: dict[str, Any]) -> dict[str, str]:
+    """Return the range of each flag that is a number: unless `RANGES_OF` has it, 1 or more if it is a whole one."""
+    numbers = {name: value for name, value in flags.items() if type(value) in (int, float)}
+    return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()} | RANGES_OF
 
 
 def find_idle(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:
@@ -42,14 +49,14 @@ def find_idle(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:
     return [
         f"--{name} has no effect without --{need}."
         for name, need in needs.items()
-        if _is_given(flags, name) and not _is_given(flags, need)
+        if is_given(flags, name) and not is_given(flags, need)
     ]
 
 
-def _is_given(flags: dict[str, Any], words: str) -> bool:
+def is_given(flags: dict[str, Any], words: str) -> bool:
     """Say whether a flag is set, or has the value that is named behind it."""
     name, _, value = words.partition(" ")
-    return str(flags[name]) == value if value else bool(flags[name])
+    return str(flags.get(name)) == value if value else bool(flags.get(name))
 
 
 def problems_that_hold(*checks: tuple[Any, str]) -> list[str]:

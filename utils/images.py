@@ -13,7 +13,7 @@ import stat
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from utils.errors import InputError, naming_what_cannot_be_written
-from utils.geometry import Cut, measure
+from utils.geometry import Cut, Size, measure
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
@@ -222,6 +222,20 @@ def leave_out_small(sizes: dict[Path, tuple[int, int]], minimum: int | None, uni
     return kept
 
 
+def warn_of_enlarging(found: dict[Path, tuple[int, int]], sizes: dict[Path, Size], target: Size) -> None:
+    """Warn if pictures are smaller than what they are cut to; `target` is the size that was asked for."""
+    if small := sum(any(edge < wanted for edge, wanted in zip(found[path], sizes[path])) for path in found):
+        logger.warning("%d of %d photos are smaller than %s px: enlarged.", small, len(found), target)
+
+
+def check_presence(paths: Iterable[Path]) -> None:
+    """Raise InputError if class images that other processes have drawn are not here."""
+    if elsewhere := [str(path) for path in paths if not path.exists()]:
+        raise InputError(
+            f"{len(elsewhere)} class images are on another machine, as {elsewhere[0]}: share their folder."
+        )
+
+
 def find_unreadable(flag: str, paths: Iterable[str]) -> list[str]:
     """Return a sentence for each of a flag's files that is no picture."""
     return [f"{flag} {path}: {reason}" for path, reason in inspect_images(map(Path, paths)).unreadable.items()]
@@ -270,6 +284,16 @@ def list_class_batches(missing: dict[Path, Any], size: int) -> list[tuple[Any, r
         (starts[folder, first], range(first, min(first + size, starts[folder, first].num_class_images)))
         for folder, first in sorted(starts)
     ]
+
+
+def save_class_images(concept: Any, numbers: Iterable[int], pictures: list[Image.Image], missing: Container) -> None:
+    """Write those of a concept's class images whose paths are missing, and remember in their folder what drew them."""
+    folder = Path(concept.class_data_dir)
+    remember_source(folder, concept.class_prompt, concept.class_guidance_scale)
+    for number, picture in zip(numbers, pictures):
+        path = folder / f"{number:05d}.png"
+        if path in missing:
+            save_png(picture, path)
 
 
 def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -> tuple[list[Path], set[Path]]:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from utils.devices import count_parameters
+from utils.optimizers import NAMES, optimizer_of
 
 
 def show_run(accelerator: Accelerator, title: str, summary: dict[str, str]) -> None:
@@ -33,11 +34,12 @@ def describe_run(
     batch = f"{flags['train_batch_size']} x {plan.processes} processes x {accumulated}"
     pictures = plan.order.batch * flags["gradient_accumulation_steps"] * (2 if plan.order.has_partners else 1)
     variance = "trained" if flags["train_variance"] else "not trained: results draw with fixed_small"
-    optimizer = "AdamW8bit" if flags["use_8bit_adam"] else "AdamW"
+    optimizer = NAMES[optimizer_of(flags)] + (" in the backward pass" if flags["fused_backward"] else "")
+    kept = "float32" if flags["weight_dtype"] == "fp32" else "bfloat16, rounded stochastically"
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if flags["resolution"] else ", the default for this model"),
-        "weights": f"{trained:.2f} M train in float32, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
+        "weights": f"{trained:.2f} M train in {kept}, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
         **{name: str(value) for name, value in method.items()},
         "text encoder": describe_text_encoder(flags, base),
         **({"variance": variance} if base.learns_variance else {}),

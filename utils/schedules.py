@@ -2,12 +2,27 @@
 
 import logging
 import math
+from typing import Any
 
 from utils.errors import InputError
+from utils.flag_checks import problems_that_hold
 
 logger = logging.getLogger(__name__)
 
 SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial one_cycle".split()
+
+
+def find_rate_problems(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag of the learning rates that contradicts another."""
+    name, rate, end = (flags[key] for key in ("lr_scheduler", "learning_rate", "lr_end"))
+    has_no_end = end is not None and name not in ("one_cycle", "polynomial")
+    rises = 0 <= rate < (end or 0) < math.inf
+    lacks_text = flags["text_encoder_lr"] is not None and not flags["train_text_encoder"]
+    return problems_that_hold(
+        (lacks_text, "--text_encoder_lr needs --train_text_encoder."),
+        (has_no_end, f"--lr_end needs --lr_scheduler one_cycle or polynomial, not {name}."),
+        (rises, f"--lr_end {end} is above --learning_rate {rate}, the highest."),
+    )
 
 
 def check_warmup(name: str, warmup: int, steps: int) -> None:
