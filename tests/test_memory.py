@@ -83,7 +83,7 @@ FLAGS = {
     "gradient_accumulation_steps": 2,
     "gradient_checkpointing": False,
     "mixed_precision": "no",
-    "use_8bit_adam": False,
+    **{"use_8bit_adam": False, "optimizer": "adamw", "fused_backward": False, "base_model_precision": "nf4"},
     "train_text_encoder": False,
     "text_encoder_precision": None,
     "sample_batch_size": 4,
@@ -123,10 +123,24 @@ def test_activations_shrink_with_the_batch_and_the_picture():
 def test_weights_that_train_cost_their_gradients_and_moments():
     """A million weights: 8 bytes of moments each, 2 in 8 bits, and 4 of gradient that adapters would not need."""
     unet = nn.Linear(1000, 1000, bias=False)
-    assert savings([unet], 0.0) == {"train_dreambooth_lora.py": 12_000_000, "--use_8bit_adam": 6_000_000}
-    assert savings([unet], 0.0, use_8bit_adam=True) == {"train_dreambooth_lora.py": 6_000_000}
+    once = {"gradient_accumulation_steps": 1}
+    fused = {"--fused_backward --max_grad_norm 0": 4_000_000}
+    whole = {"train_dreambooth_lora.py": 12_000_000, "--optimizer adamw8bit": 6_000_000} | fused
+    assert savings([unet], 0.0, **once) == whole
+    assert savings([unet], 0.0, **once, use_8bit_adam=True) == {"train_dreambooth_lora.py": 6_000_000} | fused
+    assert savings([unet], 0.0, **once, optimizer="adafactor", fused_backward=True) == {
+        "train_dreambooth_lora.py": 4_100_000
+    }
     unet.weight.grad = torch.zeros_like(unet.weight)
-    assert savings([unet], 0.0) == {"train_dreambooth_lora.py": 12_000_000, "--use_8bit_adam": 6_000_000}
+    assert savings([unet], 0.0, **once) == whole
+
+
+def test_a_base_under_adapters_can_be_stored_in_fewer_bits():
+    """Seven tenths of its frozen weights in bf16, unless they are stored so."""
+    unet = nn.Sequential(nn.Linear(1000, 1000, bias=False).requires_grad_(False), nn.Linear(1, 1)).bfloat16()
+    found = savings([unet], 0.0, base_model_precision="no_change")
+    assert found["--base_model_precision nf4"] == 1_400_000
+    assert "--base_model_precision nf4" not in savings([unet], 0.0)
 
 
 def test_a_text_encoder_can_be_freed_or_left_untrained():

@@ -193,12 +193,15 @@ def test_autograd_keeps_what_is_stored_and_nothing_else(precision, name, is_mixe
 
 @every_layer
 @every_precision
-def test_autocast_decides_the_dtype(precision, name):
+def test_autocast_decides_the_dtype(precision, name, monkeypatch):
     """Under autocast a layer computes as with inputs in its dtype; the gradient comes back in the inputs' own."""
     layer, inputs = make_layer(name)
-    reduced = quantised(layer, precision)
-    with torch.autocast("cpu", torch.bfloat16):
+    reduced, unpack, dtypes = quantised(layer, precision), quantise._unpack, []
+    with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
+        patch.setattr(quantise, "_unpack", lambda *given: dtypes.append(given[-1]) or unpack(*given))
         outputs, gradient = gradient_of(reduced, inputs)
+    assert dtypes == [torch.bfloat16] * 2  # in one go, without a copy of twice the size
+    with torch.autocast("cpu", torch.bfloat16):
         expected = dequantised(layer, reduced)(inputs)
     assert outputs.dtype is torch.bfloat16 and gradient.dtype is torch.float32
     assert torch.equal(outputs, reduced(inputs.bfloat16()))

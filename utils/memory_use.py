@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from utils.devices import is_out_of_memory, peak_memory_gb
 from utils.errors import InputError
+from utils.optimizers import STATE_BYTES, optimizer_of
 
 # Shares of the activations' memory, measured on Stable Diffusion 1.5's U-Net with adapters, 256 px, batches of 1 to 4.
 SAVED_BY_CHECKPOINTING = 0.7
 SAVED_BY_HALF_PRECISION = 0.35
-ADAM_BYTES, ADAM_8BIT_BYTES = 8, 2  # of state, for each weight that trains
+SAVED_BY_NF4 = 0.7  # of frozen weights in bf16, norms and small layers included
 WORTHWHILE = 0.02  # of the peak; a change that saves less is not named
 
 
@@ -67,13 +68,20 @@ def find_savings(flags: dict[str, Any], networks: Iterable[nn.Module], peak: flo
     encoder = [network for network in networks if isinstance(network, PreTrainedModel)]
     encoder_bytes = sum(weight.nbytes for network in encoder for weight in network.parameters()) / 1e9
     own = sum(w.numel() for network in encoder for w in network.parameters() if w.requires_grad) / 1e9
-    state = ADAM_8BIT_BYTES if flags["use_8bit_adam"] else ADAM_BYTES
+    state, small = STATE_BYTES[optimizer_of(flags)], STATE_BYTES["adamw8bit"]
+    adapted = [n for n in networks if n not in encoder and any(weight.requires_grad for weight in n.parameters())]
+    base = (
+        sum(weight.nbytes for network in adapted for weight in network.parameters() if not weight.requires_grad) / 1e9
+    )
+    fuses = not flags["fused_backward"] and steps == 1 and flags["optimizer"] != "prodigy"
     smaller = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
     found = [
         ("--gradient_checkpointing", not flags["gradient_checkpointing"], SAVED_BY_CHECKPOINTING * activations),
         (smaller, batch > 1, (1 - 1 / batch) * activations),
         ("--mixed_precision bf16", is_float32, SAVED_BY_HALF_PRECISION * activations + frozen / 2),
-        ("--use_8bit_adam", not flags["use_8bit_adam"], (ADAM_BYTES - ADAM_8BIT_BYTES) * trained),
+        ("--optimizer adamw8bit", state > small, (state - small) * trained),
+        ("--fused_backward --max_grad_norm 0", fuses, 4 * trained),
+        ("--base_model_precision nf4", flags.get("base_model_precision") == "no_change", SAVED_BY_NF4 * base),
         ("--no-train_text_encoder", flags["train_text_encoder"], (4 + state) * own),
         ("--pre_compute_text_embeddings", bool(encoder) and not own, encoder_bytes),
         ("train_dreambooth_lora.py", trains_whole, (4 + state) * trained),
