@@ -52,6 +52,7 @@ from tqdm.auto import tqdm
 from utils import adapters, captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files
 from utils.batch_order import BatchOrder, share_out
 from utils.caption_files import STRATEGIES, find_captions
+from utils.checkpointing import checkpoint_all_but_attention
 from utils.compilation import compile_blocks
 from utils.concepts import Concept, find_concept_problems, read_concepts
 from utils.config_file import flags_to_repeat, make_grouped_parser, parse_with_config
@@ -495,7 +496,7 @@ def start(args: Namespace) -> Accelerator:
     devices.set_arithmetic(args.deterministic, args.allow_tf32)
     trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in find_idle_flags(vars(args)):
+    for note in find_idle_flags(vars(args)) + devices.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -905,7 +906,8 @@ def load_models(
     """Load the networks, frozen, on the device; on "meta" without their weights."""
     base = plan.base
     needs_vae = not base.is_if and (latents is None or args.validation_prompt)
-    vae = load_vae(args, plan, device) if needs_vae else None
+    # Previews alone need it where latents are cached: until then it takes no memory of a GPU.
+    vae = load_vae(args, plan, device if latents is None else torch.device("cpu")) if needs_vae else None
     unet = load_unet(args, plan, device).requires_grad_(False)
     schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
     models = Models(prompts, unet, vae, None, *schedulers, {"unet": unet}, {})
@@ -918,7 +920,7 @@ def load_models(
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(None if args.compile else checkpoint_all_but_attention)
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     return models
@@ -1435,7 +1437,7 @@ def validate(
     with devices.going_on_without_memory(f"Validation at step {step}"):
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
         options = preview_options(args, models.prompts, text_encoder)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), accelerator.autocast(), devices.moved_to(accelerator.device, models.vae):
             drawing.draw(pipeline, mine, folder, small, **options)
     for model in models.trained.values():
         model.train()

@@ -503,3 +503,12 @@ def train(precision: str, steps: int) -> torch.Tensor:
         optimizer.zero_grad()
         losses.append(loss.item())
     return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("precision", quantise.PRECISIONS)
+def test_each_weight_counts_once_however_it_is_stored(precision):
+    """Codes that hold two weights, scales and levels are no weights."""
+    layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(32, 64, 3), nn.GroupNorm(4, 64)).requires_grad_(False)
+    count = sum(weight.numel() for weight in layers.parameters())
+    quantise.quantise(layers, precision, torch.device("cpu"))
+    assert quantise.count_frozen(layers) == count

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.flag_checks import is_given, is_installed
+from utils.flag_checks import is_given, is_installed, problems_that_hold
+from utils.quantise import count_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def count_parameters(*networks: nn.Module | None) -> tuple[float, float]:
     """Return how many million parameters train, and how many are frozen."""
-    counts = [(p.numel() / 1e6, p.requires_grad) for network in networks if network for p in network.parameters()]
-    return sum(count for count, trains in counts if trains), sum(count for count, trains in counts if not trains)
+    there = [network for network in networks if network is not None]
+    trained = sum(weight.numel() for network in there for weight in network.parameters() if weight.requires_grad)
+    return trained / 1e6, sum(map(count_frozen, there)) / 1e6
 
 
 def free_memory() -> None:
@@ -84,6 +86,34 @@ def find_precision_problems(flags: dict[str, Any]) -> list[str]:
         precision = asked["mixed_precision"]
         sentences.append(f"accelerate is set to {precision}: give --mixed_precision no, fp16 or bf16.")
     return sentences
+
+
+def find_slow_arithmetic(flags: dict[str, Any]) -> list[str]:
+    """Return a sentence for each flag that would make this machine's GPU compute faster, or about as exactly."""
+    if not has_accelerator() or not torch.cuda.is_available():
+        return []
+    card, precision = torch.cuda.get_device_name(), precision_of(flags)
+    is_ampere = torch.cuda.get_device_capability() >= (8, 0)
+    exact = precision == "no" and not flags["allow_tf32"]
+    return problems_that_hold(
+        (is_ampere and exact, f"{card} computes faster with --mixed_precision bf16, or in float32 with --allow_tf32."),
+        (is_ampere and precision == "fp16", f"{card} knows bf16: as fast as fp16, and it does not overflow."),
+        (not is_ampere and precision == "bf16", f"{card} computes slowly in bf16: use --mixed_precision fp16."),
+    )
+
+
+@contextlib.contextmanager
+def moved_to(device: torch.device, network: nn.Module | None) -> Iterator[None]:
+    """Have a network on a device for as long as the context lasts, and then where it was."""
+    place = None if network is None else next(network.parameters()).device
+    if place in (None, device):
+        yield
+        return
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(place)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from typing import Any
 
 from utils.captions import find_prompt_problems
 from utils.concepts import find_idle_keys, find_uneven, read_concepts
+from utils.devices import precision_of
 from utils.flag_checks import find_idle, is_installed, problems_that_hold
 
 
@@ -73,6 +74,7 @@ def find_idle_flags(flags: dict[str, Any]) -> list[str]:
     needs = dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
     has_small = not flags["validation_prompt"] or flags["validation_images"] or flags["num_eval_images"]
     unused = flags["stage_one_model_name_or_path"] and has_small and not flags["with_prior_preservation"]
+    stored = flags.get("base_model_precision") == "bf16" and precision_of(flags) in ("bf16", "fp16")
     idle = "has no work left to do"
     return [
         *problems_that_hold(
@@ -86,5 +88,9 @@ def find_idle_flags(flags: dict[str, Any]) -> list[str]:
         *problems_that_hold(
             (unused, "--stage_one_model_name_or_path has neither class images nor previews to draw."),
             (flags["class_labels_conditioning"] == "timesteps", published),
+            (
+                stored,
+                "--base_model_precision bf16 changes nothing: by --mixed_precision, the base is in 16 bits anyway.",
+            ),
         ),
     ]

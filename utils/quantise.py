@@ -11,6 +11,7 @@ Letters: B batch, C channels, H and W height and width.
 """
 
 import importlib
+import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -62,6 +63,14 @@ def stored_bytes(network: nn.Module) -> int:
     """Return how many bytes a network's frozen weights take as they are stored, scales included."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
+
+
+def count_frozen(network: nn.Module) -> int:
+    """Return how many frozen weights a network has, each counted once, however it is stored."""
+    layers = [module for module in network.modules() if isinstance(module, _FrozenLayer)]
+    packed = sum(part.numel() for layer in layers for part in layer.stored if part is not None)
+    frozen = sum(weight.numel() for weight in network.parameters() if not weight.requires_grad)
+    return frozen - packed + sum(math.prod(layer.form.shape) for layer in layers)
 
 
 class _Form(NamedTuple):

@@ -39,7 +39,7 @@ def describe_run(
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if flags["resolution"] else ", the default for this model"),
-        "weights": f"{trained:.2f} M train in {kept}, {frozen:.2f} M are frozen in {plan.frozen_dtype}",
+        "weights": f"{trained:.2f} M train in {kept}, {frozen:.2f} M are frozen in {describe_frozen(flags, plan)}",
         **{name: str(value) for name, value in method.items()},
         "text encoder": describe_text_encoder(flags, base),
         **({"variance": variance} if base.learns_variance else {}),
@@ -78,6 +78,12 @@ def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str
         held = sum(weight.nbytes for network in models.copies.values() for weight in network.parameters()) / 1e9
         found["prior target"] = "the base model's prediction" + (f", a copy of {held:.2f} GB" if held else "")
     return found
+
+
+def describe_frozen(flags: dict[str, Any], plan: Any) -> str:
+    """Return the precision of frozen weights, and that of the U-Net's if it is another."""
+    precision, stored = str(plan.frozen_dtype).removeprefix("torch."), flags.get("base_model_precision", "no_change")
+    return precision + ("" if stored == "no_change" else f", the U-Net's in {stored}")
 
 
 def describe_sizes(plan: Any) -> str:
