@@ -169,7 +169,7 @@ def draw_plot(title: str, losses: dict[str, list[float]]) -> Image.Image:
         value = low + (top - low) * number / 4
         y = MARGIN + SIZE[1] * (top - value) / (top - low or 1)
         draw.line((MARGIN, y, SIZE[0], y), "#dadce0")
-        draw.text((MARGIN - 8, y), f"{value:.2f}", COLOURS[1], font, anchor="rm")
+        draw.text((MARGIN - 8, y), f"{value:.3f}", COLOURS[1], font, anchor="rm")
     for number, (name, values) in enumerate(smooth.items()):
         colour, across = COLOURS[number % len(COLOURS)], (SIZE[0] - MARGIN) / max(1, len(values) - 1)
         points = [
@@ -177,7 +177,8 @@ def draw_plot(title: str, losses: dict[str, list[float]]) -> Image.Image:
             for index, value in enumerate(values)
         ]
         draw.line(points, colour, 2)
-        draw.text((SIZE[0] + 16, MARGIN + 22 * number), f"— {name}", colour, font)
+        draw.line((SIZE[0] + 16, MARGIN + 22 * number + 8, SIZE[0] + 40, MARGIN + 22 * number + 8), colour, 3)
+        draw.text((SIZE[0] + 48, MARGIN + 22 * number), name, COLOURS[0], font)
     draw.text((SIZE[0] / 2, MARGIN * 1.3 + SIZE[1]), f"steps {WINDOW} to {len(losses[PLAIN])}", COLOURS[1], font)
     return sheet
 
