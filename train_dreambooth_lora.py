@@ -49,7 +49,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from utils import adapters, captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files
+from utils import adapters, captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files, shards
 from utils.batch_order import BatchOrder, share_out
 from utils.caption_files import STRATEGIES, find_captions
 from utils.checkpointing import checkpoint_all_but_attention
@@ -70,8 +70,8 @@ from utils.misfits import find_idle_flags, find_misfits
 from utils.model_card import write_card
 from utils.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
 from utils.processes import connect, on_main_process
-from utils.quantise import PRECISIONS as STORED_IN
 from utils.quantise import quantise
+from utils.rehearsal import show_costs
 from utils.rounding import in_float32
 from utils.run_summary import describe_run, show_run
 from utils.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
@@ -213,7 +213,7 @@ class Models:
 
     prompts: PromptTable
     unet: nn.Module
-    vae: nn.Module | None  # None for models that work on pixels, and where the loop needs none: latents are cached
+    vae: nn.Module | None  # None for models that work on pixels, or if no step needs it; on the CPU if previews do
     text_encoder: nn.Module | None
     noise_scheduler: DDPMScheduler
     image_noising_scheduler: DDPMScheduler | None  # of stage II
@@ -253,18 +253,18 @@ def main(argv: list[str] | None = None) -> int:
         write_small_images(args, accelerator, plan, prompts)
 
         # 4. Pictures to latents, where they are cut alike again and again; the VAE is freed.
-        latents = encode_pictures(args, accelerator, plan, prompts)
+        dataset = DreamBoothDataset(args, plan, prompts)
+        dataset.latents = encode_pictures(args, accelerator, plan, dataset)
 
         # 5. Networks, and which of their weights train.
-        models = load_models(args, plan, prompts, accelerator.device, latents)
+        models = load_models(args, plan, prompts, accelerator.device, dataset.latents)
         networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
         prepare_training(args, plan, models, accelerator.device)
         models.optimizer = make_optimizer(args, plan, models)
-        wrap_for_devices(args, accelerator, models)
-        resume(accelerator, plan, models)
+        resume(args, accelerator, plan, models)
 
         # 6. The loop.
-        loader = make_loader(args, accelerator, plan, prompts, latents)
+        loader = make_loader(args, accelerator, plan, dataset)
         summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
         show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
         finished = train(args, accelerator, plan, models, loader, stop)
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         # 7. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.or_else(instead, plan.steps):
+            with checkpoints.or_else(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -420,8 +420,8 @@ def add_method_args(add, switch) -> None:
     add("--lora_alpha", type=int, help="Adapters count alpha / rank times; unset: the rank, so once.")
     add("--lora_dropout", type=float, default=0.0, help="Share of an adapter's inputs that are dropped, in [0, 1).")
     add("--lora_layers", help="Ends of the names of U-Net layers that get one; unset: all attention projections.")
-    stored = "Of the U-Net's frozen weights in memory; no_change: as --mixed_precision."
-    add("--base_model_precision", default="no_change", choices=STORED_IN, help=stored)
+    stored = ["no_change", "bf16", "int8", "nf4"]
+    add("--base_model_precision", default="no_change", choices=stored, help="Of the U-Net's frozen weights in memory.")
 
 
 # Same in train_dreambooth.py
@@ -469,6 +469,7 @@ def find_problems(args: Namespace) -> list[str]:
         *devices.find_precision_problems(vars(args)),
         *find_rate_problems(vars(args)),
         *find_optimizer_problems(vars(args)),
+        *shards.find_unfit(vars(args)),
         *problems_that_hold(
             (text and args.pre_compute_text_embeddings, stale),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
@@ -667,6 +668,7 @@ def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prepare_training(args, plan, models, empty)
     summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
     show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
+    show_costs(sys.modules[__name__], vars(args), plan, accelerator)
     return 0
 
 
@@ -770,10 +772,10 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
         return prompts
     precision = args.text_encoder_precision or accelerator.mixed_precision
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    options = (args.variant, str(PRECISIONS.get(precision, precision)), accelerator.device.type)
+    kind = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = open_cache(args.cache_dir, source, *options)
+        cache = open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
         embeds = cache.load_all(prompts.ids, prompts.mask)
         if missing := [row for row, known in enumerate(embeds) if known is None]:
             logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
@@ -788,27 +790,17 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
 
 
 # Same in train_dreambooth.py
-def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> dict | None:
-    """Encode each cut of a picture that the run will visit once, with a VAE that is then freed.
+def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
+    """Encode each cut of a picture that is worth it once, with a VAE that is then freed; None if none is worth it.
 
-    Returns:
-        For (path, `Cut`), (2, C, h, w) mean and deviation of its posterior, from which each visit still draws its own
-        latents. None without latents, or by --cache_latents auto if cuts do not come again, or are over 20,000: at
-        512 px 2.6 GB of memory.
+    What is kept for (path, `Cut`) is the mean and deviation of its posterior, (2, C, h, w); visits draw from it anew.
     """
-    if plan.base.is_if or args.cache_latents == "off":
-        return None
-    dataset, samplers = DreamBoothDataset(args, plan, prompts), make_samplers(args, plan)
-    visits = (draw for sampler in samplers for draws in sampler for draw in draws)
-    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
-    if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
-        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
+    if not (cuts := list_cuts(args, plan, dataset)):
         return None
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    options = (args.variant, str(plan.frozen_dtype), accelerator.device.type)
+    cache = open_latents(args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type)
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        cache = open_latents(args.cache_dir, source, *options)
         keys = {(path, cut): [content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts}
         latents = {cut: cache.load(key) for cut, key in keys.items()}
         missing = [cut for cut, moments in latents.items() if moments is None]
@@ -906,7 +898,6 @@ def load_models(
     """Load the networks, frozen, on the device; on "meta" without their weights."""
     base = plan.base
     needs_vae = not base.is_if and (latents is None or args.validation_prompt)
-    # Previews alone need it where latents are cached: until then it takes no memory of a GPU.
     vae = load_vae(args, plan, device if latents is None else torch.device("cpu")) if needs_vae else None
     unet = load_unet(args, plan, device).requires_grad_(False)
     schedulers = [c and DDPMScheduler.from_config(c) for c in (base.scheduler, base.image_noising_scheduler)]
@@ -1041,12 +1032,10 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
 
 
 # Same in train_dreambooth.py
-def make_loader(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, latents: dict | None
-) -> DataLoader:
+def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> DataLoader:
     """Return the batches of the steps that are left, for this process."""
     return DataLoader(
-        DreamBoothDataset(args, plan, prompts, latents),
+        dataset,
         batch_sampler=make_samplers(args, plan)[accelerator.process_index],
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
@@ -1063,6 +1052,22 @@ def make_samplers(args: Namespace, plan: Plan) -> list[StepSampler]:
 
 
 # Same in train_dreambooth.py
+def list_cuts(args: Namespace, plan: Plan, dataset: DreamBoothDataset) -> Counter:
+    """Return how often the run will visit each (path, `Cut`), if the latents of these are to be kept, else nothing.
+
+    By --cache_latents auto, they are kept if cuts come again, and are 20,000 at most: at 512 px 2.6 GB of memory.
+    """
+    if plan.base.is_if or args.cache_latents == "off":
+        return Counter()
+    visits = (draw for sampler in make_samplers(args, plan) for draws in sampler for draw in draws)
+    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
+    if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
+        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
+        return Counter()
+    return cuts
+
+
+# Same in train_dreambooth.py
 def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
     """Return the optimizer of what trains, one group of parameters for the U-Net and one for the text encoder."""
     groups = [
@@ -1071,9 +1076,8 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
     ]
     decay = {"weight_decay": args.adam_weight_decay}
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | decay
-    # Each of these takes seconds to import.
     if args.use_8bit_adam or args.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # takes seconds, as the others do
 
         return AdamW8bit(groups, **adam)
     if args.optimizer == "adafactor":
@@ -1096,12 +1100,13 @@ def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
 
 
 # Same in train_dreambooth.py
-def resume(accelerator: Accelerator, plan: Plan, models: Models) -> None:
-    """Restore weights and optimizer from the checkpoint that the plan names; draws need nothing restored."""
+def resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
+    """Wrap what trains for devices, and restore it from the checkpoint that the plan names; draws need nothing."""
     if plan.resume_from is None:
-        return
+        return wrap_for_devices(args, accelerator, models)
     with checkpoints.explaining_damage(plan.resume_from):
-        load_weights(accelerator, plan.resume_from, models)
+        load_weights(plan.resume_from, models)
+        wrap_for_devices(args, accelerator, models)  # may share out the weights; then the optimizer's state is, too
         checkpoints.load_optimizer(plan.resume_from, models.optimizer, accelerator.scaler)
     more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
@@ -1338,7 +1343,7 @@ def train(
             losses.append(loss)
             names += batch["names"]
         # Outside of `accumulate`, whose last turn has added up the processes' gradients.
-        norm = update_weights(args, accelerator, plan, models, step, norms)
+        norm = update_weights(args, accelerator, models, derive_seed(plan.seed, "rounding", step), norms)
 
         values = {"epoch": done * accumulation / plan.order.epoch_length, "grad_norm": norm}
         values |= dict(zip(("lr", "lr_text_encoder"), rates))
@@ -1359,13 +1364,9 @@ def train(
 
 # Same in train_dreambooth.py
 def update_weights(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, norms: list[Tensor]
+    args: Namespace, accelerator: Accelerator, models: Models, seed: int, norms: list[Tensor]
 ) -> Tensor:
-    """Let the optimizer take a step, if it is not done by now, and return the norm of the gradient.
-
-    Args:
-        norms: Of the gradients of weights that were updated in the backward pass.
-    """
+    """Let the optimizer take a step, unless backward has done so and left norms; return that of the whole gradient."""
     if args.fused_backward:
         norm = torch.stack(norms).norm()
         norms.clear()
@@ -1377,7 +1378,7 @@ def update_weights(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-    torch.manual_seed(derive_seed(plan.seed, "rounding", step))  # alike in all processes
+    torch.manual_seed(seed)  # alike in all processes
     for group, weight in pairs:
         update_weight(optimizer, norms, group, weight)
     norms.clear()
@@ -1396,27 +1397,26 @@ def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight
 # Same in train_dreambooth.py
 def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove older ones beyond the limit; the main process does."""
+    networks, state = shards.whole(accelerator, models.trained), shards.whole_state(accelerator, models.optimizer)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
-            save_weights(accelerator, folder, models)
+            save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
-            checkpoints.save_optimizer(folder, models.optimizer, accelerator.scaler)
+            checkpoints.save_optimizer(folder, state, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.fits)
         checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
 
-def save_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
+def save_weights(folder: Path, networks: dict[str, nn.Module]) -> None:
     """Write the adapters as one file that `load_lora_weights` reads, with rank and alpha in its metadata."""
-    unwrapped = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
-    adapters.save(folder / WEIGHTS_FILE, unwrapped)
+    adapters.save(folder / WEIGHTS_FILE, networks)
 
 
-def load_weights(accelerator: Accelerator, folder: Path, models: Models) -> None:
-    """Read what `save_weights` wrote into the adapters."""
-    unwrapped = {name: accelerator.unwrap_model(model) for name, model in models.trained.items()}
-    adapters.load(folder / WEIGHTS_FILE, unwrapped)
+def load_weights(folder: Path, models: Models) -> None:
+    """Read what `save_weights` wrote into the adapters, before they are wrapped."""
+    adapters.load(folder / WEIGHTS_FILE, models.trained)
 
 
 # Same in train_dreambooth.py
@@ -1434,7 +1434,7 @@ def validate(
     text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
     for model in models.trained.values():
         model.eval()
-    with devices.going_on_without_memory(f"Validation at step {step}"):
+    with shards.together(models.trained.values()), devices.going_on_without_memory(f"Validation at step {step}"):
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
         options = preview_options(args, models.prompts, text_encoder)
         with torch.no_grad(), accelerator.autocast(), devices.moved_to(accelerator.device, models.vae):
@@ -1477,9 +1477,10 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write the adapter file and, beside it, the scheduler that the result draws with."""
+    networks = shards.whole(accelerator, models.trained)
     if accelerator.is_main_process:
         with checkpoints.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
-            save_weights(accelerator, folder, models)
+            save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         logger.info(f"The adapter is {plan.output_dir / WEIGHTS_FILE}.")
     accelerator.wait_for_everyone()

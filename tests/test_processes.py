@@ -83,14 +83,14 @@ def test_an_engine_that_is_not_supported_is_refused_by_name(trainer, tmp_path, e
 def test_engines_and_compilers_are_named_together(monkeypatch):
     """All that is asked for is in one message; what is switched off is not."""
     for name, value in {
-        "ACCELERATE_USE_FSDP": "true",
-        "ACCELERATE_USE_DEEPSPEED": "false",
+        "ACCELERATE_USE_MEGATRON_LM": "true",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "false",
         "ACCELERATE_DYNAMO_BACKEND": "inductor",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"^accelerate is set to FSDP with torch\.compile by INDUCTOR, which"):
+    with pytest.raises(InputError, match=r"^accelerate is set to Megatron-LM with torch\.compile by INDUCTOR, which"):
         processes.check_engine()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "false")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     processes.check_engine()
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from utils import shards
 from utils.devices import is_out_of_memory
 from utils.errors import InputError, cannot_write
-from utils.optimizers import set_state
 
 try:
     import fcntl
@@ -217,17 +217,17 @@ def find_state(output_dir: Path, wanted: str | None) -> tuple[Path | None, dict]
     return None, {"step": 0, "fits": {}}
 
 
-def save_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
-    """Write an optimizer's state, and that of fp16's scaler, which may be None."""
+def save_optimizer(folder: Path, state: dict, scaler: Any) -> None:
+    """Write an optimizer's whole state, and that of fp16's scaler, which may be None."""
     scaled = None if scaler is None else scaler.state_dict()
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaled}, folder / OPTIMIZER_FILE)
+    torch.save({"optimizer": state, "scaler": scaled}, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
     """Read what `save_optimizer` wrote, but keep weight decay and the like as they are given now."""
     flags = [{key: group[key] for key in GIVEN if key in group} for group in optimizer.param_groups]
     state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    set_state(optimizer, state["optimizer"])
+    shards.load_state(optimizer, state["optimizer"])
     for group, given in zip(optimizer.param_groups, flags):
         group.update(given)
     if scaler is not None:
@@ -304,18 +304,22 @@ def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def or_else(save: Callable[[], None], step: int) -> Iterator[None]:
+def or_else(save: Callable[[], None], step: int, at_once: bool = False) -> Iterator[None]:
     """Save a checkpoint if what is within, the saving of a result, ends in an InputError; it is raised all the same.
 
     Args:
         save: Writes the checkpoint; may fail for the same reason.
         step: Of the checkpoint.
+        at_once: Save it before: if it takes all processes, one that has failed cannot do it any more.
     """
+    if at_once:
+        save()
     try:
         yield
     except InputError as error:
         try:
-            save()
+            if not at_once:
+                save()
         except InputError:
             raise error from None
         way = f"What was learned is in checkpoint-{step}: once that is mended, resume from it to save the result."

@@ -83,4 +83,5 @@ def set_state(optimizer: Any, saved: dict) -> None:
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 there = optimizer.state[weights[index]][name]
-                optimizer.state[weights[index]][name] = value.to(there.device)
+                if there.dtype != value.dtype:
+                    optimizer.state[weights[index]][name] = value.to(there.device)

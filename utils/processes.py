@@ -15,12 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
 
+from utils import shards
 from utils.errors import InputError
 
 # The launcher's variables, which come before accelerate's own state: of that, some ask for packages.
 ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -57,7 +56,9 @@ def connect(precision: str | None, accumulation: int, trackers: list[str], outpu
         accumulation: Micro-steps per optimizer step.
     """
     check_engine()
+    plugin = shards.make_plugin(precision)
     accelerator = Accelerator(
+        fsdp_plugin=plugin,
         gradient_accumulation_steps=accumulation,
         mixed_precision=precision,
         log_with=trackers or None,
@@ -65,6 +66,7 @@ def connect(precision: str | None, accumulation: int, trackers: list[str], outpu
         # One process may load or write gigabytes, or draw a picture more, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
+    shards.switch_on(accelerator, plugin)
     set_up_logging(accelerator)
     return accelerator
 
@@ -88,16 +90,19 @@ def silence_libraries() -> None:
 
 
 def check_engine() -> None:
-    """Raise InputError if accelerate is set to more than one process, plain data parallelism, or to compile."""
+    """Raise InputError if accelerate is set to an engine that was not tried here, or to compile."""
     asked = [name for variable, name in ENGINES.items() if os.environ.get(variable, "").lower() in ("true", "1")]
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    if uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        asked.append("FSDP 1, instead of fsdp_version 2,")
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper()
     if compiler != "NO":
         asked.append(f"torch.compile by {compiler}")
     if asked:
         raise InputError(
-            f"accelerate is set to {' with '.join(asked)}, which this script does not support: it runs in one process "
-            "or in plain data parallelism, not compiled. Change it by `accelerate config`, or launch with "
-            "`accelerate launch --multi_gpu --dynamo_backend no`."
+            f"accelerate is set to {' with '.join(asked)}, which this script does not support: it runs in one "
+            "process, in plain data parallelism, under FSDP 2 or DeepSpeed, not compiled. Launch with a file of "
+            "configs/, as by `accelerate launch --config_file configs/ddp.yaml`."
         )
 
 
