@@ -1,6 +1,7 @@
 """Compiling a U-Net block by block, so that blocks alike share what was compiled."""
 
 import logging
+import sys
 
 import torch
 from torch import nn
@@ -21,7 +22,15 @@ def compile_blocks(unet: nn.Module) -> int:
     found = list_blocks(unet)
     for block in found:
         block.compile()
+    logger.info("%d blocks are compiled as they are first used: the first steps take minutes.", len(found))
     return len(found)
+
+
+def seconds_so_far() -> float:
+    """Return how long this process has waited for code to be compiled, 0 if it never did."""
+    # Importing it would load the compiler.
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils.calculate_time_spent()["total_wall_time"] if utils else 0.0
 
 
 def list_blocks(network: nn.Module) -> list[nn.Module]:

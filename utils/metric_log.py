@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import math
 import os
 import time
@@ -16,8 +17,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils import checkpoints, devices
+from utils import checkpoints, compilation, devices
 from utils.errors import InputError, naming_what_cannot_be_written
+
+logger = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -37,6 +40,7 @@ class MetricLog:
         self.accelerator, self.device, self.weights = accelerator, accelerator.device, weights
         self.path = path
         self.waiting: tuple[int, dict, list[str]] | None = None
+        self.compiling = 0.0  # seconds of it that were told
         self.progress = tqdm(
             total=steps, initial=first_step, desc="steps", disable=not accelerator.is_local_main_process
         )
@@ -70,6 +74,7 @@ class MetricLog:
         values = self._mean(losses) | values
         self.waiting = step, values | speed | {"memory_gb": devices.peak_memory_gb(self.device)}, list(names)
         self.progress.update()
+        self._tell_compiling()
 
     def flush(self) -> None:
         """Write what waits, to the disk; raise InputError if it, or the weights, are not to be saved."""
@@ -90,6 +95,13 @@ class MetricLog:
         self.progress.close()
         if self.file:
             self.file.close()
+
+    def _tell_compiling(self) -> None:
+        """Say how long compiling took in the first step, and whenever another one took more than a second for it."""
+        seconds = compilation.seconds_so_far()
+        if seconds > self.compiling + 1:
+            logger.info("Compiling took %.0f s, %.0f s altogether.", seconds - self.compiling, seconds)
+            self.compiling = seconds
 
     def _mean(self, losses: list[tuple]) -> dict[str, torch.Tensor]:
         """Return a step's losses by their names, still on the device."""

@@ -1,0 +1,45 @@
+"""Compiled blocks: the losses of uncompiled ones, and what is said. Compiling is slow, so each case runs once."""
+
+import pytest
+import torch
+
+from tests.runs import SCRIPTS, read_metrics, read_tensors
+from utils.compilation import compile_blocks, list_blocks
+from utils.make_model import SHAPES, build_if1_unet, build_unet
+
+CASES = {
+    "full": "--gradient_checkpointing",
+    # Three sizes of pictures: the second one is compiled for sizes that vary.
+    "lora": "--crop_aspect preserve --bucket_step 8 --base_model_precision nf4 --lora_dropout 0.1",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_compiled_run_is_the_plain_one(trainer, tmp_path, monkeypatch, script):
+    """Losses and weights are those of an uncompiled run but for rounding, and it says how long compiling took."""
+    monkeypatch.setattr("tests.runs.TIMEOUT", 900)
+    flags = f"--max_train_steps 3 --train_batch_size 1 {CASES[script]}"
+    plain = trainer.run(script, tmp_path / "plain", flags)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    run = trainer.start(script, tmp_path / "compiled-run", f"{flags} --compile", how="python", **cache).finish()
+    assert run.code == 0, run.text
+    for one, other in zip(read_metrics(plain.out), read_metrics(run.out)):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    before, after = read_tensors(plain.out), read_tensors(run.out)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=2e-4) for name in before)
+    assert "blocks are compiled as they are first used" in run.stderr and "Compiling took" in run.stderr
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-if1"])
+def test_every_layer_with_weights_is_in_a_block_or_known(shape):
+    """Beside the blocks there are only what comes first and last, embeddings, and changes of size."""
+    build, width = {"tiny": (build_unet, {}), "tiny-if1": (build_if1_unet, {"encoder_hid_dim": 48})}[shape]
+    unet = build({"cross_attention_dim": 32, **width, **SHAPES[shape]["unet"]})
+    blocks, names = list_blocks(unet), set(unet.state_dict())
+    assert len(blocks) == compile_blocks(unet) > 5
+    assert set(unet.state_dict()) == names
+    inside = {weight for block in blocks for weight in block.parameters()}
+    others = {name.split(".")[0] for name, weight in unet.named_parameters() if weight not in inside}
+    known = {"conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "up_blocks", "mid_block"}
+    assert others <= known | {"encoder_hid_proj", "add_embedding", "class_embedding"}
