@@ -381,7 +381,7 @@ def add_optimizer_args(add, switch) -> None:
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
     add("--lr_end", type=float, help="Last rate of polynomial, unset: 1e-7, or one_cycle, unset: highest / 250,000.")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adafactor: least state; prodigy: finds its rate.")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw8bit: less memory; prodigy: finds its rate.")
     switch("--use_8bit_adam", help="The same as --optimizer adamw8bit: AdamW's state in 8 bits (bitsandbytes).")
     switch("--fused_backward", help="Update each weight in the backward pass and free its gradient at once.")
     add("--weight_dtype", default="fp32", choices=["fp32", "bf16"], help="Of what trains; bf16 rounds stochastically.")

@@ -94,7 +94,11 @@ def train(
         rehearsal.wrap(models.trained.values())
         if given.fused_backward:
             on_each_gradient(optimizer, functools.partial(script.update_weight, optimizer, norms))
+            on_each_gradient(optimizer, rehearsal.recognise)
         for micro_steps in (1, min(2, given.gradient_accumulation_steps)):
             for _ in itertools.repeat(None, micro_steps):
                 script.compute_loss(given, rehearsal, plan, models, batch).total.backward()
             script.update_weights(given, rehearsal, models, 0, norms)
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    rehearsal.recognise(group, weight)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 DROPPED_BITS = 16  # of a float32 that bfloat16 lacks
+AT_ONCE = 2**22  # values, so that little memory is needed beside them
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -16,10 +17,13 @@ def round_stochastically(values: Tensor) -> Tensor:
     weight; here such steps add up on average (arXiv 1502.02551, section 3.1). Draws from torch's default generator of
     the device.
     """
-    noise = torch.randint(1 << DROPPED_BITS, values.shape, dtype=torch.int32, device=values.device)
-    raised = values.view(torch.int32) + noise  # the sign is a bit of its own, so this adds to the magnitude
-    truncated = (raised >> DROPPED_BITS << DROPPED_BITS).view(torch.float32)
-    return torch.where(values.isfinite(), truncated, values).bfloat16()
+    rounded = torch.empty_like(values, dtype=torch.bfloat16)
+    for place, part in zip(rounded.view(-1).split(AT_ONCE), values.reshape(-1).split(AT_ONCE)):
+        noise = torch.randint(1 << DROPPED_BITS, part.shape, dtype=torch.int32, device=part.device)
+        # The sign is a bit of its own, so noise adds to the magnitude; to infinity nothing may be added.
+        noise = noise.masked_fill_(~part.isfinite(), 0).add_(part.view(torch.int32))
+        place.copy_(noise.bitwise_right_shift_(DROPPED_BITS).bitwise_left_shift_(DROPPED_BITS).view(torch.float32))
+    return rounded
 
 
 @contextlib.contextmanager

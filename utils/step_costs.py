@@ -166,6 +166,10 @@ class Rehearsal(TorchDispatchMode):
         if weight.grad is not None:
             self._rename(weight.grad, GRADIENTS)
 
+    def recognise(self, _group: dict, weight: Tensor) -> None:
+        """Call a weight one that was put in another's place."""
+        self._rename(weight, WEIGHTS)
+
     def _before_step(self, optimizer: Any, *_) -> None:
         """Count what the optimizer does apart."""
         self.in_optimizer, self.optimizer_seconds = True, 0.0
@@ -200,9 +204,9 @@ class Rehearsal(TorchDispatchMode):
         outputs = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         if not any(tensor.is_meta for tensor in outputs):
             return out
-        for tensor in outputs:
-            self._hold(tensor, REST)
         if not func.is_view and packet is not aten.detach:
+            for tensor in outputs:
+                self._hold(tensor, REST)
             self._look(self._copies(packet, given, outputs))
             self._time(packet, given, kwargs, out)
         return out
