@@ -81,6 +81,13 @@ def test_what_an_optimizer_cannot_do_is_refused(case):
     assert find_optimizer_problems(FLAGS) == []
 
 
+def test_updates_in_the_backward_pass_are_for_one_process(monkeypatch):
+    """With several, gradients are added up between backward and the update."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sentence = f"{START} runs in one process: several add up their gradients before weights are updated."
+    assert find_optimizer_problems(FLAGS | {"fused_backward": True}) == [sentence]
+
+
 # Stochastic rounding.
 
 

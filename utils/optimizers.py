@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
     waits = f"{start} excludes --gradient_accumulation_steps {steps}: gradients are freed before the next micro-step."
     clips = f"{start} updates weights before the whole gradient is known: it needs --max_grad_norm 0, not {longest:g}."
     scales = f"{start} excludes fp16, whose scaler must see all gradients first. Use bf16."
+    shares = f"{start} runs in one process: several add up their gradients before weights are updated."
     alone = "estimates one rate from all weights together, which excludes"
     low = f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {rate:g}."
     own_rate = flags["text_encoder_lr"] not in (None, rate)
@@ -40,6 +42,7 @@ def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
         (fused and steps > 1, waits),
         (fused and longest > 0, clips),
         (fused and precision == "fp16", scales),
+        (fused and int(os.environ.get("WORLD_SIZE", 1)) > 1, shares),
         (
             is_bf16 and precision != "bf16",
             "--weight_dtype bf16 needs --mixed_precision bf16.",
