@@ -212,7 +212,7 @@ def test_the_name_of_a_photo_is_what_it_shows(trainer, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_several_captions_take_turns_by_the_visit_alone(trainer, tmp_path, script):
-    """Workers, precomputed embeddings and resuming change no bit; no instance prompt is needed."""
+    """Workers, prompts encoded in the loop and resuming change no bit; no instance prompt is needed."""
     folder = captioned(trainer, tmp_path / "photos", ["a red dog", "a dog on grass", "sks"])
     words = ["--pretrained_model_name_or_path", trainer.model, "--instance_data_dir", folder]
     words += f"--caption_strategy textfile --resolution {SIZE} --train_batch_size 2 --seed 51".split()
@@ -220,7 +220,7 @@ def test_several_captions_take_turns_by_the_visit_alone(trainer, tmp_path, scrip
     ways = {
         "plain": [],
         "workers": ["--dataloader_num_workers", "2"],
-        "precomputed": ["--pre_compute_text_embeddings"],
+        "encoded in the loop": ["--no-pre_compute_text_embeddings"],
         "resumed": [],
     }
     outs = {}

@@ -195,7 +195,7 @@ def test_two_processes_see_the_pictures_of_one(trainer, tmp_path, shaped, script
 
 def test_a_cache_is_used_again_and_mended(trainer, tmp_path):
     """A second run encodes nothing; damaged, missing and foreign entries are made anew; results never differ."""
-    flags = f"{STEPS} --center_crop --cache_latents --cache_dir {tmp_path / 'cache'}"
+    flags = f"{STEPS} --center_crop --cache_latents --no-pre_compute_text_embeddings --cache_dir {tmp_path / 'cache'}"
     first = trainer.run("lora", tmp_path / "first", flags).out
     entries = sorted((tmp_path / "cache").iterdir())
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in entries}
@@ -214,7 +214,7 @@ def test_a_cache_is_used_again_and_mended(trainer, tmp_path):
 
 def test_two_runs_fill_a_cache_at_once(trainer, tmp_path):
     """Both of them, and a run without a cache, end in the same bits; each picture has one entry."""
-    flags = f"{STEPS} --center_crop --cache_dir {tmp_path / 'cache'}"
+    flags = f"{STEPS} --center_crop --no-pre_compute_text_embeddings --cache_dir {tmp_path / 'cache'}"
     runs = {tmp_path / name: ("lora", f"{flags} --cache_latents on") for name in ("one", "two")}
     outs = trainer.run_all(runs | {tmp_path / "plain": ("lora", f"{flags} --cache_latents off")})
     for out in outs[:2]:
@@ -309,7 +309,7 @@ def test_a_loss_weight_of_zero_teaches_nothing(trainer, tmp_path, squares, shape
     assert ends[0.0] == 0 and ends[1.0] > 0
 
 
-@pytest.mark.parametrize("text", ["", "--train_text_encoder", "--pre_compute_text_embeddings"])
+@pytest.mark.parametrize("text", ["", "--train_text_encoder", "--no-pre_compute_text_embeddings"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_base_models_prediction_is_the_priors_target(trainer, tmp_path, script, text):
     """Nothing is drawn; before the first step the prior loss is 0, afterwards it grows, and less with more weight."""

@@ -38,7 +38,7 @@ RESUMED = {  # after step 2 of 5, in the middle of an epoch of 3 micro-steps
     "accumulation": "--gradient_accumulation_steps 2",
     "8-bit Adam": "--use_8bit_adam",
     "bf16": "--mixed_precision bf16",
-    "precomputed": "--pre_compute_text_embeddings",
+    "prompts encoded in the loop": "--no-pre_compute_text_embeddings",
     "previews": f"{VALIDATION} --validation_steps 2",
     "dropout": "--lora_dropout 0.3",
 }
@@ -110,9 +110,9 @@ def test_resuming_a_finished_run_trains_nothing_and_says_so(trainer, tmp_path, s
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_only_helps_changes_no_bit(trainer, tmp_path, class_images, script):
-    """Precomputed embeddings, workers and previews leave weights and metrics as they are, to the bit."""
+    """Prompts encoded in the loop, workers and previews leave weights and metrics as they are, to the bit."""
     common = f"{RANDOM} {PRIOR_FLAGS} --class_data_dir {class_images} --max_train_steps 4"
-    others = ("--pre_compute_text_embeddings", "--dataloader_num_workers 1", "--dataloader_num_workers 3")
+    others = ("--no-pre_compute_text_embeddings", "--dataloader_num_workers 1", "--dataloader_num_workers 3")
     others += (f"{VALIDATION} --validation_steps 1", f"{VALIDATION} --validation_epochs 1", "--checkpointing_steps 1")
     flags = enumerate((common, *(f"{common} {other}" for other in others)))
     plain, *changed = trainer.run_all({tmp_path / str(key): (script, text) for key, text in flags})

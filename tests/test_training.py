@@ -70,7 +70,7 @@ CASES = {
         keys=("lr_text_encoder", "loss_prior"),
         trained=("unet", "text_encoder"),
     ),
-    "precomputed": Case("--pre_compute_text_embeddings", 0.972134),
+    "prompts encoded in the loop": Case("--no-pre_compute_text_embeddings", 0.972134),
     "v-prediction": Case("", 0.782229, model="tiny_v"),
     "v-prediction and prior": Case(PRIOR_FLAGS, 1.45231, model="tiny_v", keys=PRIOR),
     "Min-SNR": Case("--snr_gamma 5", 0.886507),
