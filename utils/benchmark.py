@@ -179,6 +179,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help=f"steps of each run, the first {WARM_UP} not counted; {counts}")
     add("--only", metavar="TEXT", default="", help="only the configurations with this in their name; default: all")
     add("--against", type=Path, metavar="DIR", help=f"another project's {' and '.join(SCRIPTS.values())}")
+    # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
+    best = BEST if devices.has_accelerator() else ""
+    add("--best", default=best, metavar="FLAGS", help=f"with --against: of a third side; default: {best or 'none'}")
     add("--repeats", type=int, default=2, help="of --against: runs of each side, in turn; default: 2")
     add("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="where to; default: bench-output")
     args = parser.parse_args(argv)
@@ -499,7 +502,9 @@ def compare_work(work: str, args: argparse.Namespace, folders: dict[str, Path]) 
     ours, theirs = ROOT / SCRIPTS[script], args.against / SCRIPTS[script]
     needed = [flags, f"--resolution={args.size}", f"--max_train_steps={args.steps}"]
     common = needed + [flag for flag in COMPARED_FLAGS.split() if knows(ours, flag) and knows(theirs, flag)]
-    sides = {THEIRS: (theirs, common), OURS: (ours, common), OURS_BEST: (ours, [*common, *BEST.split()])}
+    sides = {THEIRS: (theirs, common), OURS: (ours, common)}
+    if args.best:
+        sides[OURS_BEST] = (ours, [*common, *args.best.split()])
     runs, problems = {side: [] for side in sides}, {side: find_unknown(*one) for side, one in sides.items()}
     for turn, side in itertools.product(range(args.repeats), sides):
         if problems[side]:
