@@ -1044,8 +1044,8 @@ def resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
         return wrap_for_devices(args, accelerator, models)
     with checkpoints.explaining_damage(plan.resume_from):
         load_weights(plan.resume_from, models)
-        wrap_for_devices(args, accelerator, models)  # may share out the weights; then the optimizer's state is, too
-        checkpoints.load_optimizer(plan.resume_from, models.optimizer, accelerator.scaler)
+    wrap_for_devices(args, accelerator, models)  # may share out the weights; then the optimizer's state is, too
+    checkpoints.load_optimizer(plan.resume_from, models.optimizer, accelerator.scaler)
     more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
 

@@ -226,12 +226,13 @@ def save_optimizer(folder: Path, state: dict, scaler: Any) -> None:
 def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
     """Read what `save_optimizer` wrote, but keep weight decay and the like as they are given now."""
     flags = [{key: group[key] for key in GIVEN if key in group} for group in optimizer.param_groups]
-    state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    shards.load_state(optimizer, state["optimizer"])
+    with explaining_damage(folder):
+        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        shards.load_state(optimizer, state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
     for group, given in zip(optimizer.param_groups, flags):
         group.update(given)
-    if scaler is not None:
-        scaler.load_state_dict(state["scaler"])
 
 
 def announce_changes(checkpoint: Path | None, step: int, flags: dict) -> None:
