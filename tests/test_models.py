@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import PartialState
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -495,3 +496,11 @@ def test_another_tokenizer_can_be_named(script, parse, tiny, tmp_path):
     other = script.load_tokenizer(args, script.recognise_model(args))
     assert (own.pad_token, other.pad_token) == (END, "!")
     assert own("a photo of sks dog")["input_ids"] == other("a photo of sks dog")["input_ids"]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-if1", "tiny-if2"])
+def test_attention_is_the_fused_one_everywhere(tmp_path, shape):
+    """No U-Net falls back to the matrix of all pairs, IF's attention to text and pictures together included."""
+    unet = UNet2DConditionModel.from_pretrained(make_model(tmp_path / "model", shape), subfolder="unet")
+    wanted = "AttnProcessor2_0" if shape == "tiny" else "AttnAddedKVProcessor2_0"
+    assert {type(processor).__name__ for processor in unet.attn_processors.values()} == {wanted}
