@@ -181,7 +181,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--against", type=Path, metavar="DIR", help=f"another project's {' and '.join(SCRIPTS.values())}")
     # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
     best = BEST if devices.has_accelerator() else ""
-    add("--best", default=best, metavar="FLAGS", help=f"with --against: of a third side; default: {best or 'none'}")
+    add(
+        "--best",
+        default=best,
+        metavar="FLAGS",
+        help=f"of a third side, as --best='--compile'; default: {best or 'none'}",
+    )
     add("--repeats", type=int, default=2, help="of --against: runs of each side, in turn; default: 2")
     add("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="where to; default: bench-output")
     args = parser.parse_args(argv)
