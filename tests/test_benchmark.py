@@ -59,20 +59,8 @@ def test_another_project_is_compared_in_turn(tmp_path, capfd):
     """Its script and ours do the same steps; a side that lacks a flag or fails is told of, and has no ratio."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/train_dreambooth_lora.py").write_text(STUB)
-    words = [
-        "--best",
-        "--warp=9",
-        "--shape",
-        "tiny",
-        "--only",
-        "LoRA",
-        "--steps",
-        "5",
-        "--repeats",
-        "1",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    words = ["--best=--warp=9", "--shape", "tiny", "--only", "LoRA", "--steps", "5", "--repeats", "1"]
+    words += ["--output", str(tmp_path / "out")]
     assert benchmark.main([*words, "--against", str(tmp_path / "theirs")]) == 1
     table, report = capfd.readouterr().out, json.loads((tmp_path / "out/against.json").read_text())
     theirs, ours, best = report["measurements"]
