@@ -9,8 +9,7 @@ from utils.make_model import SHAPES, build_if1_unet, build_unet
 
 CASES = {
     "full": "--gradient_checkpointing",
-    # Two sizes of pictures: with the second one, blocks are compiled for sizes that vary.
-    "lora": "--crop_aspect preserve --bucket_step 8 --base_model_precision nf4",
+    "lora": "--center_crop",
 }
 
 
