@@ -22,11 +22,15 @@ def test_a_compiled_run_is_the_plain_one(trainer, tmp_path, monkeypatch, script)
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     run = trainer.start(script, tmp_path / "compiled-run", f"{flags} --compile", how="python", **cache).finish()
     assert run.code == 0, run.text
-    for one, other in zip(read_metrics(plain.out), read_metrics(run.out)):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    (first, second), compiled = read_metrics(plain.out), read_metrics(run.out)
+    assert compiled[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert compiled[0]["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    # AdamW's first step is as long as the rate whatever the gradient: where that is next to nothing, rounding turns it.
+    assert compiled[1]["loss"] == pytest.approx(second["loss"], rel=1e-3)
     before, after = read_tensors(plain.out), read_tensors(run.out)
     assert before.keys() == after.keys()
-    assert all(torch.allclose(before[name], after[name], atol=2e-4) for name in before)
+    apart = torch.cat([(before[name] - after[name]).abs().flatten() > 2e-4 for name in before])
+    assert apart.double().mean() < 1e-3
     assert "blocks are compiled as they are first used" in run.stderr and "Compiling took" in run.stderr
 
 

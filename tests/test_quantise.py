@@ -505,7 +505,7 @@ def train(precision: str, steps: int) -> torch.Tensor:
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("precision", quantise.PRECISIONS)
+@pytest.mark.parametrize("precision", quantise.BASE_PRECISIONS)
 def test_each_weight_counts_once_however_it_is_stored(precision):
     """Codes that hold two weights, scales and levels are no weights."""
     layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(32, 64, 3), nn.GroupNorm(4, 64)).requires_grad_(False)

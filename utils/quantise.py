@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-PRECISIONS = ("no_change", "bf16", "int8", "nf4")
+BASE_PRECISIONS = ("no_change", "bf16", "int8", "nf4")
 
 # Smaller layers stay as they are, and those between pictures and features: they hold little, and what is wrong in the
 # last one is wrong in the prediction.
@@ -39,14 +39,14 @@ def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
 
     Args:
         network: Best on the CPU; or on "meta", without weights, if the device is that as well.
-        precision: One of `PRECISIONS`.
+        precision: One of `BASE_PRECISIONS`.
 
     Raises:
         ImportError: int8 and nf4 need bitsandbytes.
         ValueError: There is no such precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"{precision!r} is none of the precisions {', '.join(PRECISIONS)}.")
+    if precision not in BASE_PRECISIONS:
+        raise ValueError(f"{precision!r} is none of the precisions {', '.join(BASE_PRECISIONS)}.")
     if precision in ("int8", "nf4"):
         _register_kernels(precision)
     layers = {} if precision == "no_change" else _find_layers(network)

@@ -1,0 +1,39 @@
+"""What the scripts import before they read a flag, in interpreters of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT, SCRIPTS
+
+BEGINNING = "import gc, sys, {script}\n"
+
+
+def run(script: str, code: str) -> str:
+    """Import a script in a new interpreter, run some code there, and return what it prints."""
+    code = BEGINNING.format(script=SCRIPTS[script].removesuffix(".py")) + code
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_seldom_needed_is_not_imported(script):
+    """Neither bitsandbytes nor torch's compiler, whose imports take seconds; garbage is collected as ever."""
+    slow = "'bitsandbytes', 'torch._inductor.compile_fx', 'torch.utils.tensorboard', 'datasets', 'wandb', 'cv2'"
+    code = f"print([name for name in ({slow}) if name in sys.modules], gc.isenabled(), gc.get_freeze_count() > 1e5)"
+    assert run(script, code) == "[] True True"
+
+
+def test_diffusers_has_bitsandbytes_once_it_needs_it():
+    """The placeholder that diffusers has been given answers for the module, and the module can be imported."""
+    pytest.importorskip("bitsandbytes")
+    code = (
+        "from diffusers.quantizers.bitsandbytes import utils\n"
+        "print(hasattr(utils.bnb, '__path__'), 'bitsandbytes' in sys.modules)\n"
+        "print(utils.bnb.nn.Linear4bit.__name__)\n"
+        "import bitsandbytes\n"
+        "print(utils.bnb.nn is bitsandbytes.nn, hasattr(utils.bnb, 'nonsense'))"
+    )
+    assert run("full", code).split() == ["False", "False", "Linear4bit", "True", "False"]
