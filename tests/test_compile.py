@@ -25,7 +25,7 @@ def test_a_compiled_run_is_the_plain_one(trainer, tmp_path, monkeypatch, script)
     (first, second), compiled = read_metrics(plain.out), read_metrics(run.out)
     assert compiled[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert compiled[0]["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
-    # AdamW's first step is as long as the rate whatever the gradient: where that is next to nothing, rounding turns it.
+    # AdamW's first step is as long as the rate whatever the gradient: rounding turns it where that is near zero.
     assert compiled[1]["loss"] == pytest.approx(second["loss"], rel=1e-3)
     before, after = read_tensors(plain.out), read_tensors(run.out)
     assert before.keys() == after.keys()
