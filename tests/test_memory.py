@@ -1,7 +1,10 @@
 """Running out of memory for real, by a limit to the process: what is said, what is lost, and that nothing leaks."""
 
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.runs import PRIOR_FLAGS, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
+from tests.runs import PRIOR_FLAGS, ROOT, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
 from utils import devices, memory_use
 from utils.errors import InputError
 
@@ -202,3 +205,15 @@ def test_every_devices_words_for_it_are_known(text):
     """They are no exceptions of a class of their own on all devices."""
     assert devices.is_out_of_memory(RuntimeError(text))
     assert not devices.is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone has /proc")
+def test_what_the_starting_process_had_does_not_count():
+    """A process started by one with 0.6 GB has its own peak; the system's call for it tells the other's."""
+    held = torch.ones(150_000_000)
+    code = "from utils import devices; print(devices.most_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 1e8 < int(done.stdout) < held.nbytes
+    before = devices.most_resident_bytes()
+    del held
+    assert devices.most_resident_bytes() == before > 6e8

@@ -6,8 +6,10 @@ import gc
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,12 +49,20 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
+    return most_resident_bytes() / 1e9
+
+
+def most_resident_bytes() -> int:
+    """Return the most memory that this process had so far; 0 where no system call tells it."""
+    status = Path("/proc/self/status")
+    # Linux's `ru_maxrss` begins with what the process had that started this one, often a notebook with much in memory.
+    if found := status.exists() and re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE):
+        return int(found[1]) * 1024
     try:
         import resource  # not on Windows
     except ImportError:
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def count_parameters(*networks: nn.Module | None) -> tuple[float, float]:

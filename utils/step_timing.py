@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import re
 import runpy
 import sys
 import time
@@ -81,6 +82,9 @@ def peak_memory_gb() -> float:
     """Return the most memory that was in use, in 10^9 bytes: the GPU's, or without one the process's."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")  # Linux's `ru_maxrss` begins with what the parent process had
+    if found := status.exists() and re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE):
+        return int(found[1]) * 1024 / 1e9
     try:
         import resource  # not on Windows
     except ImportError:
