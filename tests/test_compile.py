@@ -1,11 +1,16 @@
 """Compiled blocks: the losses of uncompiled ones, and what is said. Compiling is slow, so each case runs once."""
 
+import copy
+
+import peft
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 from tests.runs import SCRIPTS, read_metrics, read_tensors
 from utils.compilation import compile_blocks, list_blocks
 from utils.make_model import SHAPES, build_if1_unet, build_unet
+from utils.quantise import quantise
 
 CASES = {
     "full": "--gradient_checkpointing",
@@ -46,3 +51,25 @@ def test_every_layer_with_weights_is_in_a_block_or_known(shape):
     others = {name.split(".")[0] for name, weight in unet.named_parameters() if weight not in inside}
     known = {"conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "up_blocks", "mid_block"}
     assert others <= known | {"encoder_hid_proj", "add_embedding", "class_embedding"}
+
+
+@pytest.mark.parametrize("stored", ["no_change", "nf4"])
+def test_gradients_of_one_picture_are_those_of_uncompiled_blocks(stored):
+    """A U-Net hands them over as transposed views, for which the compiler makes layer norms that are percents off."""
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(64, 8, 8, cross_attention_dim=32).requires_grad_(False)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    plain = torch.nn.ModuleList([peft.inject_adapter_in_model(config, block)])
+    quantise(plain, stored, torch.device("cpu"))
+    compiled = copy.deepcopy(plain)
+    assert compile_blocks(compiled) == 1
+    picture, text, wanted = torch.randn(1, 64, 8, 8), torch.randn(1, 7, 32), torch.randn(1, 64, 64)
+    found = []
+    for network in (plain, compiled):
+        inputs = picture.clone().requires_grad_()
+        rows = inputs.permute(0, 2, 3, 1).reshape(1, 64, 64)
+        (network[0](rows, encoder_hidden_states=text) * wanted).sum().backward()
+        weights = {name: weight.grad for name, weight in network.named_parameters() if weight.requires_grad}
+        found.append(weights | {"picture": inputs.grad})
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() < 1e-4 * gradient.norm(), name

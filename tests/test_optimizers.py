@@ -14,7 +14,7 @@ from utils.rounding import in_float32, round_stochastically
 FLAGS = {
     **{"optimizer": "adamw", "use_8bit_adam": False, "fused_backward": False, "weight_dtype": "fp32"},
     **{"learning_rate": 1e-4, "text_encoder_lr": None, "mixed_precision": "bf16", "max_grad_norm": 0.0},
-    **{"gradient_accumulation_steps": 1, "compile": False},
+    "gradient_accumulation_steps": 1,
 }
 START = "--fused_backward"
 ALONE = "--optimizer prodigy estimates one rate from all weights together, which excludes"
@@ -26,10 +26,6 @@ REFUSED = {
     "clipping": (
         {"fused_backward": True, "max_grad_norm": 1.0},
         f"{START} updates weights before the whole gradient is known: it needs --max_grad_norm 0, not 1.",
-    ),
-    "a compiled base in fewer bits": (
-        {"compile": True, "base_model_precision": "nf4"},
-        "--compile excludes --base_model_precision nf4: compiled, gradients came out 3 % off.",
     ),
     "fp16": (
         {"fused_backward": True, "mixed_precision": "fp16"},

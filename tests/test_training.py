@@ -379,6 +379,15 @@ def test_dropout_of_adapters_works_and_spares_the_rest(trainer, tmp_path):
     assert second["loss"] != other_second["loss"]
 
 
+def test_dropout_of_adapters_is_not_at_work_when_the_result_draws(trainer, tiny, tmp_path):
+    """`load_lora_weights` would make what the file says it was trained with, and leave it switched on."""
+    out = trainer.run("lora", tmp_path / "out", "--lora_dropout 0.5 --train_text_encoder").out
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny)
+    pipeline.load_lora_weights(out)
+    dropouts = [*pipeline.unet.modules(), *pipeline.text_encoder.modules()]
+    assert [layer for layer in dropouts if isinstance(layer, torch.nn.Dropout) and layer.training and layer.p] == []
+
+
 # Launching and trackers.
 
 

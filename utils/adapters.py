@@ -58,6 +58,8 @@ def save(path: Path, models: dict[str, nn.Module]) -> None:
         # A set's order differs from run to run, and so does that of several entries of metadata: equal weights shall
         # give equal files.
         config["target_modules"] = sorted(config["target_modules"])
+        # Loaders switch dropout on when they put adapters on a network: it would be at work when pictures are drawn.
+        config["lora_dropout"] = 0.0
         metadata |= {f"{name}.{key}": value for key, value in config.items()}
         # transformers 5 dropped this level of CLIP's names; with it, older versions find the layers as well.
         level = "text_model." if name == "text_encoder" and not hasattr(model, "text_model") else ""

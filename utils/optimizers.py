@@ -34,8 +34,6 @@ def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
     clips = f"{start} updates weights before the whole gradient is known: it needs --max_grad_norm 0, not {longest:g}."
     scales = f"{start} excludes fp16, whose scaler must see all gradients first. Use bf16."
     shares = f"{start} runs in one process: several add up their gradients before weights are updated."
-    stored = flags.get("base_model_precision", "no_change")
-    compiled = f"--compile excludes --base_model_precision {stored}: compiled, gradients came out 3 % off."
     alone = "estimates one rate from all weights together, which excludes"
     low = f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {rate:g}."
     own_rate = flags["text_encoder_lr"] not in (None, rate)
@@ -50,7 +48,6 @@ def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
             "--weight_dtype bf16 needs --mixed_precision bf16.",
         ),
         (flags["use_8bit_adam"] and name not in OPTIMIZERS[:2], f"--use_8bit_adam excludes --optimizer {name}."),
-        (flags["compile"] and stored != "no_change", compiled),
         (is_prodigy and fused, f"--optimizer prodigy {alone} --fused_backward."),
         (is_prodigy and is_bf16, f"--optimizer prodigy {alone} --weight_dtype bf16."),
         (is_prodigy and own_rate, f"--optimizer prodigy {alone} a --text_encoder_lr of its own."),
