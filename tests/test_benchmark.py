@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from utils import benchmark, step_timing
-from utils.benchmark import OURS, OURS_BEST, THEIRS, Comparison, Measurement
+from utils.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
 from utils.errors import InputError
 from utils.step_timing import PARTS, Clock
 
@@ -42,7 +42,8 @@ def test_a_configuration_is_measured_in_parts(tmp_path, monkeypatch, capfd):
     assert benchmark.main(["--shape", "tiny", "--steps", "5", "--output", str(tmp_path)]) == 1
     table, report = capfd.readouterr().out, json.loads((tmp_path / "benchmark.json").read_text())
     good, bad = report["measurements"]
-    assert good["problem"] is None and good["start_seconds"] > 0 and good["memory_gb"] > 0
+    assert good["problem"] is None and good["start_seconds"] > 0
+    assert good["memory_gb"] == pytest.approx(good["told_gb"], rel=0.25)  # of a small run, a tenth can be chance
     assert good["samples_per_second"] == pytest.approx(2 / good["seconds"])
     assert list(good["parts"]) == list(PARTS) and min(good["parts"].values()) >= 0
     assert all(good["parts"][part] > 0 for part in ("data", "encode", "forward", "backward", "optimizer"))
@@ -63,10 +64,10 @@ def test_another_project_is_compared_in_turn(tmp_path, capfd):
     words += ["--output", str(tmp_path / "out")]
     assert benchmark.main([*words, "--against", str(tmp_path / "theirs")]) == 1
     table, report = capfd.readouterr().out, json.loads((tmp_path / "out/against.json").read_text())
-    theirs, ours, best = report["measurements"]
-    assert [one["side"] for one in report["measurements"]] == [THEIRS, OURS, OURS_BEST]
+    theirs, ours, again, best = report["measurements"]
+    assert [one["side"] for one in report["measurements"]] == [THEIRS, OURS, OURS_AGAIN, OURS_BEST]
     assert best["problem"] == "train_dreambooth_lora.py has no --warp" and best["seconds"] is None
-    for one in (theirs, ours):
+    for one in (theirs, ours, again):
         assert one["problem"] is None and len(one["runs"]) == 1 and one["memory_gb"] > 0
         assert one["samples_per_second"] == pytest.approx(1 / one["seconds"]) and one["start_seconds"] > 0
     assert report["threads"] >= 1 and report["steps"] == 5
@@ -172,14 +173,14 @@ def test_flags_that_do_not_change_the_work_are_not_counted_again(tmp_path, monke
 def test_the_tables_are_aligned():
     """Numbers stand below each other, whatever their length; what failed takes the rest of its line."""
     parts = dict.fromkeys(PARTS, 0.25)
-    whole = Measurement("a", 0.5, 2, 1.25, 9, parts, flops=8.5e11, utilisation=0.512)
+    whole = Measurement("a", 0.5, 2, 1.25, 9, parts, flops=8.5e11, utilisation=0.512, told_gb=1.2)
     lacking = Measurement("longer", 10, 0.1, 16, 30, problem="its parts: gone")
     lines = benchmark.make_table([whole, lacking, Measurement("b", problem="no")]).split("\n")
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[2].split() == "| a | 0.500 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250".split() + (
-        "| 2.00 | 1.25 | 0.85 | 51.2 | 9.0 |".split()
+        "| 2.00 | 1.25 | 1.20 | 0.85 | 51.2 | 9.0 |".split()
     )
-    assert lines[3].count("–") == len(PARTS) + 2 and lines[4] == "| b             | failed: no |"
+    assert lines[3].count("–") == len(PARTS) + 3 and lines[4] == "| b             | failed: no |"
     assert lines[5:] == ["", "longer: its parts: gone"]
 
 

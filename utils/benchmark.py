@@ -2,8 +2,9 @@
 
     python -m utils.benchmark --shape small --steps 6 --output bench-output
 
-Every configuration is run twice, each time in a new process: as it is, for seconds, memory and samples a second; and
-by `utils/step_timing.py`, which waits for the device around each part of a step. The first steps, in which kernels are
+Every configuration is run three times, each time in a new process: as it is, for seconds, memory and samples a second;
+with --dry_run, for the memory that it foretells; and by `utils/step_timing.py`, which waits for the device around each
+part of a step. The first steps, in which kernels are
 chosen and memory is taken, do not count. Model-FLOP utilisation is the operations of a step over its seconds and over
 the highest speed of matrix products that was measured here, in the same precision.
 
@@ -86,7 +87,7 @@ COMPARED = {  # work that is done by another project's scripts as well
     "full, batch 4": ("full", "--train_batch_size=4"),
     "LoRA, batch 1": ("LoRA", "--train_batch_size=1"),
 }
-THEIRS, OURS, OURS_BEST = "theirs", "ours", "ours, all for speed"
+THEIRS, OURS, OURS_AGAIN, OURS_BEST = "theirs", "ours", "ours, once more", "ours, best flags"
 # Both sides cut the middle out of each photo, and save nothing on the way; all else is each side's default.
 COMPARED_FLAGS = "--center_crop --seed=0 --checkpointing_steps=1000000 --mixed_precision=no"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -112,6 +113,7 @@ class Measurement:
     precision: str = "fp32"  # of arithmetic
     flops: float | None = None  # operations of a step
     utilisation: float | None = None  # of the device's measured peak, in [0, 1]
+    told_gb: float | None = None  # the memory that --dry_run foretells
     problem: str | None = None  # why there is no measurement, or why there are no parts or operations
 
     @property
@@ -247,18 +249,18 @@ def prepare(output: Path, shape: str) -> dict[str, Path]:
 
 
 class Run:
-    """A folder for one run of a script, a log beside it, and caches that no other run has filled."""
+    """A folder for one run of a script, a log beside it, and caches that only runs of the same name have filled."""
 
-    def __init__(self, folders: dict[str, Path], name: str):
-        """Remove what an earlier run of the name has left."""
+    def __init__(self, folders: dict[str, Path], name: str, has_caches: bool = False):
+        """Remove what an earlier run of the name has left, unless it shall have the caches of that one."""
         self.output = folders["runs"] / "-".join(name.lower().replace(",", "").split())
         self.log, self.found = self.output.with_suffix(".log"), self.output.with_suffix(".found")
         self.caches = self.output.with_suffix(".caches")
-        self.clean()
+        self.clean(keep_caches=has_caches)
 
-    def clean(self) -> None:
-        """Remove all but the log."""
-        for folder in (self.output, self.caches):
+    def clean(self, keep_caches: bool = False) -> None:
+        """Remove all but the log, and perhaps the caches."""
+        for folder in [self.output] if keep_caches else [self.output, self.caches]:
             shutil.rmtree(folder, ignore_errors=True)
         self.found.unlink(missing_ok=True)
 
@@ -373,6 +375,8 @@ def measure(name: str, script: str, own: list[str], folders: dict[str, Path], ar
     try:
         measurement = time_run(measurement, run, path, flags_of(args, folders, run, own))
         shutil.rmtree(run.output)
+        run.finish(run.start(path, [*flags_of(args, folders, run, own), "--dry_run"]))
+        measurement = dataclasses.replace(measurement, told_gb=find_told(run.log))
         run.finish(run.start(path, flags_of(args, folders, run, own), "split"))
         steps = json.loads(run.found.read_text(encoding="utf-8"))[WARM_UP:]
         parts = {part: statistics.mean(step[part] for step in steps) for part in PARTS}
@@ -405,6 +409,12 @@ def time_run(measurement: Measurement, run: Run, script: Path, flags: list[str])
     return dataclasses.replace(
         measurement, seconds=seconds, samples_per_second=samples, memory_gb=memory, start_seconds=start_seconds
     )
+
+
+def find_told(log: Path) -> float | None:
+    """Return the peak of memory that a dry run foretold, in 10^9 bytes, or None if it knew none."""
+    found = re.search(r"^ *peak memory \.* about ([\d.]+) GB", log.read_text(encoding="utf-8"), re.MULTILINE)
+    return found and float(found[1])
 
 
 def utilise(
@@ -444,7 +454,17 @@ def count_flops(script: str, own: list[str], folders: dict[str, Path], args: arg
 
 def make_table(measured: list[Measurement]) -> str:
     """Return the measurements as a Markdown table, and below it what is missing in its lines."""
-    heads = ("configuration", "s a step", *PARTS, "samples/s", "memory GB", "TFLOP", "MFU %", "s to first step")
+    heads = (
+        "configuration",
+        "s a step",
+        *PARTS,
+        "samples/s",
+        "memory GB",
+        "foretold",
+        "TFLOP",
+        "MFU %",
+        "s to first step",
+    )
     missing = [f"{one.name}: {one.problem}" for one in measured if one.problem and one.seconds]
     return "\n\n".join([align(heads, [cells(measurement) for measurement in measured]), *missing])
 
@@ -460,6 +480,7 @@ def cells(measurement: Measurement) -> tuple[str, ...]:
         *(number(seconds, ".3f") for seconds in parts.values()),
         f"{measurement.samples_per_second:.2f}",
         f"{measurement.memory_gb:.2f}",
+        number(measurement.told_gb, ".2f"),
         number(measurement.flops and measurement.flops / 1e12, ".3g"),
         number(measurement.utilisation and 100 * measurement.utilisation, ".1f"),
         f"{measurement.start_seconds:.1f}",
@@ -495,7 +516,8 @@ def compare(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Co
     measured = [one for work in chosen(args) for one in compare_work(work, args, folders)]
     threads = next((run["threads"] for one in measured for run in one.runs), None)
     note = (
-        f"Medians of {args.repeats} runs of each side in turn. Right of each number: by how much it is that of theirs."
+        f"Medians of {args.repeats} runs of each side in turn. Right of each number: by how much it is that of "
+        f"theirs. {OURS_AGAIN.capitalize()}: with the embeddings and latents that the run before has cached."
     )
     told = {"threads": threads, "against": str(args.against), "repeats": args.repeats}
     return measured, f"{make_comparison(measured)}\n\n{note}", told
@@ -507,7 +529,7 @@ def compare_work(work: str, args: argparse.Namespace, folders: dict[str, Path]) 
     ours, theirs = ROOT / SCRIPTS[script], args.against / SCRIPTS[script]
     needed = [flags, f"--resolution={args.size}", f"--max_train_steps={args.steps}"]
     common = needed + [flag for flag in COMPARED_FLAGS.split() if knows(ours, flag) and knows(theirs, flag)]
-    sides = {THEIRS: (theirs, common), OURS: (ours, common)}
+    sides = {THEIRS: (theirs, common), OURS: (ours, common), OURS_AGAIN: (ours, common)}
     if args.best:
         sides[OURS_BEST] = (ours, [*common, *args.best.split()])
     runs, problems = {side: [] for side in sides}, {side: find_unknown(*one) for side, one in sides.items()}
@@ -515,15 +537,18 @@ def compare_work(work: str, args: argparse.Namespace, folders: dict[str, Path]) 
         if problems[side]:
             continue
         print(f"{work}, {side}, run {turn + 1} …", file=sys.stderr, flush=True)
+        run = Run(folders, f"{work} {OURS if side == OURS_AGAIN else side}", has_caches=side == OURS_AGAIN)
         try:
-            runs[side].append(time_from_outside(Run(folders, f"{work} {side}"), *sides[side], folders, args.steps))
+            runs[side].append(time_from_outside(run, *sides[side], folders, args.steps, keep_caches=side == OURS))
         except InputError as error:
             problems[side] = str(error)
     batch = int(flags.partition("=")[2])
     return [summarise(Comparison(work, side), batch, runs[side], problems[side]) for side in sides]
 
 
-def time_from_outside(run: Run, script: Path, own: list[str], folders: dict[str, Path], steps: int) -> dict:
+def time_from_outside(
+    run: Run, script: Path, own: list[str], folders: dict[str, Path], steps: int, keep_caches: bool = False
+) -> dict:
     """Run a script of either side; return its numbers.
 
     Raises:
@@ -535,7 +560,7 @@ def time_from_outside(run: Run, script: Path, own: list[str], folders: dict[str,
         run.finish(run.start(script, [*paths_of(folders, run), *caches, *own], "stamps"))
         first, *stamps = read_lines(run.found)
     finally:
-        run.clean()
+        run.clean(keep_caches)
     if len(stamps) != steps:
         raise InputError(f"{script.name} took {len(stamps)} steps instead of {steps}")
     times = [one["at"] for one in stamps]
