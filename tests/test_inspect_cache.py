@@ -87,7 +87,7 @@ def add_broken(folder: Path) -> list[Path]:
     broken += [folder / f".{name}-{'0' * 16}.partial" for name in ("embeds", "tensor")]
     content = entry.read_bytes()
     for path, written in zip(
-        broken, (content[:-1], content.replace(b'"format":"3"', b'"format":"2"'), content, b"", b"1")
+        broken, (content[:-1], content.replace(b'"format":"4"', b'"format":"3"'), content, b"", b"1")
     ):
         path.write_bytes(written)
         age(path, 2)

@@ -391,6 +391,14 @@ def change_content(vae: Path) -> None:
     os.utime(path, ns=times)
 
 
+def replace_weights(vae: Path) -> None:
+    """Put other weights of the same size and time in their place, as a new version from an archive may have them."""
+    path = vae / "model.safetensors"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().swapcase())
+    os.utime(path, ns=times)
+
+
 def touch(vae: Path) -> None:
     """Give the weights another time and leave their content."""
     path = vae / "model.safetensors"
@@ -402,7 +410,7 @@ def add(vae: Path) -> None:
     (vae / "model.fp16.safetensors").touch()
 
 
-@pytest.mark.parametrize("change", [change_content, touch, add])
+@pytest.mark.parametrize("change", [change_content, replace_weights, touch, add])
 def test_a_vae_that_was_changed_is_another(options, model, change, caplog):
     """Its old latents are not used, which is said once, and are replaced."""
     entries = [photo(number) for number in range(3)]
