@@ -137,8 +137,12 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
         needs = dict.fromkeys(names, "with_prior_preservation")
         needs |= {} if flags["image_column"] == "image" else {"image_column": "dataset_name"}
         return find_idle(flags, needs)
-    given, notes = _read_list(flags["concepts_list"]), []
-    for concept, entry in zip(read_concepts(flags), given):
+    given, concepts = _read_list(flags["concepts_list"]), read_concepts(flags)
+    has_priors = any(concept.class_data_dir or concept.is_regularisation_data for concept in concepts)
+    idle = flags["prior_target"] == "base_prediction" and not has_priors
+    needs = "neither --with_prior_preservation nor regularisation data"
+    notes = [f"--prior_target base_prediction has no effect: there is {needs}."] * idle
+    for concept, entry in zip(concepts, given):
         keys = [key for key in ("class_data_dir", "class_prompt") if entry.get(key) and not concept.class_data_dir]
         if concept.is_regularisation_data:
             keys = [key for key in keys if key == "class_data_dir"]
