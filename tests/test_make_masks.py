@@ -237,6 +237,22 @@ def test_masks_in_other_formats_are_kept_but_not_overwritten(photos, tmp_path, c
     assert "bad.png: the file is empty" in message and "egg.png: egg.jpg has the same name" in message
 
 
+def test_the_sheet_shows_a_transparent_mask_as_training_reads_it(tmp_path):
+    """Where it is opaque, the photo counts and is as it was; a cut-out of the subject is such a mask."""
+    photo = Image.new("RGB", (80, 60), "orange")
+    photo.save(tmp_path / "egg.png")
+    cut_out = photo.convert("RGBA")
+    cut_out.putalpha(0)
+    cut_out.paste((0, 0, 0, 255), (0, 0, 40, 60))  # dark and opaque
+    cut_out.save(tmp_path / "mask.png")
+    job = make_masks.Job("egg.png", tmp_path / "egg.png", tmp_path / "mask.png", True)
+    cell, label = make_masks.draw_cell(job, photo)
+    assert cell.getpixel((10, 30)) == photo.getpixel((10, 30)) and label == "egg.png: 50%"
+    assert cell.getpixel((70, 30)) == Image.blend(photo, Image.new("RGB", (80, 60), make_masks.TINT), 0.75).getpixel(
+        (0, 0)
+    )
+
+
 def test_opencv_is_asked_for_by_name(photos, tmp_path):
     """Without the package there is one line that says what to install."""
     words = ["make_masks", str(photos), str(tmp_path / "masks")]

@@ -427,7 +427,7 @@ def draw_cell(job: Job, photo: Image.Image) -> tuple[Image.Image, str]:
     photo.thumbnail((CELL_EDGE, CELL_EDGE))
     if not job.mask.exists():
         return photo, f"{job.name}: no mask"
-    mask = images.open_rgb(job.mask).convert("L")
+    mask = images.open_light(job.mask)  # as training does
     share = np.asarray(mask).mean() / 255
     dark = Image.blend(photo, Image.new("RGB", photo.size, TINT), 0.75)
     return Image.composite(photo, dark, mask.resize(photo.size)), f"{job.name}: {share:.0%}"
