@@ -186,6 +186,21 @@ def test_photos_without_a_subject_get_no_mask_and_are_listed(photos, tmp_path, c
     assert Image.open(masks / "sky.png").size == (90, 70)
 
 
+def test_masks_that_are_probably_wrong_are_named(photos, tmp_path, capsys):
+    """Of a subject often only a part is found, such as an ear: a mask of next to nothing, or of nearly all."""
+    masks = tmp_path / "masks"
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    assert "Look at these first" not in capsys.readouterr().out
+    mask = Image.new("L", (400, 300))
+    mask.paste(255, (0, 0, 100, 48))  # a 25th
+    mask.save(masks / "egg.png")
+    Image.new("L", (200, 260), 255).save(masks / "more" / "tall.png")
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Look at these first, whose masks cover less than 5% or more than 80%")
+    assert lines[1:3] == ["  egg.png (4.0%)", "  more/tall.jpg (100.0%)"]
+
+
 @pytest.mark.parametrize("size", [(3, 2), (2000, 21), (1, 60)])
 def test_odd_sizes_are_no_obstacle(tmp_path, size):
     """A photo may be smaller or longer than what GrabCut likes."""
