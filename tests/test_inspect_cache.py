@@ -119,6 +119,17 @@ def test_a_list_names_each_entry_the_longest_unused_first(folder, capsys):
     assert run(capsys, folder, "--list --kind embeddings").count("safetensors") == 2
 
 
+def test_copies_of_datasets_are_counted_and_left_alone(folder, capsys):
+    """Who wonders how the cache came to be so large is told; photos are deleted by nobody but their owner."""
+    photo = folder / "datasets" / "dogs-0123" / "000000.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(bytes(1_500_000))
+    line = f"Beside them, {folder / 'datasets'} holds photos of datasets: 1.50 MB. Delete what you do not need."
+    assert run(capsys, folder).splitlines()[-1] == line
+    assert line not in run(capsys, folder, "--kind latents")
+    assert "Deleted 6 files" in run(capsys, folder, "--prune --all") and photo.exists()
+
+
 def test_many_shapes_are_counted(tmp_path, capsys):
     """Buckets of many sizes are no screenful."""
     cache = LatentCache(tmp_path, {"model": "m"})
