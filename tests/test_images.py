@@ -803,6 +803,24 @@ def test_shrinking_stepwise_is_close_to_one_step_and_softer(tmp_path):
     assert np.abs(np.diff(many, axis=0)).mean() < np.abs(np.diff(one, axis=0)).mean()
 
 
+def test_pictures_are_remembered_up_to_their_bytes(monkeypatch):
+    """Those that were used last; one that is larger than all of the memory, too, until the next one."""
+    made = []
+
+    @images.Remembered
+    def draw(number: int, edge: int) -> Image.Image:
+        """Draw a picture."""
+        made.append(number)
+        return Image.new("RGB", (edge, edge), (number, 0, 0))
+
+    monkeypatch.setattr(images.Remembered, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
+    for number in (0, 1, 2, 0, 1, 2, 0, 3, 2, 0, 1):
+        assert draw(number, 10).getpixel((0, 0)) == (number, 0, 0)
+    assert made == [0, 1, 2, 3, 1], "1 was used longest ago when 3 came"
+    assert draw(4, 100).size == (100, 100) and draw.size == 40_000 and len(draw.kept) == 1
+    assert draw(0, 10).size == (10, 10) and draw.size == 400 and draw.__name__ == "draw"
+
+
 def test_a_size_is_read_once_for_each_state_of_a_file(tmp_path):
     """Another picture under the same name has its own size; one that is gone is an error."""
     path = tmp_path / "photo.png"

@@ -70,7 +70,7 @@ def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tupl
     return problems_that_hold((differs, shape), (light < LEAST_LIGHT, dark))
 
 
-@functools.lru_cache(maxsize=256)
+@images.Remembered
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """Open a mask as mode "L", upright, white where the loss counts, scaled to a size; the last are remembered."""
     return images.open_light(path).resize(size, Image.Resampling.BILINEAR)
