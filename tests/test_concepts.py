@@ -230,6 +230,18 @@ def test_keys_without_effect_are_told(flags_of):
     ]
 
 
+def test_why_a_prompt_is_required_is_told_where_there_are_captions(flags_of):
+    """Captions that begin with it, and datasets whose captions nobody has asked for."""
+    common = {"instance_data_dir": "dog", "caption_strategy": "textfile"}
+    assert find_concept_problems(flags_of(**common, prepend_instance_prompt=True)) == [
+        "--instance_prompt is required by --prepend_instance_prompt."
+    ]
+    assert find_concept_problems(flags_of({"dataset_name": "owner/dogs"})) == [
+        f"{START}instance_prompt is required, or caption_column."
+    ]
+    assert find_concept_problems(flags_of(dataset_name="owner/dogs", caption_column="text")) == []
+
+
 def test_a_target_of_class_images_that_a_list_does_not_have_is_told(flags_of):
     """Regularisation data are class images, too."""
     (note,) = find_idle_keys(flags_of(DOG, prior_target="base_prediction"))

@@ -159,6 +159,9 @@ def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
     dash = "" if concept.number else "--"
     wants_prompt = concept.prepend_instance_prompt or (not by_column and concept.caption_strategy == "instanceprompt")
     lacks_prompt = wants_prompt and not (concept.instance_prompt or "").strip()
+    instead = f" by {dash}prepend_instance_prompt" if concept.prepend_instance_prompt else ""
+    if concept.dataset_name and not (by_column or instead):
+        instead = f", or {dash}caption_column"
     lacks_class = needs_class and not (concept.class_prompt or "").strip()
     asking = "--with_prior_preservation needs --class_prompt" if not concept.number else call("class_prompt is needed")
     return problems_that_hold(
@@ -173,7 +176,7 @@ def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
             f"{call('caption_column')} excludes captions by filename.",
         ),
         (concept.mask_data_dir and concept.dataset_name, f"{call('mask_data_dir')} needs {dash}instance_data_dir."),
-        (lacks_prompt, f"{call('instance_prompt')} is required."),
+        (lacks_prompt, f"{call('instance_prompt')} is required{instead}."),
         (lacks_class, f"{asking}, such as 'a photo of dog'."),
     )
 
