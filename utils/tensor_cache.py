@@ -277,7 +277,13 @@ def _list_files(folder: Path, part: str) -> list[list]:
     """
     # Links to folders count: large models are often kept elsewhere.
     found = [Path(place, name) for place, _, names in os.walk(folder / part, followlinks=True) for name in names]
-    states = [(path, path.stat()) for path in found if path.exists()]
-    listed = [[path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns] for path, state in states]
-    samples = [hashlib.blake2b(read_samples(path), digest_size=7).digest() for path, _ in states]
-    return sorted([*entry, int.from_bytes(sample)] for entry, sample in zip(listed, samples))
+    states = [(path.relative_to(folder).as_posix(), path.stat(), path) for path in found if path.exists()]
+    return sorted([name, state.st_size, state.st_mtime_ns, _hash_samples(path)] for name, state, path in states)
+
+
+def _hash_samples(path: Path) -> int:
+    """Return a hash of samples of a file; 0 of what cannot be read, and so is no part of the model."""
+    content = b""
+    with contextlib.suppress(OSError):
+        content = read_samples(path) if path.is_file() else b""  # a pipe would be waited for
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest()) if content else 0
