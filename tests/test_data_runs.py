@@ -189,6 +189,30 @@ def test_what_changes_in_a_list_or_in_masks_is_said_where_a_run_goes_on(trainer,
     assert changed == f"the masks are others than in {tmp_path / 'out' / 'checkpoint-3'}." and not others
 
 
+def test_other_regularisation_data_of_the_same_names_do_not_resume(trainer, tmp_path, squares):
+    """Unlike class images, which may be drawn again, they are what they are; their captions are, too."""
+    pool = shutil.copytree(squares, tmp_path / "pool")
+    for path in pool.iterdir():
+        path.with_suffix(".txt").write_text("a dog")
+    entry = {"instance_data_dir": str(pool), "caption_strategy": "textfile", "is_regularisation_data": True}
+    path = write_list(tmp_path / "l.json", {"instance_data_dir": str(squares), "instance_prompt": "a sks dog"}, entry)
+    flags = f"--checkpointing_steps 1 --max_train_steps 1 --concepts_list {path}"
+
+    def go_on(code: int) -> str:
+        """Run or go on, and return what is said."""
+        more = " --resume_from_checkpoint latest" if (tmp_path / "out").exists() else ""
+        words = words_of(trainer, tmp_path / "out", flags + more)
+        run = trainer.start_words("lora", tmp_path / "out", words).finish()
+        assert run.code == code, run.text
+        return run.stderr
+
+    go_on(0), go_on(0)
+    (pool / "1.txt").write_text("a cat")
+    draw_picture(64, 64, 77).save(pool / "0.png")
+    said = go_on(1)
+    assert "\n  content of the pictures: " in said and "\n  captions: " in said and "'a cat'" in said
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_ask_the_base_model_as_one_does(trainer, tmp_path, squares, script):
     """With a trained text encoder and the base model's prediction as the prior's target, the losses are the same."""

@@ -57,13 +57,20 @@ def fits_of_pictures(examples: list, resolution: str) -> dict:
     return {
         "photos": [example.path.name for example in photos],
         "class images": len(examples) - len(photos),
-        "captions": [list(example.prompts) for example in photos] if has_captions else None,
+        "captions": [list(example.prompts) for example in examples if not may_be_drawn(example)]
+        if has_captions
+        else None,
         "sizes": [str(example.size) for example in photos] if sizes != {resolution} else None,
         "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
-        "content of the pictures": images.fingerprint((example.path, example.is_prior) for example in examples),
+        "content of the pictures": images.fingerprint((one.path, may_be_drawn(one)) for one in examples),
         MASKS: images.fingerprint((example.mask, False) for example in examples if example.mask),
         SETTINGS: {one.call(key): getattr(one, key) for one in subjects if one.number for key in SET},
     }
+
+
+def may_be_drawn(example: Any) -> bool:
+    """Say whether an example is a class image; regularisation data are there before, as the photos of subjects are."""
+    return example.is_prior and not example.concept.is_regularisation_data
 
 
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
