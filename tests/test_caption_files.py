@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.conftest import draw_picture
 from tests.runs import PROMPT, SCRIPTS, SIZE, differing, names, read_tensors, untimed
 from utils.caption_files import find_captions
 from utils.errors import InputError
+from utils.run_summary import list_prompts
 
 
 @pytest.fixture
@@ -94,11 +96,29 @@ def test_a_list_names_photos_by_their_paths(folder):
     }
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_caption_in_a_list_may_hold_signs_that_end_lines_elsewhere(tmp_path, end):
+    """JSON writes them as they are, and a file from Windows ends its lines by two signs."""
+    texts = ["a dog\u2028on grass", "a dog\u0085on sand"]
+    lines = [json.dumps({"file_name": f"{n}.jpg", "text": texts[n]}, ensure_ascii=False) for n in range(2)]
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").touch()
+    (tmp_path / "metadata.jsonl").write_bytes(("\ufeff" + end.join([*lines, ""])).encode())
+    assert found(tmp_path, "metadata") == {f"{number}.jpg": (texts[number],) for number in range(2)}
+
+
 def test_accents_may_be_stored_in_two_ways(tmp_path):
     """A list from one system finds the photos of another."""
     (tmp_path / "cafe\u0301.jpg").touch()
     write(tmp_path, {"metadata.jsonl": '{"file_name": "caf\u00e9.jpg", "text": "a dog"}'})
     assert found(tmp_path, "metadata") == {"cafe\u0301.jpg": ("a dog",)}
+
+
+def test_the_screen_shows_the_beginning_of_long_captions():
+    """A captioner writes a hundred words about each photo; two that begin alike are two."""
+    texts = ["a short one", "word " * 100 + "x", "word " * 100 + "y", "字" * 100]
+    shown = list_prompts([SimpleNamespace(prompts=texts[:2]), SimpleNamespace(prompts=texts[1:])])
+    assert shown == ["'a short one'", *[f"'{('word ' * 16).strip()}…'"] * 2, f"'{'字' * 79}…'"]
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,28 @@ def test_keys_without_effect_are_told(flags_of):
     ]
 
 
+def test_why_a_prompt_is_required_is_told_where_there_are_captions(flags_of):
+    """Captions that begin with it, and datasets whose captions nobody has asked for."""
+    common = {"instance_data_dir": "dog", "caption_strategy": "textfile"}
+    assert find_concept_problems(flags_of(**common, prepend_instance_prompt=True)) == [
+        "--instance_prompt is required by --prepend_instance_prompt."
+    ]
+    assert find_concept_problems(flags_of({"dataset_name": "owner/dogs"})) == [
+        f"{START}instance_prompt is required, or caption_column."
+    ]
+    assert find_concept_problems(flags_of(dataset_name="owner/dogs", caption_column="text")) == []
+
+
+def test_a_target_of_class_images_that_a_list_does_not_have_is_told(flags_of):
+    """Regularisation data are class images, too."""
+    (note,) = find_idle_keys(flags_of(DOG, prior_target="base_prediction"))
+    assert note.startswith("--prior_target base_prediction has no effect: there is neither --with_prior_preservation")
+    pool = {"instance_data_dir": "d", "instance_prompt": "a dog", "is_regularization_data": True}
+    assert find_idle_keys(flags_of(DOG, pool, prior_target="base_prediction")) == []
+    given = {"prior_target": "base_prediction", "with_prior_preservation": True}
+    assert find_idle_keys(flags_of(DOG | {"class_prompt": "a dog"}, **given)) == []
+
+
 def test_sizes_and_steps_that_the_model_cannot_take_are_named(flags_of):
     """With the concept that they belong to; a step that leaves no bucket is one of them."""
     flags = flags_of(DOG | {"resolution": 60}, DOG | {"resolution": "64x65"}, DOG, resolution="64")

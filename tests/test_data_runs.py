@@ -160,6 +160,60 @@ def test_another_size_of_all_photos_does_not_resume(trainer, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_what_changes_in_a_list_or_in_masks_is_said_where_a_run_goes_on(trainer, tmp_path, squares, script):
+    """As for the flags of the same names: it holds from there on. Of a list that is the same nothing is said."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in squares.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(masks / path.name)
+    cat = {"instance_data_dir": str(squares), "instance_prompt": "a zwx cat"}
+    dog = cat | {"instance_prompt": "a sks dog", "mask_data_dir": str(masks), "loss_weight": 0.5}
+    flags = "--checkpointing_steps 1 --concepts_list {} --max_train_steps"
+
+    def said(number: int, dog: dict) -> list[str]:
+        """Go on for a step, and return what is said of changes."""
+        path = write_list(tmp_path / f"{number}.json", cat, dog)
+        words = words_of(trainer, tmp_path / "out", f"{flags.format(path)} {number} --resume_from_checkpoint latest")
+        run = trainer.start_words(script, tmp_path / "out", words[: -2 if number == 1 else None]).finish()
+        assert run.code == 0, run.text
+        return [line.partition("here on, ")[2] for line in run.stderr.splitlines() if "From here on" in line]
+
+    assert said(1, dog) == said(2, dog) == []
+    more = "--concepts_list, concept 2: "
+    assert said(3, dog | {"loss_weight": 2, "random_flip": True}) == [
+        f"{more}loss_weight is 2; it was 0.5.",
+        f"{more}random_flip is True; it was False.",
+    ]
+    Image.new("L", (64, 64), 200).save(masks / "0.png")
+    (changed, *others) = said(4, dog | {"loss_weight": 2, "random_flip": True})
+    assert changed == f"the masks are others than in {tmp_path / 'out' / 'checkpoint-3'}." and not others
+
+
+def test_other_regularisation_data_of_the_same_names_do_not_resume(trainer, tmp_path, squares):
+    """Unlike class images, which may be drawn again, they are what they are; their captions are, too."""
+    pool = shutil.copytree(squares, tmp_path / "pool")
+    for path in pool.iterdir():
+        path.with_suffix(".txt").write_text("a dog")
+    entry = {"instance_data_dir": str(pool), "caption_strategy": "textfile", "is_regularisation_data": True}
+    path = write_list(tmp_path / "l.json", {"instance_data_dir": str(squares), "instance_prompt": "a sks dog"}, entry)
+    flags = f"--checkpointing_steps 1 --max_train_steps 1 --concepts_list {path}"
+
+    def go_on(code: int) -> str:
+        """Run or go on, and return what is said."""
+        more = " --resume_from_checkpoint latest" if (tmp_path / "out").exists() else ""
+        words = words_of(trainer, tmp_path / "out", flags + more)
+        run = trainer.start_words("lora", tmp_path / "out", words).finish()
+        assert run.code == code, run.text
+        return run.stderr
+
+    go_on(0), go_on(0)
+    (pool / "1.txt").write_text("a cat")
+    draw_picture(64, 64, 77).save(pool / "0.png")
+    said = go_on(1)
+    assert "\n  content of the pictures: " in said and "\n  captions: " in said and "'a cat'" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_ask_the_base_model_as_one_does(trainer, tmp_path, squares, script):
     """With a trained text encoder and the base model's prediction as the prior's target, the losses are the same."""
     flags = f"--instance_data_dir {squares} --with_prior_preservation --class_prompt 'a photo of dog'"

@@ -374,6 +374,13 @@ def test_a_change_of_a_folder_changes_its_identity(model, change, tmp_path):
     assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask) is None
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_in_a_model_is_not_waited_for(model):
+    """It is no part of the model, and nobody may ever write to it."""
+    os.mkfifo(model / "text_encoder" / "pipe")
+    assert [entry[1::2] for entry in model_identity(str(model), None, TEXT)["files"] if "pipe" in entry[0]] == [[0, 0]]
+
+
 def test_files_that_are_gone_do_not_matter(model, tmp_path):
     """Whoever has all embeddings may delete gigabytes of weights, but not put others in their place."""
     ids, mask, embeds = prompt(0)

@@ -414,7 +414,7 @@ def test_an_export_is_used_again(pictures, contents, cache, monkeypatch):
 
 
 def test_a_changed_dataset_is_another(contents, cache, tmp_path):
-    """Its files, their times, and the columns that are asked for decide."""
+    """Its files, their times, what is in them, and the columns that are asked for decide."""
     path = write_parquet(tmp_path / "copy/data" / ARCHIVE, table(contents, text=TEXTS, other=TEXTS))
     copy, found = tmp_path / "copy", set()
     for column in (None, "text", "other"):
@@ -427,6 +427,21 @@ def test_a_changed_dataset_is_another(contents, cache, tmp_path):
     (copy / "README.md").write_text("A card.")
     found.add(export_dataset(str(copy), "image", None, cache, None))
     assert len(found) == 7 and read(last) == contents[:3]
+
+
+def test_a_photo_with_the_size_and_time_of_another_is_another(pictures, cache, tmp_path):
+    """As of pictures without compression that were edited, and of files that come out of an archive."""
+    folder = tmp_path / "copy"
+    shutil.copytree(pictures, folder)
+    path = folder / "dog.bmp"
+    Image.new("RGB", (9, 7), "red").save(path)
+    state, red = path.stat(), path.read_bytes()
+    assert red in read(export_dataset(str(folder), "image", None, cache, None))
+    Image.new("RGB", (9, 7), "blue").save(path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    now = read(export_dataset(str(folder), "image", None, cache, None))
+    assert path.read_bytes() in now and red not in now
 
 
 def start(*arguments, environment: dict[str, str] | None = None) -> subprocess.Popen:

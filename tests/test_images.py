@@ -8,8 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageFont
 
+import train_dreambooth_lora
+from tests.conftest import make_dataset, visit_of
 from utils import images
 from utils.errors import InputError
 from utils.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
@@ -36,7 +39,7 @@ def repeat(grey):
     return np.repeat(np.asarray(grey)[..., None], 3, axis=-1)
 
 
-def write_png(path, values, depth, color_type, transparency=None):
+def write_png(path, values, depth, color_type, transparency=None, exif=b""):
     """Write a PNG of any depth; color_type as in its header: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
     height, width = values.shape[:2]
     rows = b""
@@ -47,6 +50,7 @@ def write_png(path, values, depth, color_type, transparency=None):
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))]
     if transparency is not None:
         chunks.append((b"tRNS", struct.pack(f">{len(transparency)}H", *transparency)))
+    chunks += [(b"eXIf", exif)] if exif else []
     chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -376,6 +380,55 @@ def test_orientation(tmp_path, orientation, suffix, tolerance):
     stored.save(path, exif=exif, lossless=True, quality=100, subsampling=0)
     np.testing.assert_allclose(pixels(path), upright, atol=tolerance)
     assert inspect_images([path]).sizes == {path: (48, 32)}
+
+
+def write_stored(path, picture, kind, exif):
+    """Write a picture as it lies in a file that has EXIF data."""
+    image, mode = Image.fromarray(picture), "L" if kind.startswith("grey") else "RGB"
+    if kind.endswith("16"):
+        values = np.asarray(image.convert(mode)).astype(int) * 257
+        # Without the mark that begins it elsewhere.
+        return write_png(path, values, 16, 0 if mode == "L" else 2, exif=exif.tobytes().removeprefix(b"Exif\0\0"))
+    changed = {
+        "palette": lambda: image.quantize(16, dither=0),
+        "rgba": lambda: image.convert("RGBA"),
+        "cmyk": lambda: Image.merge("CMYK", [*image.point(lambda v: 255 - v).split(), Image.new("L", image.size)]),
+    }
+    image = changed[kind]() if kind in changed else image.convert(mode)
+    formats = {"cmyk": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "lossy": "WEBP"}
+    options = {"quality": 100} if kind in ("cmyk", "jpeg", "lossy") else {"lossless": True}
+    options |= {"subsampling": 0} if kind in ("cmyk", "jpeg") else {}
+    return image.save(path, formats.get(kind, "PNG"), exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("is_grey", [False, True])
+def test_a_picture_gives_one_tensor_in_every_format_and_turn(tmp_path, orientation, is_grey):
+    """As a model is given it: equal, or within four levels of 255 where the format loses some."""
+    upright = np.kron(PICTURE[:2, :3], np.ones((16, 16, 1), np.uint8))
+    upright = np.repeat(upright[..., :1], 3, axis=-1) if is_grey else upright
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](upright))
+    kinds = [
+        "png",
+        "png16",
+        "palette",
+        "rgba",
+        "webp",
+        "cmyk",
+        "jpeg",
+        *["grey", "grey16", "lossy"] * is_grey,
+    ]  # a lossy WebP halves colours
+    for kind in kinds:
+        write_stored(tmp_path / kind, stored, kind, exif)
+    dataset = make_dataset(train_dreambooth_lora, [tmp_path / kind for kind in kinds], "48x32", crop_style="center")
+    wanted = torch.from_numpy(upright).permute(2, 0, 1).float() / 127.5 - 1
+    for number, kind in enumerate(kinds):
+        found = visit_of(dataset, number, 0)["pixel_values"]
+        assert found.shape == wanted.shape and found.dtype == torch.float32
+        levels = (found - wanted).abs().max().item() * 127.5
+        assert levels <= (4 if kind in ("cmyk", "jpeg", "lossy") else 0), kind
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0junk", b"Exif\0\0"])
@@ -748,6 +801,24 @@ def test_shrinking_stepwise_is_close_to_one_step_and_softer(tmp_path):
     one, many = (np.asarray(images.open_scaled(*sizes, stepwise), int) for stepwise in (False, True))
     assert 0 < np.abs(one - many).mean() < 10
     assert np.abs(np.diff(many, axis=0)).mean() < np.abs(np.diff(one, axis=0)).mean()
+
+
+def test_pictures_are_remembered_up_to_their_bytes(monkeypatch):
+    """Those that were used last; one that is larger than all of the memory, too, until the next one."""
+    made = []
+
+    @images.Remembered
+    def draw(number: int, edge: int) -> Image.Image:
+        """Draw a picture."""
+        made.append(number)
+        return Image.new("RGB", (edge, edge), (number, 0, 0))
+
+    monkeypatch.setattr(images.Remembered, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
+    for number in (0, 1, 2, 0, 1, 2, 0, 3, 2, 0, 1):
+        assert draw(number, 10).getpixel((0, 0)) == (number, 0, 0)
+    assert made == [0, 1, 2, 3, 1], "1 was used longest ago when 3 came"
+    assert draw(4, 100).size == (100, 100) and draw.size == 40_000 and len(draw.kept) == 1
+    assert draw(0, 10).size == (10, 10) and draw.size == 400 and draw.__name__ == "draw"
 
 
 def test_a_size_is_read_once_for_each_state_of_a_file(tmp_path):

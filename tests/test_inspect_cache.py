@@ -87,7 +87,7 @@ def add_broken(folder: Path) -> list[Path]:
     broken += [folder / f".{name}-{'0' * 16}.partial" for name in ("embeds", "tensor")]
     content = entry.read_bytes()
     for path, written in zip(
-        broken, (content[:-1], content.replace(b'"format":"3"', b'"format":"2"'), content, b"", b"1")
+        broken, (content[:-1], content.replace(b'"format":"4"', b'"format":"3"'), content, b"", b"1")
     ):
         path.write_bytes(written)
         age(path, 2)
@@ -117,6 +117,17 @@ def test_a_list_names_each_entry_the_longest_unused_first(folder, capsys):
     assert f"latents of {MODELS[1]}, 'beach.png', 2x4x32x32 float32, 0.03 MB, 20" in lines[0]
     assert f"embeddings of {MODELS[0]}, 'token ids 0 1 2 3 4 5 6', 7x16 bfloat16, 0.00 MB, 20" in lines[5]
     assert run(capsys, folder, "--list --kind embeddings").count("safetensors") == 2
+
+
+def test_copies_of_datasets_are_counted_and_left_alone(folder, capsys):
+    """Who wonders how the cache came to be so large is told; photos are deleted by nobody but their owner."""
+    photo = folder / "datasets" / "dogs-0123" / "000000.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(bytes(1_500_000))
+    line = f"Beside them, {folder / 'datasets'} holds photos of datasets: 1.50 MB. Delete what you do not need."
+    assert run(capsys, folder).splitlines()[-1] == line
+    assert line not in run(capsys, folder, "--kind latents")
+    assert "Deleted 6 files" in run(capsys, folder, "--prune --all") and photo.exists()
 
 
 def test_many_shapes_are_counted(tmp_path, capsys):

@@ -63,6 +63,17 @@ def test_what_a_vae_makes_comes_back_bit_for_bit(cache, dtype, caplog):
     assert same_bits(cache.load(KEY), moments)
 
 
+@pytest.mark.parametrize(("edge", "dtype", "kilobytes"), [(512, torch.float32, 131), (512, torch.float16, 66)])
+def test_a_picture_takes_little_more_than_its_numbers(cache, edge, dtype, kilobytes):
+    """Of Stable Diffusion: mean and deviation of four channels for every eight pixels, and a kilobyte about them."""
+    key, _, label = photo(0)
+    moments = torch.rand(2, 4, edge // 8, edge // 8).to(dtype)
+    assert cache.save(key, moments, label)
+    (entry,) = cache.folder.iterdir()
+    assert moments.nbytes < entry.stat().st_size < moments.nbytes + 1500
+    assert round(moments.nbytes / 1000) == kilobytes  # as the README has it
+
+
 def test_views_and_gradients_are_saved_as_numbers(cache):
     """A slice of a batch that needs a gradient is written alone, and its loaded copy needs none."""
     key, moments, label = photo(0)
@@ -391,6 +402,14 @@ def change_content(vae: Path) -> None:
     os.utime(path, ns=times)
 
 
+def replace_weights(vae: Path) -> None:
+    """Put other weights of the same size and time in their place, as a new version from an archive may have them."""
+    path = vae / "model.safetensors"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().swapcase())
+    os.utime(path, ns=times)
+
+
 def touch(vae: Path) -> None:
     """Give the weights another time and leave their content."""
     path = vae / "model.safetensors"
@@ -402,7 +421,7 @@ def add(vae: Path) -> None:
     (vae / "model.fp16.safetensors").touch()
 
 
-@pytest.mark.parametrize("change", [change_content, touch, add])
+@pytest.mark.parametrize("change", [change_content, replace_weights, touch, add])
 def test_a_vae_that_was_changed_is_another(options, model, change, caplog):
     """Its old latents are not used, which is said once, and are replaced."""
     entries = [photo(number) for number in range(3)]

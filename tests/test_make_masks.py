@@ -186,6 +186,21 @@ def test_photos_without_a_subject_get_no_mask_and_are_listed(photos, tmp_path, c
     assert Image.open(masks / "sky.png").size == (90, 70)
 
 
+def test_masks_that_are_probably_wrong_are_named(photos, tmp_path, capsys):
+    """Of a subject often only a part is found, such as an ear: a mask of next to nothing, or of nearly all."""
+    masks = tmp_path / "masks"
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    assert "Look at these first" not in capsys.readouterr().out
+    mask = Image.new("L", (400, 300))
+    mask.paste(255, (0, 0, 100, 48))  # a 25th
+    mask.save(masks / "egg.png")
+    Image.new("L", (200, 260), 255).save(masks / "more" / "tall.png")
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Look at these first, whose masks cover less than 5% or more than 80%")
+    assert lines[1:3] == ["  egg.png (4.0%)", "  more/tall.jpg (100.0%)"]
+
+
 @pytest.mark.parametrize("size", [(3, 2), (2000, 21), (1, 60)])
 def test_odd_sizes_are_no_obstacle(tmp_path, size):
     """A photo may be smaller or longer than what GrabCut likes."""
@@ -235,6 +250,22 @@ def test_masks_in_other_formats_are_kept_but_not_overwritten(photos, tmp_path, c
     (masks / "bad.png").write_bytes(b"")
     message = refusal(photos, masks)
     assert "bad.png: the file is empty" in message and "egg.png: egg.jpg has the same name" in message
+
+
+def test_the_sheet_shows_a_transparent_mask_as_training_reads_it(tmp_path):
+    """Where it is opaque, the photo counts and is as it was; a cut-out of the subject is such a mask."""
+    photo = Image.new("RGB", (80, 60), "orange")
+    photo.save(tmp_path / "egg.png")
+    cut_out = photo.convert("RGBA")
+    cut_out.putalpha(0)
+    cut_out.paste((0, 0, 0, 255), (0, 0, 40, 60))  # dark and opaque
+    cut_out.save(tmp_path / "mask.png")
+    job = make_masks.Job("egg.png", tmp_path / "egg.png", tmp_path / "mask.png", True)
+    cell, label = make_masks.draw_cell(job, photo)
+    assert cell.getpixel((10, 30)) == photo.getpixel((10, 30)) and label == "egg.png: 50%"
+    assert cell.getpixel((70, 30)) == Image.blend(photo, Image.new("RGB", (80, 60), make_masks.TINT), 0.75).getpixel(
+        (0, 0)
+    )
 
 
 def test_opencv_is_asked_for_by_name(photos, tmp_path):

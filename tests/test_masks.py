@@ -81,6 +81,16 @@ def test_masks_that_cannot_be_right_are_refused_together(folders):
     ]
 
 
+def test_a_mask_of_numbers_of_things_is_explained(folders):
+    """Segmenters write 1 where the first thing is: that looks black, and a small thing is next to nothing."""
+    photos, light = folders
+    mask = Image.new("L", Image.open(photos / "a.jpg").size)
+    mask.paste(1, (0, 0, 10, 10))
+    mask.save(light / "a.png")
+    with pytest.raises(InputError, match="Its lightest place is 1 of 255, which should be white"):
+        find(photos, light)
+
+
 def test_a_broken_mask_is_named_if_a_photo_has_it(folders):
     """One that belongs to no photo harms nothing."""
     photos, light = folders

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import train_dreambooth_lora
 from tests.conftest import draw_picture
 from tests.runs import ROOT, SIZE, environment, names
-from utils import preview_data
+from utils import preview_data, previews
 from utils.geometry import Size
 
 
@@ -116,6 +116,20 @@ def test_what_a_mask_hides_is_tinted_and_sizes_are_told(tiny, tmp_path):
         counts[16:48, 16:40] = True
         shown, wanted = np.asarray(cell, int), np.where(counts[..., None], np.asarray(picture, int), hidden)
         assert np.abs(shown - wanted).max() <= 1
+
+
+def test_a_caption_is_shown_whole_also_under_a_small_picture(monkeypatch):
+    """Otherwise nobody sees what a picture of 64 px is told to show; the picture itself stays as it is."""
+    words = " ".join(f"word{number}" for number in range(33))  # 77 tokens of CLIP, and more
+    shown = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, place, text, *rest, **options: shown.append(text))
+    picture = draw_picture(64, 48, 0)
+    cell = preview_data.widen(picture)
+    previews.make_grid([cell] * 4, 4, [words] * 4, lines=preview_data.LINES)
+    assert " ".join(shown).split() == words.split() * 4
+    left = (preview_data.NARROWEST - 64) // 2
+    assert cell.crop((left, 0, left + 64, 48)).tobytes() == picture.tobytes()
+    assert preview_data.widen(draw_picture(300, 20, 0)).size == (300, 20)
 
 
 def test_mistakes_of_the_training_flags_are_told_as_by_the_script(capsys):

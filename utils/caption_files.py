@@ -71,7 +71,8 @@ def _read_metadata(folder: Path, paths: Sequence[Path]) -> dict[Path, list[str]]
     """Return the captions of metadata.jsonl; it may name other files of the folder, but none outside or missing."""
     path, found = folder / METADATA_FILE, {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`, which ends a line at signs that a caption may hold, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}. --caption_strategy metadata needs it.") from error
     known = {_composed(photo.relative_to(folder).as_posix()): photo for photo in paths}

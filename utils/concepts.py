@@ -137,8 +137,12 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
         needs = dict.fromkeys(names, "with_prior_preservation")
         needs |= {} if flags["image_column"] == "image" else {"image_column": "dataset_name"}
         return find_idle(flags, needs)
-    given, notes = _read_list(flags["concepts_list"]), []
-    for concept, entry in zip(read_concepts(flags), given):
+    given, concepts = _read_list(flags["concepts_list"]), read_concepts(flags)
+    has_priors = any(concept.class_data_dir or concept.is_regularisation_data for concept in concepts)
+    idle = flags["prior_target"] == "base_prediction" and not has_priors
+    needs = "neither --with_prior_preservation nor regularisation data"
+    notes = [f"--prior_target base_prediction has no effect: there is {needs}."] * idle
+    for concept, entry in zip(concepts, given):
         keys = [key for key in ("class_data_dir", "class_prompt") if entry.get(key) and not concept.class_data_dir]
         if concept.is_regularisation_data:
             keys = [key for key in keys if key == "class_data_dir"]
@@ -155,6 +159,9 @@ def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
     dash = "" if concept.number else "--"
     wants_prompt = concept.prepend_instance_prompt or (not by_column and concept.caption_strategy == "instanceprompt")
     lacks_prompt = wants_prompt and not (concept.instance_prompt or "").strip()
+    instead = f" by {dash}prepend_instance_prompt" if concept.prepend_instance_prompt else ""
+    if concept.dataset_name and not (by_column or instead):
+        instead = f", or {dash}caption_column"
     lacks_class = needs_class and not (concept.class_prompt or "").strip()
     asking = "--with_prior_preservation needs --class_prompt" if not concept.number else call("class_prompt is needed")
     return problems_that_hold(
@@ -169,7 +176,7 @@ def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
             f"{call('caption_column')} excludes captions by filename.",
         ),
         (concept.mask_data_dir and concept.dataset_name, f"{call('mask_data_dir')} needs {dash}instance_data_dir."),
-        (lacks_prompt, f"{call('instance_prompt')} is required."),
+        (lacks_prompt, f"{call('instance_prompt')} is required{instead}."),
         (lacks_class, f"{asking}, such as 'a photo of dog'."),
     )
 

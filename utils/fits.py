@@ -1,6 +1,7 @@
 """What a checkpoint's run and the one that resumes it must have in common; other changes hold from there on."""
 
 import functools
+import logging
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from utils import images
 from utils.errors import InputError
 from utils.model_files import fits_of_model
+
+logger = logging.getLogger(__name__)
 
 FLAGS = (
     *("revision", "instance_prompt", "class_prompt", "repeats", "prior_target", "tokenizer_name"),
@@ -22,6 +25,10 @@ SINCE = {
     "weight_dtype": "fp32",
     "trained weights": "all",
 }
+
+# These may change, as the same flags may: what is new holds from there on, and is said.
+MASKS, SETTINGS = "content of the masks", "settings of the concepts"
+SET = ("mask_data_dir", "loss_weight", "prior_loss_weight", "crop_style", "random_flip")
 
 
 def fits_of_run(flags: dict[str, Any], base: Any, examples: list) -> dict:
@@ -50,22 +57,37 @@ def fits_of_pictures(examples: list, resolution: str) -> dict:
     return {
         "photos": [example.path.name for example in photos],
         "class images": len(examples) - len(photos),
-        "captions": [list(example.prompts) for example in photos] if has_captions else None,
+        "captions": [list(example.prompts) for example in examples if not may_be_drawn(example)]
+        if has_captions
+        else None,
         "sizes": [str(example.size) for example in photos] if sizes != {resolution} else None,
         "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
-        "content of the pictures": images.fingerprint((example.path, example.is_prior) for example in examples),
+        "content of the pictures": images.fingerprint((one.path, may_be_drawn(one)) for one in examples),
+        MASKS: images.fingerprint((example.mask, False) for example in examples if example.mask),
+        SETTINGS: {one.call(key): getattr(one, key) for one in subjects if one.number for key in SET},
     }
+
+
+def may_be_drawn(example: Any) -> bool:
+    """Say whether an example is a class image; regularisation data are there before, as the photos of subjects are."""
+    return example.is_prior and not example.concept.is_regularisation_data
 
 
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
     there = {name: theirs.get(name, SINCE.get(name)) for name in ours}
+    if theirs.get(MASKS, ours[MASKS]) != ours[MASKS]:
+        logger.info("From here on, the masks are others than in %s.", checkpoint)
+    for name, value in ours[SETTINGS].items():
+        if (before := theirs.get(SETTINGS, {}).get(name, value)) != value:
+            logger.info("From here on, %s is %s; it was %s.", name, value, before)
     shorten = functools.partial(textwrap.shorten, width=300, placeholder=" …")
     lines = [
         f"  {name}: {shorten(str(there[name]))} there, {shorten(str(own))} here"
         for name, own in ours.items()
         # Older checkpoints do not say what is in the files.
         if str(there[name]) != str(own) and (name in theirs or not name.startswith("content of"))
+        if name not in (MASKS, SETTINGS)
     ]
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"

@@ -143,7 +143,10 @@ def _find_source(name: str, root: Path, token: str | None) -> tuple[Path, list]:
 
 
 def _list_files(path: Path) -> list[list]:
-    """Return the path, bytes and time of change in nanoseconds of a file, or of each file below a folder, sorted."""
+    """Return the path, bytes, time of change in nanoseconds and a hash of a file, or of each file below a folder.
+
+    Sorted. All bytes are read, as those of the photos will be anyway: one may be another of the same size and time.
+    """
     found, seen = [path] if path.is_file() else [], set()
     for place, folders, names in os.walk(path, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
@@ -153,7 +156,15 @@ def _list_files(path: Path) -> list[list]:
         folders[:] = [folder for folder in folders if not folder.startswith(".")]  # as `datasets` leaves them out
         found += [Path(place, file) for file in names]
     states = [(str(file), file.stat()) for file in found if file.exists()]
-    return sorted([file, state.st_size, state.st_mtime_ns] for file, state in states)
+    return sorted([file, state.st_size, state.st_mtime_ns, _hash(Path(file))] for file, state in states)
+
+
+def _hash(path: Path) -> str:
+    """Return a hash of what is in a file; of a pipe, which would be waited for, none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @answers_within(_PATIENCE)

@@ -13,7 +13,7 @@ import stat
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,36 @@ def upright_size(path: Path) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
-@functools.lru_cache(maxsize=256)
+class Remembered:
+    """A function that returns a picture, and its last results, as many as take `BUDGET` bytes at most.
+
+    A number of pictures would be no limit: 256 of 2,000 px take 4 GB, in each process that loads pictures.
+    """
+
+    BUDGET = 256 * 2**20
+
+    def __init__(self, make: Callable[..., Image.Image]):
+        """Take the function; its arguments are positional, and decide the picture."""
+        self.make, self.kept, self.size = make, {}, 0
+        functools.update_wrapper(self, make)
+
+    def __call__(self, *key) -> Image.Image:
+        """Return the picture of these arguments, made or remembered."""
+        if key not in self.kept:
+            self.kept[key] = self.make(*key)
+            self.size += _count_bytes(self.kept[key])
+        self.kept[key] = self.kept.pop(key)  # the last one to go, from here on
+        while self.size > self.BUDGET and len(self.kept) > 1:
+            self.size -= _count_bytes(self.kept.pop(next(iter(self.kept))))
+        return self.kept[key]
+
+
+def _count_bytes(image: Image.Image) -> int:
+    """Return how much memory the pixels of a picture of mode "L" or "RGB" take; Pillow fills up the latter to four."""
+    return image.width * image.height * (1 if image.mode == "L" else 4)
+
+
+@Remembered
 def open_scaled(path: Path, size: tuple[int, int], resample: Image.Resampling, stepwise: bool = False) -> Image.Image:
     """Open a picture and resize it by antialiased filters; the last ones are remembered.
 

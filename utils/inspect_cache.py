@@ -7,6 +7,7 @@
 
 Nothing is deleted without --prune, and never what has not a name of this cache: foreign files, links and folders stay.
 A run may use the folder meanwhile: what it misses, it makes anew, and what it used or wrote since the look stays.
+Photos of --dataset_name, in the subfolder datasets, are counted; who needs them no longer deletes them by hand.
 """
 
 import argparse
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.prune:
         return prune(chosen)
     print(summarise(folder, chosen))
+    if not narrows and (note := describe_datasets(folder / "datasets")):
+        print(note)
     if narrows:
         print(f"With --prune, {count(file for file in chosen if may_go(file))} would be deleted.")
     elif any(file.is_dead for file in found):
@@ -206,6 +209,18 @@ def summarise(folder: Path, files: list[CacheFile]) -> str:
         used = " to ".join(dict.fromkeys((date(days[0]), date(days[-1]))))
         lines += [group, f"    {', '.join([count(members), *shapes[:SHAPES], *more, f'last used {used}'])}"]
     return "\n".join(lines)
+
+
+def describe_datasets(folder: Path) -> str:
+    """Return how large the copies of datasets are, and what to do about them; nothing if there are none."""
+    sizes = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # a run is writing there
+                sizes.append(os.lstat(os.path.join(place, name)).st_size)
+    if not sizes:
+        return ""
+    return f"Beside them, {folder} holds photos of datasets: {sum(sizes) / 1e6:.2f} MB. Delete what you do not need."
 
 
 def describe(file: CacheFile) -> str:

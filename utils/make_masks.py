@@ -39,6 +39,7 @@ except ImportError:  # it is optional; `main` says so
     cv2 = None
 
 NOTHING, EVERYTHING = 0.005, 0.95  # shares of a picture beyond which no subject was told from the rest
+LITTLE, MUCH = 0.05, 0.8  # beyond these it may be a part of the subject, or hold more than that
 
 WORK_EDGE, SMALLEST_EDGE = 256, 32  # of what GrabCut sees, in pixels; a photo takes two seconds of one core
 ROUNDS = 4  # of GrabCut
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             unfound.append(job)
         cells.append(draw_cell(job, photo))
     write(draw_sheet(cells), args.sheet)
+    report_doubtful(jobs)
     report_unfound(unfound, len(jobs))
     print(f"Masks in {args.masks}: {len(written)} written, {len(kept)} kept.")
     print(f"Sheet: {args.sheet}")
@@ -139,6 +141,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         named = args.masks if args.masks.name not in ("", "..") else args.masks.resolve()
         args.sheet = named.with_name(f"{named.name}-sheet.png")
     return args
+
+
+def report_doubtful(jobs: list[Job]) -> None:
+    """Print which masks cover so little or so much that they are probably wrong."""
+    shares = {job.name: share_of(images.open_light(job.mask)) for job in jobs if job.mask.exists()}
+    if doubtful := {name: share for name, share in shares.items() if not LITTLE <= share <= MUCH}:
+        print(f"Look at these first, whose masks cover less than {LITTLE:.0%} or more than {MUCH:.0%}:")
+        for name, share in doubtful.items():
+            print(f"  {name} ({share:.1%})")
 
 
 def report_unfound(unfound: list[Job], count: int) -> None:
@@ -427,10 +438,14 @@ def draw_cell(job: Job, photo: Image.Image) -> tuple[Image.Image, str]:
     photo.thumbnail((CELL_EDGE, CELL_EDGE))
     if not job.mask.exists():
         return photo, f"{job.name}: no mask"
-    mask = images.open_rgb(job.mask).convert("L")
-    share = np.asarray(mask).mean() / 255
+    mask = images.open_light(job.mask)  # as training does
     dark = Image.blend(photo, Image.new("RGB", photo.size, TINT), 0.75)
-    return Image.composite(photo, dark, mask.resize(photo.size)), f"{job.name}: {share:.0%}"
+    return Image.composite(photo, dark, mask.resize(photo.size)), f"{job.name}: {share_of(mask):.0%}"
+
+
+def share_of(mask: Image.Image) -> float:
+    """Return the part of its picture that a mask of mode "L" covers, in [0, 1]."""
+    return float(np.asarray(mask).mean()) / 255
 
 
 def draw_sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:

@@ -19,6 +19,7 @@ from utils.geometry import Cut, Size
 logger = logging.getLogger(__name__)
 
 LEAST_LIGHT = 0.001  # of a mask's area; less may be lost when it is scaled
+FAINT = 16  # of 255; a mask whose lightest place is darker was not meant so
 LEAST_SHARE = 0.1  # of the light that a crop could hold; with less, its loss would be that of a few places at the rim
 
 
@@ -63,14 +64,17 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
 def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tuple[int, int]) -> list[str]:
     """Return a sentence for each reason why a mask cannot be that of a photo."""
     (width, height), (mask_width, mask_height) = size, mask_size
-    light = float(np.asarray(images.open_light(path)).mean()) / 255
+    mask = images.open_light(path)
+    light, most = float(np.asarray(mask).mean()) / 255, mask.getextrema()[1]
     shape = f"{path} is {mask_width}x{mask_height}, but {photo} is {width}x{height}: another shape."
     dark = f"{path} is light in {light:.2%} of its area: next to nothing of its photo would count."
+    # What a segmenter writes as its number of a thing looks black.
+    dark += f" Its lightest place is {most} of 255, which should be white." if 0 < most < FAINT else ""
     differs = abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height)
     return problems_that_hold((differs, shape), (light < LEAST_LIGHT, dark))
 
 
-@functools.lru_cache(maxsize=256)
+@images.Remembered
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """Open a mask as mode "L", upright, white where the loss counts, scaled to a size; the last are remembered."""
     return images.open_light(path).resize(size, Image.Resampling.BILINEAR)

@@ -24,6 +24,7 @@ from utils.devices import is_out_of_memory
 from utils.errors import InputError
 from utils.flag_checks import problems_that_hold
 from utils.geometry import Size
+from utils.tensor_cache import read_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +285,7 @@ def fingerprint(model: str, revision: str | None, token: str | None) -> str:
     for path in sorted(
         path for path in Path(model, "unet").iterdir() if path.suffix in loading_checks.WEIGHT_SUFFIXES
     ):
-        with path.open("rb") as file:
-            for place in range(0, path.stat().st_size, max(1, path.stat().st_size // 64)):
-                file.seek(place)
-                found.update(file.read(4096))
+        found.update(read_samples(path))
     return found.hexdigest()
 
 

@@ -22,6 +22,8 @@ from utils.errors import exit_status
 from utils.flag_checks import find_out_of_range
 
 TINT = (40, 0, 120)  # of what a mask hides
+NARROWEST = 224  # pixels of a cell; the pictures of IF's stage I leave no room for words
+LINES = 12  # of a caption; as many words as a text encoder takes, or nearly
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 
 
@@ -70,7 +72,7 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
     for draws in script.StepSampler(plan, begun, begun + count, rank=0):
         for draw in draws:
             picture, label = describe(dataset, prompts.texts, draw, base.is_if)
-            pictures.append(picture)
+            pictures.append(widen(picture))
             labels.append(label)
         if len(pictures) >= count:
             break
@@ -79,7 +81,14 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
     photos = sum(not example.is_prior for example in plan.examples)
     title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"
     title += "; in the order of the batches" + (f"; {words}" if words else "")
-    return previews.make_grid(pictures, columns=4, labels=labels, title=title)
+    return previews.make_grid(pictures, columns=4, labels=labels, title=title, lines=LINES)
+
+
+def widen(picture: Image.Image) -> Image.Image:
+    """Return a picture as it is, on white if it is narrower than the words under it need."""
+    cell = Image.new("RGB", (max(picture.width, NARROWEST), picture.height), "white")
+    cell.paste(picture, ((cell.width - picture.width) // 2, 0))
+    return cell
 
 
 def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[Image.Image, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _FAINT_INK, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
-_MAX_LINES = 3  # of one label; the rest becomes "…"
+_MAX_LINES = 3  # of one text, unless told; the rest becomes "…"
 
 
 def make_grid(
@@ -17,15 +17,17 @@ def make_grid(
     labels: Sequence[str] | None = None,
     title: str | None = None,
     row_labels: Sequence[str] | None = None,
+    lines: int = _MAX_LINES,
 ) -> Image.Image:
     """Draw images row by row on white, each in the middle of a cell that has the size of the largest one.
 
     Args:
         images: mode "RGB", of any size; the last row may be short.
         columns: cells per row.
-        labels: one text below each image, wrapped to the cell's width and shortened after three lines.
+        labels: one text below each image, wrapped to the cell's width and shortened.
         title: a text above the grid.
         row_labels: one text at the left of each row.
+        lines: after so many, a text is shortened.
 
     Returns:
         One mode "RGB" image.
@@ -37,12 +39,12 @@ def make_grid(
     width, height = max(image.width for image in images), max(image.height for image in images)
     size = min(max(12, width // 20), 28)  # of the letters, in pixels; readable when the sheet is scaled to a screen
     gap, font = max(4, size // 2), ImageFont.load_default(size)
-    texts = [_wrap(text, font, width) for text in labels or [""] * len(images)]
-    side = [_wrap(text, font, max(width // 2, 10 * size)) for text in row_labels or []]
+    texts = [_wrap(text, font, width, lines) for text in labels or [""] * len(images)]
+    side = [_wrap(text, font, max(width // 2, 10 * size), lines) for text in row_labels or []]
     left = gap + (max(round(_width(text, font)) for text in side) + gap if side else 0)
     sheet_width = left + min(columns, len(images)) * (width + gap)
     title_font = ImageFont.load_default(round(size * 1.3))
-    title = _wrap(title or "", title_font, sheet_width - 2 * gap)
+    title = _wrap(title or "", title_font, sheet_width - 2 * gap, lines)
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     text_heights = [max(_height(texts[index], font) for index in row) + gap // 2 for row in rows]
     top = gap + (_height(title, title_font) + gap if title else 0)
@@ -71,12 +73,12 @@ def _check(images, columns, labels, row_labels) -> None:
         raise ValueError(f"{len(row_labels)} row labels do not fit {rows} rows; give one for each.")
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Break a text between words, or within one that is too long, to lines of at most `width` pixels."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = _MAX_LINES) -> str:
+    """Break a text between words, or within one that is too long, to at most so many lines of `width` pixels."""
     rest, lines = "".join(map(_drawable, " ".join(text.split()))), []
-    while rest and len(lines) < _MAX_LINES:
+    while rest and len(lines) < most:
         end = _count_fitting(rest, font, width)
-        if end < len(rest) and len(lines) == _MAX_LINES - 1:
+        if end < len(rest) and len(lines) == most - 1:
             rest = rest[: _count_fitting(rest, font, width - font.getlength("…"))].rstrip() + "…"
             end = len(rest)
         elif end < len(rest) and " " in rest[1 : end + 1]:

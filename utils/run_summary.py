@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from utils.devices import count_parameters
 from utils.optimizers import NAMES, optimizer_of
 
+_LONGEST = 80  # characters of a prompt that are shown
+
 
 def show_run(accelerator: Accelerator, title: str, summary: dict[str, str]) -> None:
     """Print the start-up screen."""
@@ -96,8 +98,9 @@ def describe_sizes(plan: Any) -> str:
 
 
 def list_prompts(examples: list[Any]) -> list[str]:
-    """Return the distinct prompts of some examples, quoted."""
-    return list(dict.fromkeys(repr(prompt) for example in examples for prompt in example.prompts))
+    """Return the distinct prompts of some examples, quoted; of long ones the beginning, lest they fill the screen."""
+    found = dict.fromkeys(prompt for example in examples for prompt in example.prompts)
+    return [repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…") for text in found]
 
 
 def describe_text_encoder(flags: dict[str, Any], base: Any) -> str:

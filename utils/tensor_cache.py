@@ -34,7 +34,7 @@ KINDS = {"embeddings": "embeds", "latents": "moments"}  # and what the tensor is
 ENTRY = re.compile(r"[0-9a-f]{40}\.safetensors")
 LEFTOVER = re.compile(r"\.(?:tensor|embeds)-[0-9a-f]{16}\.partial")  # the second is the name before format 3
 WRITING = 24 * 60 * 60  # seconds; by then, who was writing a file is dead
-_FORMAT = 3  # part of every key: entries of another layout are never looked at
+_FORMAT = 4  # part of every key: entries of another layout are never looked at
 
 
 class DamagedEntry(ValueError):
@@ -175,11 +175,11 @@ def circumstances(device: str, versions: list[str]) -> dict:
 
 
 def model_identity(model: str, revision: str | None, parts: tuple[str, ...], token: str | None = None) -> dict:
-    """Return what tells a model's weights from others without reading them; not the variant, which a flag chooses.
+    """Return what tells a model's weights from others without reading all of them; a flag chooses the variant.
 
     Args:
-        model: A folder: its path, and name, size and time of each file of the parts. Else a Hub id: that and the
-            commit, from the Hub or, without a connection, from the local copy.
+        model: A folder: its path, and name, size, time and samples of each file of the parts. Else a Hub id: that and
+            the commit, from the Hub or, without a connection, from the local copy.
         parts: Subfolders of the model; on the Hub each has a config.json.
 
     Raises:
@@ -199,6 +199,16 @@ def model_identity(model: str, revision: str | None, parts: tuple[str, ...], tok
         ) from error
     # …/snapshots/COMMIT/PART/config.json
     return {"model": model, "commits": [[part, Path(path).parents[1].name] for part, path in zip(parts, paths)]}
+
+
+def read_samples(path: Path) -> bytes:
+    """Return 64 pieces that lie all over a file, of 4 KiB at most; of one of up to 256 KiB all that is in it."""
+    size, pieces = path.stat().st_size, []
+    with path.open("rb") as file:
+        for place in range(0, size, max(1, size // 64)):
+            file.seek(place)
+            pieces.append(file.read(4096))
+    return b"".join(pieces)
 
 
 def default_folder() -> Path:
@@ -261,8 +271,19 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _list_files(folder: Path, part: str) -> list[list]:
-    """Return the path, bytes and time of change in nanoseconds of each file of a part, sorted."""
+    """Return the path, bytes, time of change in nanoseconds and a hash of samples of each file of a part, sorted.
+
+    The time alone may be the same, as of files that come out of an archive.
+    """
     # Links to folders count: large models are often kept elsewhere.
     found = [Path(place, name) for place, _, names in os.walk(folder / part, followlinks=True) for name in names]
-    states = [(path.relative_to(folder).as_posix(), path.stat()) for path in found if path.exists()]
-    return sorted([name, state.st_size, state.st_mtime_ns] for name, state in states)
+    states = [(path.relative_to(folder).as_posix(), path.stat(), path) for path in found if path.exists()]
+    return sorted([name, state.st_size, state.st_mtime_ns, _hash_samples(path)] for name, state, path in states)
+
+
+def _hash_samples(path: Path) -> int:
+    """Return a hash of samples of a file; 0 of what cannot be read, and so is no part of the model."""
+    content = b""
+    with contextlib.suppress(OSError):
+        content = read_samples(path) if path.is_file() else b""  # a pipe would be waited for
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest()) if content else 0
