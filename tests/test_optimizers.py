@@ -91,10 +91,10 @@ def test_updates_in_the_backward_pass_are_for_one_process(monkeypatch):
 # Stochastic rounding.
 
 
-def test_rounding_takes_one_of_two_neighbours_and_keeps_the_mean():
-    """Of a value a quarter of the way between two bfloat16 numbers, a quarter of the draws take the upper one."""
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0078125), (2**-130, 9 * 2**-133)])
+def test_rounding_takes_one_of_two_neighbours_and_keeps_the_mean(low, high):
+    """Of a value a quarter of the way between two, also the smallest ones, a quarter of the draws take the upper."""
     torch.manual_seed(0)
-    low, high = 1.0, 1.0078125
     for sign in (1, -1):
         values = torch.full((100_000,), sign * (low + (high - low) / 4))
         rounded = round_stochastically(values)
