@@ -1388,8 +1388,8 @@ def update_weights(
 # Same in train_dreambooth.py
 def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight: nn.Parameter) -> None:
     """Update one weight and free its gradient, of which the norm is kept; bf16 is rounded stochastically."""
-    with narrowed_to(optimizer, group, weight), in_float32(weight):
-        norms.append(weight.grad.norm())
+    with in_float32(optimizer, weight) as wide, narrowed_to(optimizer, group, wide):
+        norms.append(wide.grad.norm())
         optimizer.step()
     weight.grad = None
 

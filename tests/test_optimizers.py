@@ -91,10 +91,10 @@ def test_updates_in_the_backward_pass_are_for_one_process(monkeypatch):
 # Stochastic rounding.
 
 
-def test_rounding_takes_one_of_two_neighbours_and_keeps_the_mean():
-    """Of a value a quarter of the way between two bfloat16 numbers, a quarter of the draws take the upper one."""
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0078125), (2**-130, 9 * 2**-133)])
+def test_rounding_takes_one_of_two_neighbours_and_keeps_the_mean(low, high):
+    """Of a value a quarter of the way between two, also the smallest ones, a quarter of the draws take the upper."""
     torch.manual_seed(0)
-    low, high = 1.0, 1.0078125
     for sign in (1, -1):
         values = torch.full((100_000,), sign * (low + (high - low) / 4))
         rounded = round_stochastically(values)
@@ -122,7 +122,7 @@ def test_small_steps_add_up_in_bf16():
         for _ in range(1000):
             weight.grad = torch.ones_like(weight)
             if kind == "rounded":
-                with narrowed_to(optimizer, optimizer.param_groups[0], weight), in_float32(weight):
+                with in_float32(optimizer, weight) as wide, narrowed_to(optimizer, optimizer.param_groups[0], wide):
                     optimizer.step()
             else:
                 optimizer.step()
@@ -131,6 +131,20 @@ def test_small_steps_add_up_in_bf16():
     assert moved["plain bf16"] == 0.0
     # A step below 1 is one of 2^-8 by chance: 1,000 x 500 draws, each with a variance of 1e-6 x 2^-8.
     assert abs(moved["rounded"] - 1e-3) < 5 * math.sqrt(1000 / 500 * 1e-6 * 2**-8)
+
+
+def test_a_weight_in_bf16_stays_the_one_that_others_wait_for():
+    """Data parallelism hooks onto the node that adds up a gradient: a weight that changes its dtype gets another."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer, seen = torch.optim.AdamW([weight], lr=0.1), []
+    node = weight.expand(3).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *gradients: seen.append(1))
+    for _ in range(3):
+        weight.square().sum().backward()
+        with in_float32(optimizer, weight) as wide, narrowed_to(optimizer, optimizer.param_groups[0], wide):
+            optimizer.step()
+        assert weight.dtype == torch.bfloat16 and weight.grad is None
+    assert len(seen) == 3 and [*optimizer.state] == [weight] and optimizer.state[weight]["step"] == 3
 
 
 # Updates in the backward pass.

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,19 @@ def round_stochastically(values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def in_float32(weight: nn.Parameter) -> Iterator[None]:
-    """Let a weight and its gradient be float32, and round it stochastically when the context ends.
+def in_float32(optimizer: Any, weight: nn.Parameter) -> Iterator[nn.Parameter]:
+    """Give a float32 stand-in of a weight, with its gradient and state, to be updated and then rounded stochastically.
 
-    A weight that is float32 anyway stays what it is.
+    The weight itself must not change its dtype, not even for a while: torch would forget that data parallelism
+    waits for its gradients, and each process would go on with its own. A weight that is float32 stands for itself.
     """
     if weight.dtype == torch.float32:
-        yield
+        yield weight
         return
-    gradient, weight.grad = weight.grad.float(), None  # which must have the dtype of its weight
-    weight.data = weight.data.float()
-    weight.grad = gradient
-    yield
-    weight.grad = None
-    weight.data = round_stochastically(weight.data)
+    wide = nn.Parameter(weight.detach().float())
+    wide.grad, weight.grad = weight.grad.float(), None
+    if weight in optimizer.state:
+        optimizer.state[wide] = optimizer.state.pop(weight)
+    yield wide
+    optimizer.state[weight] = optimizer.state.pop(wide)
+    weight.data.copy_(round_stochastically(wide.detach()))
