@@ -360,8 +360,7 @@ def add_training_args(add, switch) -> None:
     add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
     add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
-    precisions = ["no", "fp16", "bf16"]
-    add("--mixed_precision", choices=precisions, help="Of arithmetic and frozen weights; unset: accelerate's setting.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of arithmetic; unset: accelerate's setting.")
     switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
     switch("--compile", help="Compile the U-Net's blocks: faster steps after minutes of compiling.")
     switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
@@ -860,6 +859,7 @@ def load_models(
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
+    devices.keep_norms_in_bf16(unet)
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:

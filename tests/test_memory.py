@@ -1,5 +1,6 @@
 """Running out of memory for real, by a limit to the process: what is said, what is lost, and that nothing leaks."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -217,3 +218,18 @@ def test_what_the_starting_process_had_does_not_count():
     before = devices.most_resident_bytes()
     del held
     assert before > 6e8 and devices.most_resident_bytes() == pytest.approx(before, rel=0.01)
+
+
+def test_norms_stay_in_bf16_and_compute_what_they_did():
+    """If their weights are: a float32 input is cast as autocast casts that of a convolution."""
+    for norm in (nn.GroupNorm(2, 8), nn.LayerNorm(8)):
+        nn.init.normal_(norm.weight)
+        network, hidden = nn.Sequential(copy.deepcopy(norm)), 3 + torch.randn(4, 8)
+        devices.keep_norms_in_bf16(network)
+        assert torch.equal(network(hidden), norm(hidden))
+        network.bfloat16()
+        devices.keep_norms_in_bf16(network)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = network(hidden), norm.bfloat16()(hidden.bfloat16())
+        assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
+        assert copy.deepcopy(network)[0].forward.args[0].__self__ is not network[0]

@@ -101,6 +101,7 @@ def test_a_gpu_normalises_in_float32_and_a_cpu_does_not():
             rows = F.linear(torch.empty(8, 8, device=META), torch.empty(8, 8, device=META))
             assert rows.dtype is torch.bfloat16
             assert F.layer_norm(rows, (8,)).dtype is dtype
+            assert F.layer_norm(rows, (8,), torch.empty(8, dtype=torch.bfloat16, device=META)).dtype is torch.bfloat16
 
 
 def test_adamw_without_a_fused_kernel_takes_all_weights_together():

@@ -2,18 +2,19 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.flag_checks import is_given, is_installed, problems_that_hold
 from utils.quantise import count_frozen
@@ -115,6 +116,27 @@ def find_slow_arithmetic(flags: dict[str, Any]) -> list[str]:
         (is_ampere and precision == "fp16", f"{card} knows bf16: as fast as fp16, and it does not overflow."),
         (not is_ampere and precision == "bf16", f"{card} computes slowly in bf16: use --mixed_precision fp16."),
     )
+
+
+def keep_norms_in_bf16(network: nn.Module) -> None:
+    """Let norms give bf16 if their weights are in bf16, so where the whole network is.
+
+    Autocast would have GPUs give float32, of twice the size, to layers that go on in bf16. Kernels take means and
+    deviations in float32 in any case. On CPUs, where autocast leaves norms alone, nothing changes.
+    """
+    for module in network.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm) and weight is not None and weight.dtype is torch.bfloat16:
+            module.forward = functools.partial(call_without_autocast, module.forward)
+
+
+def call_without_autocast(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Call a layer that has all its weights in bf16."""
+    hidden = hidden.to(torch.bfloat16)
+    if hidden.is_meta:  # for which there is no autocast
+        return forward(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden)
 
 
 @contextlib.contextmanager

@@ -325,7 +325,7 @@ class _Functions(DeviceContext):
                 return func(*given, **kwargs)
         if rehearsal.cast_depth and rehearsal.half and func in HALF:
             given, kwargs = tree_map(functools.partial(self.cast, rehearsal.half), (given, kwargs))
-        elif rehearsal.cast_depth and rehearsal.half and func in self.floats:
+        elif rehearsal.cast_depth and rehearsal.half and func in self.floats and not is_kept_in_bf16(func, kwargs):
             given, kwargs = tree_map(functools.partial(self.cast, torch.float32), (given, kwargs))
         if func is F.scaled_dot_product_attention and given[0].is_meta:
             return attend(*given, **kwargs)
@@ -342,6 +342,12 @@ class _Functions(DeviceContext):
         if id(value) not in casts:
             casts[id(value)] = value.to(dtype)
         return casts[id(value)]
+
+
+def is_kept_in_bf16(func: Callable, kwargs: dict) -> bool:
+    """Say whether a function is a norm that the scripts keep from float32, by `devices.keep_norms_in_bf16`."""
+    weight = kwargs.get("weight") if func in (F.group_norm, F.layer_norm) else None
+    return weight is not None and weight.dtype is torch.bfloat16
 
 
 def attend(
