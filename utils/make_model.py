@@ -24,12 +24,13 @@ from diffusers import (
     DiffusionPipeline,
     IFPipeline,
     IFSuperResolutionPipeline,
+    ModelMixin,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from utils import shapes
 from utils.errors import InputError
@@ -241,14 +242,16 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="if1-* and if2-*: write T5 v1.1 XXL, 4.76 billion parameters; default: one thin layer of its width",
     )
+    parser.add_argument("--configs_only", action="store_true", help="write no weights: enough for --dry_run")
     args = parser.parse_args(argv)
-    dtype = DTYPES[args.dtype]
+    options = {"variant": args.variant, "configs_only": args.configs_only, "full_text_encoder": args.full_text_encoder}
     try:
-        make_model(args.out, args.shape, args.prediction_type, args.seed, dtype, args.variant, args.full_text_encoder)
+        make_model(args.out, args.shape, args.prediction_type, args.seed, DTYPES[args.dtype], **options)
     except InputError as error:
         parser.error(str(error))
     megabytes = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
-    print(f"Wrote {args.out}: shape {args.shape}, random weights, {megabytes:.1f} MB.")
+    weights = "no weights" if args.configs_only else "random weights"
+    print(f"Wrote {args.out}: shape {args.shape}, {weights}, {megabytes:.1f} MB.")
 
 
 def make_model(
@@ -259,6 +262,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     full_text_encoder: bool = False,
+    configs_only: bool = False,
 ) -> Path:
     """Write a pipeline folder with random weights, the same for the same arguments.
 
@@ -271,6 +275,7 @@ def make_model(
         variant: goes into the weights' file names, for example "fp16".
         full_text_encoder: write T5 v1.1 XXL in full, instead of one thin layer of its width; only for shapes that have
             it. It is 19 GB in float32.
+        configs_only: write no weights, which takes seconds for any shape.
 
     Returns:
         The folder.
@@ -287,11 +292,28 @@ def make_model(
         raise InputError(f"--full_text_encoder is for if1-* and if2-*, not for --shape {shape}. Leave it out.")
     if has_large_text_encoder and not full_text_encoder:
         recipe = {**recipe, "text": T5_THIN}
-    pipeline = BUILDERS[recipe["family"]](recipe, prediction_type, seed, dtype)
-    pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
+    with torch.device("meta") if configs_only else contextlib.nullcontext():
+        pipeline = BUILDERS[recipe["family"]](recipe, prediction_type, seed, dtype)
+    if configs_only:
+        save_configs(pipeline, folder)
+    else:
+        pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
     if isinstance(pipeline.tokenizer, T5Tokenizer):
         write_t5_tokenizer(folder / "tokenizer", recipe.get("words", WORDS))
     return folder
+
+
+def save_configs(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write what `save_pretrained` writes of a pipeline, but for the weights."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedModel):
+            part.config.architectures = [type(part).__name__]
+            part.config.save_pretrained(folder / name)
+        elif isinstance(part, ModelMixin):
+            part.save_config(folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
 
 
 def build_pipeline(

@@ -23,14 +23,21 @@ def show_costs(script: ModuleType, flags: dict[str, Any], plan: Any, accelerator
     """
     if not accelerator.is_main_process:
         return
-    flags = flags | {"mixed_precision": accelerator.mixed_precision}
-    go = functools.partial(go_through, script, flags, plan)
-    steps = plan.steps - plan.first_step
     try:
-        costs = step_costs.describe_costs(go, flags, accelerator.device, plan.processes, steps)
+        costs = foretell(script, flags, plan, accelerator, accelerator.device)
     except (InputError, RuntimeError, TypeError, ValueError) as error:  # a library that cannot do without content
         costs = {"peak memory": f"not known: {error}"}
     run_summary.show_run(accelerator, "What it would cost, at most and about", costs)
+
+
+def foretell(
+    script: ModuleType, flags: dict[str, Any], plan: Any, accelerator: Accelerator, device: torch.device
+) -> dict[str, str]:
+    """Return what a run would need on a device, also on one that this machine lacks."""
+    flags = flags | {"mixed_precision": accelerator.mixed_precision}
+    go, steps = functools.partial(go_through, script, flags, plan), plan.steps - plan.first_step
+    is_here = device.type == accelerator.device.type
+    return step_costs.describe_costs(go, flags, device, plan.processes, steps, is_here)
 
 
 def go_through(

@@ -373,7 +373,12 @@ WORTHWHILE = 0.02  # of the peak; a change that saves less is not named
 
 
 def describe_costs(
-    go: Callable[[dict, Rehearsal], None], flags: dict[str, Any], device: torch.device, processes: int, steps: int
+    go: Callable[[dict, Rehearsal], None],
+    flags: dict[str, Any],
+    device: torch.device,
+    processes: int,
+    steps: int,
+    is_here: bool = True,
 ) -> dict[str, str]:
     """Return what a run will need, by name, and which flags would save how much.
 
@@ -382,10 +387,11 @@ def describe_costs(
         flags: As given, by name, with the mixed precision that holds.
         device: To train on.
         steps: Of the run.
+        is_here: Whether this machine has such a device; if not, nothing is said of seconds.
     """
     precision = flags["mixed_precision"]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    rates = measure_rates(device, [torch.float32, *([half] if half else [])])
+    rates = measure_rates(device, [torch.float32, *([half] if half else [])]) if is_here else None
     # After the measurement, because libraries load their code when it is first used.
     process = int(resident_bytes()) if device.type == "cpu" else 0
     level = logging.root.manager.disable
@@ -406,10 +412,11 @@ def describe_costs(
     seconds = accumulated * costs.seconds[0] + costs.seconds[1]
     parts = sorted(((size, what) for what, size in memory.items() if size >= 0.005 * total), reverse=True)
     worthwhile = [(gain, change) for gain, change in sorted(savings, reverse=True) if gain > WORTHWHILE * total]
+    time = {"time": f"very roughly {seconds:.2g} s a step, {seconds * steps / 3600:.2g} h for {steps} steps"}
     return {
         "peak memory": f"about {total / 1e9:.2f} GB on {device.type}, while {costs.phase}",
         "made up of": ", ".join(f"{size / 1e9:.2f} GB {what}" for size, what in parts),
-        "time": f"very roughly {seconds:.2g} s a step, {seconds * steps / 3600:.2g} h for {steps} steps",
+        **(time if is_here else {}),
         "less with": "; ".join(f"{change} (-{gain / 1e9:.2f} GB)" for gain, change in worthwhile) or "no other flag",
     }
 
