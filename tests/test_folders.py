@@ -4,17 +4,19 @@ import contextlib
 import json
 import logging
 import os
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.runs import wait_until
 from utils import checkpoints
 from utils.checkpoints import atomic_result, remove_leftovers, step_of, write_state
 from utils.errors import InputError
 from utils.fits import check_fits
 from utils.images import IMAGE_SUFFIXES, inspect_folder
+
+ENDED = getattr(os, "WEXITED", 0) | getattr(os, "WNOHANG", 0) | getattr(os, "WNOWAIT", 0)  # but still to be asked
 
 
 @pytest.fixture
@@ -261,6 +263,7 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
     """Whichever comes first, and however their writing of args.json falls in between."""
     for number in range(20):
         start, go = os.pipe()
+        end, enough = os.pipe()
         children = []
         for name in "ab":
             if (child := os.fork()) == 0:
@@ -269,15 +272,17 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
                 with contextlib.suppress(BaseException):
                     try:
                         checkpoints.open_folder(tmp_path / str(number), {"seed": name}, 0, None)
-                        time.sleep(0.2)
+                        os.read(end, 1)
                         status = 0
                     except InputError as error:
                         status = 1 if "in use by another run" in str(error) else 3
                 os._exit(status)
             children.append(child)
         os.write(go, b"go")
+        wait_until(lambda ids=children: any(os.waitid(os.P_PID, child, ENDED) for child in ids), "a refusal")
+        os.write(enough, b"end")
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert sorted(statuses) == [0, 1]
         assert json.loads((tmp_path / str(number) / "args.json").read_text()) == {"seed": "ab"[statuses.index(0)]}
-        os.close(start)
-        os.close(go)
+        for descriptor in (start, go, end, enough):
+            os.close(descriptor)

@@ -66,12 +66,12 @@ def write_encoders(home: Path) -> dict[str, Path]:
     tokenizer = build_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": 77} | ids
+    torch.manual_seed(0)
     models = {
         "clip": CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12)),
         "vit": ViTModel(ViTConfig(**VISION), add_pooling_layer=False),
         "dinov2": Dinov2Model(Dinov2Config(**VISION)),
     }
-    torch.manual_seed(0)
     for (name, model), file in zip(models.items(), (CLIP_FILE, VIT_FILE, DINOV2_FILE)):
         for weights in model.parameters():
             if weights.ndim > 1:

@@ -76,9 +76,9 @@ def may_be_drawn(example: Any) -> bool:
 def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
     there = {name: theirs.get(name, SINCE.get(name)) for name in ours}
-    if theirs.get(MASKS, ours[MASKS]) != ours[MASKS]:
+    if MASKS in ours and theirs.get(MASKS, ours[MASKS]) != ours[MASKS]:
         logger.info("From here on, the masks are others than in %s.", checkpoint)
-    for name, value in ours[SETTINGS].items():
+    for name, value in ours.get(SETTINGS, {}).items():
         if (before := theirs.get(SETTINGS, {}).get(name, value)) != value:
             logger.info("From here on, %s is %s; it was %s.", name, value, before)
     shorten = functools.partial(textwrap.shorten, width=300, placeholder=" …")
