@@ -37,3 +37,17 @@ def test_diffusers_has_bitsandbytes_once_it_needs_it():
         "print(utils.bnb.nn is bitsandbytes.nn, hasattr(utils.bnb, 'nonsense'))"
     )
     assert run("full", code).split() == ["False", "False", "Linear4bit", "True", "False"]
+
+
+def test_adapters_do_not_look_for_layers_of_bitsandbytes():
+    """Where nothing has imported it, there are none; peft itself is left as it was."""
+    code = (
+        "import torch\n"
+        "from utils import adapters\n"
+        "from utils.make_model import SHAPES, build_unet\n"
+        "unet = build_unet({'cross_attention_dim': 32, **SHAPES['tiny']['unet']})\n"
+        "adapters.add(unet, ['to_k'], '--lora_layers', r=2)\n"
+        "count = sum(weight.requires_grad for weight in unet.parameters())\n"
+        "print(count > 0, 'bitsandbytes' in sys.modules, adapters.peft.tuners.lora.model.is_bnb_available.__name__)\n"
+    )
+    assert run("lora", code) == "True False is_bnb_available"

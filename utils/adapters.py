@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,12 +30,27 @@ def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = tor
     if missing := [name for name in layers if not any(path.endswith(f".{name}") for path in there)]:
         raise InputError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See {flag}.")
     try:
-        model.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", target_modules=list(layers), **config))
+        with _not_looking_for_bitsandbytes():
+            model.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", target_modules=list(layers), **config))
     except ValueError as error:
         raise InputError(f"{flag} {','.join(layers)}: {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # whatever precision the frozen layers are in
+
+
+@contextlib.contextmanager
+def _not_looking_for_bitsandbytes() -> Iterator[None]:
+    """Keep peft from importing bitsandbytes, for a second, to look for its layers where there can be none yet."""
+    module, names = peft.tuners.lora.model, ("is_bnb_available", "is_bnb_4bit_available")
+    kept = {} if "bitsandbytes" in sys.modules else {name: getattr(module, name) for name in names}
+    for name in kept:
+        setattr(module, name, bool)  # which says no
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager

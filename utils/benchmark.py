@@ -561,8 +561,11 @@ def time_from_outside(
         first, *stamps = read_lines(run.found)
     finally:
         run.clean(keep_caches)
-    if len(stamps) != steps:
+    # An optimizer that is called for each weight, as in a fused backward pass, leaves so many stamps in each step.
+    calls, rest = divmod(len(stamps), steps)
+    if calls == 0 or rest:
         raise InputError(f"{script.name} took {len(stamps)} steps instead of {steps}")
+    stamps = stamps[calls - 1 :: calls]
     times = [one["at"] for one in stamps]
     return {
         "seconds": statistics.median(after - before for before, after in itertools.pairwise(times[WARM_UP - 1 :])),

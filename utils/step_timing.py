@@ -37,6 +37,7 @@ METHODS = {
     "optimizer": {"step": "optimizer", "zero_grad": "optimizer"},
 }
 ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")  # kernels
+PAUSE = 0.05  # seconds between two looks at the memory
 LONG = 0.1  # seconds; a product that takes as long is large enough to measure
 LARGEST, SMALLEST = 16384, 1024  # rows and columns of what is multiplied
 
@@ -69,13 +70,23 @@ def run_with_stamps(out: Path, script: Path) -> None:
     """Run a script; write the threads first, then a line after each step of an optimizer."""
     with out.open("w", encoding="utf-8", buffering=1) as file:
         file.write(json.dumps({"threads": torch.get_num_threads()}) + "\n")
-        register_optimizer_step_post_hook(functools.partial(stamp, file))
+        register_optimizer_step_post_hook(Stamps(file).add)
         runpy.run_path(str(script), run_name="__main__")
 
 
-def stamp(file: Any, *_) -> None:
-    """Write the time and the most memory used so far. Nothing waits for the device: so the run is as it would be."""
-    file.write(json.dumps({"at": time.time(), "memory_gb": peak_memory_gb()}) + "\n")
+class Stamps:
+    """Writes when steps ended. Nothing waits for the device: so the run is as it would be."""
+
+    def __init__(self, file: Any):
+        """Begin with no memory, never looked at."""
+        self.file, self.memory_gb, self.looked = file, 0.0, -PAUSE
+
+    def add(self, *_) -> None:
+        """Write the time and the most memory used so far, or until shortly before: to look takes time itself."""
+        now = time.time()
+        if now - self.looked > PAUSE:
+            self.memory_gb, self.looked = peak_memory_gb(), now
+        self.file.write(json.dumps({"at": now, "memory_gb": self.memory_gb}) + "\n")
 
 
 def peak_memory_gb() -> float:
