@@ -12,6 +12,7 @@ for themselves, previews and class images.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import math
 import os
@@ -34,9 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from utils.devices import peak_memory_gb
+from utils.devices import EIGHT_BIT, peak_memory_gb
 from utils.errors import InputError
-from utils.flag_checks import is_installed
+from utils.flag_checks import is_given, is_installed
 from utils.optimizers import FUSED_ON, optimizer_of
 
 logger = logging.getLogger(__name__)
@@ -392,7 +393,9 @@ def describe_costs(
     precision = flags["mixed_precision"]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     rates = measure_rates(device, [torch.float32, *([half] if half else [])]) if is_here else None
-    # After the measurement, because libraries load their code when it is first used.
+    # After the measurement, because libraries load their code when it is first used; one is imported then.
+    if device.type == "cpu" and any(is_given(flags, words) for words in EIGHT_BIT) and is_installed("bitsandbytes"):
+        importlib.import_module("bitsandbytes")
     process = int(resident_bytes()) if device.type == "cpu" else 0
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # all has been said of the run itself
