@@ -50,6 +50,7 @@ def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
     if precision in ("int8", "nf4"):
         _register_kernels(precision)
     layers = {} if precision == "no_change" else _find_layers(network)
+    leaves_a_file = bool(layers) and device.type == "cpu"
     while layers:
         layer, paths = layers.popitem()
         quantised = KINDS[type(layer)](layer, precision, device)
@@ -57,6 +58,9 @@ def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
             network.set_submodule(path, quantised)
         del layer  # the last that holds it
     network.to(device)
+    for tensor in [*network.parameters(), *network.buffers()] if leaves_a_file else ():
+        # One weight that still lies in the file from which it was read would keep all of that file in memory.
+        tensor.data = tensor.data.clone()
 
 
 def stored_bytes(network: nn.Module) -> int:
