@@ -45,6 +45,17 @@ def test_a_shape_needs_neither_weights_nor_photos(capfd):
     assert 1.7 < found[""] < 2.5 and found["--base_model_precision nf4"] < found[""] - 1
 
 
+def test_what_the_script_would_refuse_is_not_advised(capfd):
+    """A fused backward pass excludes accumulation, so smaller batches that are accumulated are no advice."""
+    words = "--shape small train_dreambooth.py --train_batch_size 4 --center_crop --max_grad_norm 0"
+    found = {}
+    for more in ("", "--fused_backward"):
+        assert estimate_memory.main([*words.split(), *more.split()]) == 0
+        found[more] = "--gradient_accumulation_steps 4" in capfd.readouterr().out
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found == {"": True, "--fused_backward": False}
+
+
 def test_a_flag_that_is_wrong_is_the_scripts_to_refuse(capfd):
     """With its own message."""
     with pytest.raises(SystemExit):

@@ -122,6 +122,8 @@ def test_activations_shrink_with_the_batch_and_the_picture():
     }
     spared = {"gradient_checkpointing": True, "mixed_precision": "bf16", "train_batch_size": 1}
     assert list(savings([unet], RESIDUAL, **spared)) == ["a --resolution of half the edge"]
+    fused = spared | {"train_batch_size": 4, "fused_backward": True}  # which excludes accumulation
+    assert list(savings([unet], RESIDUAL, **fused)) == ["a --resolution of half the edge"]
 
 
 def test_weights_that_train_cost_their_gradients_and_moments():

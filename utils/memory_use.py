@@ -77,7 +77,7 @@ def find_savings(flags: dict[str, Any], networks: Iterable[nn.Module], peak: flo
     smaller = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
     found = [
         ("--gradient_checkpointing", not flags["gradient_checkpointing"], SAVED_BY_CHECKPOINTING * activations),
-        (smaller, batch > 1, (1 - 1 / batch) * activations),
+        (smaller, batch > 1 and not flags["fused_backward"], (1 - 1 / batch) * activations),
         ("--mixed_precision bf16", is_float32, SAVED_BY_HALF_PRECISION * activations + frozen / 2),
         ("--optimizer adamw8bit", state > small, (state - small) * trained),
         ("--fused_backward --max_grad_norm 0", fuses, 4 * trained),

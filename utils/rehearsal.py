@@ -43,7 +43,13 @@ def foretell(
 def go_through(
     script: ModuleType, flags: dict[str, Any], planned: Any, changes: dict, rehearsal: step_costs.Rehearsal
 ) -> None:
-    """Go through what needs much memory in a run, some flags changed: prompts, latents, and two steps."""
+    """Go through what needs much memory in a run, some flags changed: prompts, latents, and two steps.
+
+    Raises:
+        InputError: The script would refuse these changes.
+    """
+    if changes and (problems := script.find_problems(SimpleNamespace(**flags | changes))):
+        raise InputError(problems[0])
     first = planned.examples[0].path  # which stands in for class images that are still to be drawn
     examples = [one._replace(path=first) if one.is_missing else one for one in planned.examples]
     given = SimpleNamespace(**flags | changes | {"seed": planned.seed, "resume_from_checkpoint": None})
