@@ -7,8 +7,8 @@ The flags are those of the training command. With --dry_run it tells the same of
 
     python -m utils.estimate_memory --shape sd15 train_dreambooth_lora.py --train_batch_size 1 --mixed_precision bf16
 
-does without a model and photos: the networks have the given shape (those of `python -m utils.make_model`), and the
-photo has the resolution of training.
+does without a model and photos: the networks have the given shape (one of `python -m utils.make_model`'s), and a plain
+picture stands for the photos.
 """
 
 import argparse
