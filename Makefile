@@ -29,10 +29,10 @@ lint: $(STAMP)  ## check style, formatting and that the two scripts' shared func
 	$(BIN)/python -m utils.check_sync
 
 bench: $(STAMP)  ## measure speed and memory
-	$(BIN)/python -m utils.benchmark
+	$(BIN)/python -m utils.lab.benchmark
 
 fidelity: $(STAMP)  ## measure what both scripts teach the small models; QUICK=1: a part of it
-	$(BIN)/python -m utils.fidelity $(if $(QUICK),--quick)
+	$(BIN)/python -m utils.lab.fidelity $(if $(QUICK),--quick)
 
 clean:  ## remove caches and demo-output/; .venv and trained models stay
 	rm -rf demo-output .pytest_cache .ruff_cache

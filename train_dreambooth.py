@@ -21,7 +21,7 @@ Papers: DreamBooth arXiv 2208.12242, latent diffusion 2112.10752, velocity predi
 cascades 2205.11487, learned variance 2102.09672.
 """
 
-import utils.quick_imports  # isort: skip  # noqa: F401  (first: it nearly halves the seconds that the others take)
+import utils.core.quick_imports  # isort: skip  # noqa: F401  (first: it nearly halves the seconds that the others take)
 import argparse
 import copy
 import dataclasses
@@ -52,34 +52,39 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from utils import captions, checkpoints, devices, drawing, geometry, hub, images, masks, model_files, shards
-from utils.batch_order import BatchOrder, share_out
-from utils.caption_files import STRATEGIES, find_captions
-from utils.checkpointing import checkpoint_all_but_attention
-from utils.compilation import compile_blocks
-from utils.concepts import Concept, find_concept_problems, read_concepts
-from utils.config_file import flags_to_repeat, make_grouped_parser, parse_with_config
-from utils.embedding_cache import open_cache
-from utils.errors import InputError, exit_status
-from utils.fits import check_fits, fits_of_run
-from utils.flag_checks import find_out_of_range, is_installed, problems_that_hold, ranges_of
-from utils.folder_checks import find_folder_problems
-from utils.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
-from utils.hub_data import open_source
-from utils.latent_cache import content_hash, open_latents
-from utils.memory_use import explaining_running_out
-from utils.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
-from utils.misfits import find_idle_flags, find_misfits
-from utils.model_card import write_card
-from utils.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
-from utils.processes import connect, on_main_process
-from utils.rehearsal import show_costs
-from utils.rounding import in_float32
-from utils.run_summary import describe_run, show_run
-from utils.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
-from utils.seeds import derive_seed, generator
-from utils.stop_request import StopRequest, ignore_signals
-from utils.variance import variational_bound
+from utils.core.errors import InputError, exit_status
+from utils.core.seeds import derive_seed, generator
+from utils.data import geometry, images, masks, prompt_cleaning
+from utils.data.batch_order import BatchOrder, share_out
+from utils.data.captions import STRATEGIES, find_captions
+from utils.data.concepts import Concept, find_concept_problems, read_concepts
+from utils.data.embedding_cache import open_cache
+from utils.data.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
+from utils.data.latent_cache import content_hash, open_latents
+from utils.devices import device_memory, shards
+from utils.devices.graceful_stop import StopRequest, ignore_signals
+from utils.devices.gradient_checkpointing import checkpoint_all_but_attention
+from utils.devices.launch import connect, on_main_process
+from utils.devices.network_speed import compile_blocks
+from utils.flags.command_line import flags_to_repeat, make_grouped_parser, parse_with_config
+from utils.flags.flag_checks import find_out_of_range, is_installed, problems_that_hold, ranges_of
+from utils.hub import publish
+from utils.hub.hub_datasets import open_source
+from utils.hub.model_card import write_card
+from utils.memory.memory_estimate import show_costs
+from utils.memory.out_of_memory import explaining_running_out
+from utils.models import model_files
+from utils.models.variance import variational_bound
+from utils.optim.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
+from utils.optim.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
+from utils.optim.stochastic_rounding import in_float32
+from utils.run import checkpoints
+from utils.run.flag_conflicts import find_idle_flags, find_misfits
+from utils.run.folder_checks import find_folder_problems
+from utils.run.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
+from utils.run.resume_checks import check_fits, fits_of_run
+from utils.run.run_summary import describe_run, show_run
+from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
 
@@ -178,7 +183,7 @@ class Plan:
     learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
     noise_offset: float
     frozen_dtype: torch.dtype
-    previews: list[drawing.Preview]  # the pictures of each round of validation
+    previews: list[preview_pipeline.Preview]  # the pictures of each round of validation
     output_dir: Path
     resume_from: Path | None
     fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
@@ -436,12 +441,12 @@ def find_problems(args: Namespace) -> list[str]:
     return [
         *["--pretrained_model_name_or_path is required."] * lacks_model,
         *find_concept_problems(vars(args)),
-        *captions.find_undecodable(vars(args)),
+        *prompt_cleaning.find_undecodable(vars(args)),
         *find_out_of_range(vars(args), ranges_of(vars(args))),
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
-        *devices.find_precision_problems(vars(args)),
+        *device_memory.find_precision_problems(vars(args)),
         *find_rate_problems(vars(args)),
         *find_optimizer_problems(vars(args)),
         *shards.find_unfit(vars(args)),
@@ -468,10 +473,10 @@ def find_method_problems(args: Namespace) -> list[str]:
 
 def start(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
-    devices.set_arithmetic(args.deterministic, args.allow_tf32)
+    device_memory.set_arithmetic(args.deterministic, args.allow_tf32)
     trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in find_idle_flags(vars(args)) + devices.find_slow_arithmetic(vars(args)):
+    for note in find_idle_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -608,7 +613,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
         learning_rates=tuple(rates),
         noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
         frozen_dtype=PRECISIONS[accelerator.mixed_precision],
-        previews=drawing.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
+        previews=preview_pipeline.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
         output_dir=Path(args.output_dir),
         resume_from=resume_from,
         fits=fits,
@@ -640,7 +645,7 @@ def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
 def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    repository = on_main_process(accelerator, hub.prepare_repository, *options) if args.push_to_hub else None
+    repository = on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
@@ -674,7 +679,7 @@ def draw_class_images(
             if model == base_model:
                 images.save_class_images(*batch, drawn[batch], missing)
         del pipeline
-        devices.free_memory()
+        device_memory.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
     images.check_presence(missing)
@@ -703,11 +708,11 @@ def write_small_images(args: Namespace, accelerator: Accelerator, plan: Plan, pr
         photos = [example.path for example in plan.examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
-            drawing.shrink(small, paths, folder)
+            preview_pipeline.shrink(small, paths, folder)
         else:
             model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
-            with devices.going_on_without_memory("Stage I"):
-                drawing.draw(load_pipeline(args, accelerator, plan.base, model), small, folder, **options)
+            with device_memory.going_on_without_memory("Stage I"):
+                preview_pipeline.draw(load_pipeline(args, accelerator, plan.base, model), small, folder, **options)
     accelerator.wait_for_everyone()
 
 
@@ -743,7 +748,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
                 embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
                 cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
             del text_encoder
-            devices.free_memory()
+            device_memory.free_memory()
     prompts.embeds = torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
     return prompts
 
@@ -767,7 +772,7 @@ def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, datas
             latents[cut] = encode(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
             cache.save(keys[cut], latents[cut], cut[0].name)
         del vae
-        devices.free_memory()
+        device_memory.free_memory()
     logger.info(f"Latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory.")
     return latents
 
@@ -780,8 +785,8 @@ def tokenise_prompts(args: Namespace, plan: Plan, device: torch.device) -> Promp
     texts = list(dict.fromkeys(texts + [""] * bool(args.caption_dropout or base.is_if)))
     tokenizer = load_tokenizer(args, base)
     length = base.tokens or tokenizer.model_max_length
-    captions.check_tokenizer(tokenizer, length, base.vocabulary)
-    ids, mask = captions.tokenise(tokenizer, texts, length, cleans=base.is_if)
+    prompt_cleaning.check_tokenizer(tokenizer, length, base.vocabulary)
+    ids, mask = prompt_cleaning.tokenise(tokenizer, texts, length, cleans=base.is_if)
     return PromptTable(texts, ids.to(device), mask.to(device) if base.hides_padding else None)
 
 
@@ -859,7 +864,7 @@ def load_models(
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
-    devices.keep_norms_in_bf16(unet)
+    device_memory.keep_norms_in_bf16(unet)
     if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
@@ -1360,17 +1365,17 @@ def validate(
     text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
     for model in models.trained.values():
         model.eval()
-    with shards.together(models.trained.values()), devices.going_on_without_memory(f"Validation at step {step}"):
+    with shards.together(models.trained.values()), device_memory.going_on_without_memory(f"Validation at step {step}"):
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
         options = preview_options(args, models.prompts, text_encoder)
-        with torch.no_grad(), accelerator.autocast(), devices.moved_to(accelerator.device, models.vae):
-            drawing.draw(pipeline, mine, folder, small, **options)
+        with torch.no_grad(), accelerator.autocast(), device_memory.moved_to(accelerator.device, models.vae):
+            preview_pipeline.draw(pipeline, mine, folder, small, **options)
     for model in models.trained.values():
         model.train()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         names, title = [preview.name for preview in plan.previews], f"{args.validation_prompt} (step {step})"
-        if pictures := drawing.write_grid(names, folder, title):
+        if pictures := preview_pipeline.write_grid(names, folder, title):
             track_images(accelerator, "validation", pictures, step)
 
 
@@ -1393,7 +1398,7 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
     scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
     unet = accelerator.unwrap_model(models.unet)
     kind = getattr(diffusers, PIPELINES[plan.base.kind])
-    return drawing.assemble(kind, unet=unet, scheduler=scheduler, **parts)
+    return preview_pipeline.assemble(kind, unet=unet, scheduler=scheduler, **parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ result
@@ -1456,8 +1461,8 @@ def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str 
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
     write_card(vars(args), plan, METHOD_TAGS, summary, repository)
     if repository:
-        stop.begin_upload(hub.say_how_to_upload(plan.output_dir, repository))
-        logger.info(f"Uploaded to {hub.upload_result(plan.output_dir, repository, args.hub_token)}")
+        stop.begin_upload(publish.say_how_to_upload(plan.output_dir, repository))
+        logger.info(f"Uploaded to {publish.upload_result(plan.output_dir, repository, args.hub_token)}")
 
 
 if __name__ == "__main__":

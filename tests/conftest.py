@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from tests.runs import Trainer
-from utils.concepts import Concept
-from utils.geometry import Size
+from utils.data.concepts import Concept
+from utils.data.geometry import Size
 from utils.make_model import make_model
 
 if hasattr(signal, "SIGHUP"):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.batch_order import BatchOrder, share_out
-from utils.concepts import Concept
-from utils.geometry import Size, choose_bucket, list_buckets
+from utils.data.batch_order import BatchOrder, share_out
+from utils.data.concepts import Concept
+from utils.data.geometry import Size, choose_bucket, list_buckets
 
 NOTHING = dict.fromkeys(Concept._fields)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import benchmark, step_timing
-from utils.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
-from utils.errors import InputError
-from utils.step_timing import PARTS, Clock
+from utils.core.errors import InputError
+from utils.lab import benchmark, step_timing
+from utils.lab.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
+from utils.lab.step_timing import PARTS, Clock
 
 PARSER = """
 import argparse

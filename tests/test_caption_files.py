@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import draw_picture
 from tests.runs import PROMPT, SCRIPTS, SIZE, differing, names, read_tensors, untimed
-from utils.caption_files import find_captions
-from utils.errors import InputError
-from utils.run_summary import list_prompts
+from utils.core.errors import InputError
+from utils.data.captions import find_captions
+from utils.run.run_summary import list_prompts
 
 
 @pytest.fixture

@@ -9,8 +9,15 @@ import torch
 from diffusers.pipelines.deepfloyd_if import pipeline_if
 from transformers import CLIPTokenizer
 
-from utils import captions
-from utils.captions import IDENTIFIERS, _align, clean, find_missing_packages, lost_words, suggest_identifiers
+from utils.data import prompt_cleaning
+from utils.data.prompt_cleaning import (
+    IDENTIFIERS,
+    _align,
+    clean,
+    find_missing_packages,
+    lost_words,
+    suggest_identifiers,
+)
 from utils.make_model import make_model
 
 PIPELINES = [name for name in dir(diffusers) if name.startswith("IF") and name.endswith("Pipeline")]
@@ -213,7 +220,7 @@ def test_suggestions_survive(monkeypatch):
     assert len(suggest_identifiers()) == 4 and suggest_identifiers(2) == ["sks", "ohwx"]
     assert suggest_identifiers(100) == list(IDENTIFIERS) and len(set(IDENTIFIERS)) == len(IDENTIFIERS)
     assert all(clean(word) == word and len(word) <= 5 for word in IDENTIFIERS)
-    monkeypatch.setattr(captions, "IDENTIFIERS", ("zwx5k", "SKS", "ohwx", "<sks>"))
+    monkeypatch.setattr(prompt_cleaning, "IDENTIFIERS", ("zwx5k", "SKS", "ohwx", "<sks>"))
     assert suggest_identifiers() == ["ohwx"]
 
 
@@ -221,7 +228,7 @@ def test_many_captions_that_are_cut_are_counted(tiny, caplog):
     """The first five are told in full."""
     tokenizer = CLIPTokenizer.from_pretrained(tiny, subfolder="tokenizer")
     texts = [*(f"a photo of a dog number {number} on green grass" for number in range(7)), "a dog"]
-    captions.warn_of_losses(texts, texts, tokenizer, 6)
+    prompt_cleaning.warn_of_losses(texts, texts, tokenizer, 6)
     assert len(caplog.messages) == 6
     assert caplog.messages[4].startswith(f"The prompt {texts[4]!r} is longer than 6 tokens; the model will not see ")
     assert caplog.messages[5] == "7 of 8 prompts lose words: the first 5 are told above."

@@ -24,8 +24,11 @@ from peft import LoraConfig
 from PIL import Image
 
 from tests.conftest import draw_picture
-from utils import adapters, captions, model_files, results, sample, stages
+from utils import sample
+from utils.data import prompt_cleaning
 from utils.make_model import make_model
+from utils.models import adapters, model_files
+from utils.sampling import cascade, results
 
 PROMPT, OWN = "A photo of sks dog, on the (sunny) beach!", "a photo of a dog"
 LAYERS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -369,7 +372,7 @@ def test_stage_two_needs_multiples_of_its_own_pictures_alone(home, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8] * 5}))
     words = [str(home / "if1" / "base"), "--stage_two", str(deep), "--prompt", PROMPT]
     chain = sample.list_stages(sample.parse_args(words), 1)
-    assert stages.plan_sizes(chain, 12, 8, []) == [[(12, 8)], [(48, 32)]]
+    assert cascade.plan_sizes(chain, 12, 8, []) == [[(12, 8)], [(48, 32)]]
 
 
 def test_tokens_are_the_trainings(home, tmp_path):
@@ -378,7 +381,7 @@ def test_tokens_are_the_trainings(home, tmp_path):
     settings = json.loads((result / "args.json").read_text())
     (result / "args.json").write_text(json.dumps(settings | {"tokenizer_max_length": 9}))
     pipeline = reference(home, "if1", "lora")
-    texts = [captions.clean(PROMPT), ""]
+    texts = [prompt_cleaning.clean(PROMPT), ""]
     ids = [
         pipeline.tokenizer(t, padding="max_length", max_length=9, truncation=True, return_tensors="pt") for t in texts
     ]
@@ -573,7 +576,7 @@ def test_mistakes_are_told_before_anything_large_is_read(faulty, tmp_path, monke
 
 def test_missing_packages_are_told(home, tmp_path, monkeypatch, capsys):
     """Without them diffusers would not clean, and draw from other words than were trained."""
-    monkeypatch.setattr(captions, "is_ftfy_available", bool)
+    monkeypatch.setattr(prompt_cleaning, "is_ftfy_available", bool)
     run(home / "if1" / "base", "--prompt", PROMPT, output=tmp_path, status=1)
     assert "run `pip install ftfy`" in capsys.readouterr().err
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoints
-from utils.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.run import checkpoints
+from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 VICTIM = """
 import os, signal, sys
 from pathlib import Path
-from utils import checkpoints
+from utils.run import checkpoints
 
 def count(event, arguments):
     if event in WATCHED:
@@ -331,7 +331,7 @@ def test_leftovers_of_a_live_process_and_foreign_hidden_files_stay(tmp_path):
     foreign = [tmp_path / ".saving-notes", tmp_path / ".saving-5-abc"]
     for path in foreign:
         path.mkdir()
-    code = "import sys; from pathlib import Path; from utils.checkpoints import atomic_folder\n"
+    code = "import sys; from pathlib import Path; from utils.run.checkpoints import atomic_folder\n"
     code += "with atomic_folder(Path(sys.argv[1], 'checkpoint-5')): print('in', flush=True); sys.stdin.read()"
     live = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 
 from tests.runs import SCRIPTS, read_metrics, read_tensors
-from utils.compilation import compile_blocks, list_blocks
+from utils.devices.network_speed import compile_blocks, list_blocks
 from utils.make_model import SHAPES, build_if1_unet, build_unet
-from utils.quantise import quantise
+from utils.models.quantize import quantise
 
 CASES = {
     "full": "--gradient_checkpointing",

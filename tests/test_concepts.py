@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 import train_dreambooth_lora
-from utils.concepts import (
+from utils.core.errors import InputError
+from utils.data.concepts import (
     Concept,
     find_concept_problems,
     find_idle_keys,
     find_uneven,
     read_concepts,
 )
-from utils.errors import InputError
-from utils.folder_checks import find_folder_problems
-from utils.geometry import Size
-from utils.misfits import find_misfits
+from utils.data.geometry import Size
+from utils.run.flag_conflicts import find_misfits
+from utils.run.folder_checks import find_folder_problems
 
 DOG = {"instance_data_dir": "dog", "instance_prompt": "a photo of sks dog"}
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils import tensor_cache
-from utils.embedding_cache import EmbeddingCache
-from utils.errors import InputError
-from utils.tensor_cache import default_folder, model_identity
+from utils.core.errors import InputError
+from utils.data import tensor_cache
+from utils.data.embedding_cache import EmbeddingCache
+from utils.data.tensor_cache import default_folder, model_identity
 
 IDENTITY = {"model": "owner/name", "commits": [["text_encoder", "abc"]], "precision": "fp32", "device": "cpu"}
 TEXT = ("text_encoder",)

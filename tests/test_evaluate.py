@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.test_similarity import DATA_SET, write_encoders
-from utils import evaluate, exam, stages
+from utils import evaluate
+from utils.evaluation import exam
 from utils.make_model import make_model
+from utils.sampling import cascade
 
 SUBJECT = "quartered circle"
 
@@ -60,8 +62,8 @@ def test_a_stage_two_is_measured_by_what_it_enlarges(tmp_path, capsys):
 
 def test_photos_are_compared_by_the_papers_measures(tiny, photos, tmp_path, monkeypatch, capsys):
     """The result draws each prompt with the word, the base model without it; the table has all measures."""
-    kind = dataclasses.replace(stages.STABLE_DIFFUSION, num_inference_steps=1)
-    monkeypatch.setattr(stages, "STABLE_DIFFUSION", kind)
+    kind = dataclasses.replace(cascade.STABLE_DIFFUSION, num_inference_steps=1)
+    monkeypatch.setattr(cascade, "STABLE_DIFFUSION", kind)
     encoders = write_encoders(tmp_path)
     (tmp_path / "prompts.txt").write_text("a {} on the beach\na red {}\n")
     words = [tiny, "--base_model", tiny, "--photos", photos, "--class_word", "dog", "--seeds", 2]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import exam, judge, shapes
-from utils.estimates import Estimate, estimate, mean_of
-from utils.exam import CLASS, OTHER_CLASSES, OTHER_PROMPTS, SCENES, SEEN, UNSEEN, Answer, Enlarged, Question
-from utils.shapes import COLOURS
+from utils.evaluation import exam, shape_reader
+from utils.evaluation.exam import CLASS, OTHER_CLASSES, OTHER_PROMPTS, SCENES, SEEN, UNSEEN, Answer, Enlarged, Question
+from utils.evaluation.standard_errors import Estimate, estimate, mean_of
+from utils.synthetic import shapes
+from utils.synthetic.shapes import COLOURS
 
 SUBJECT = "quartered circle"
 
@@ -79,7 +80,9 @@ def test_diversity_is_the_entropy_of_the_class():
     question = Question(CLASS, "a circle", 0, 0, {"shape": "circle"})
     rng = np.random.default_rng(0)
     drawn = [shapes.draw(shapes.random_scene(rng, shape="circle", background="black"), 16) for _ in range(2)]
-    readings = [dataclasses.replace(judge.read(drawn[0]), colour=colour) for colour in ("red", "blue", "red", "blue")]
+    readings = [
+        dataclasses.replace(shape_reader.read(drawn[0]), colour=colour) for colour in ("red", "blue", "red", "blue")
+    ]
     answers = [Answer(question, drawn[0], reading, 0.0) for reading in readings]
     assert exam.diversity("colour", answers) == pytest.approx(1) and exam.diversity("background", answers) == 0
 

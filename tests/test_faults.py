@@ -36,7 +36,7 @@ from tests.runs import (
     untimed,
     wait_until,
 )
-from utils import errors
+from utils.core import errors
 
 ENDLESS = "--max_train_steps 100000"
 

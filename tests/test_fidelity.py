@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from utils import exam, fidelity, shapes
-from utils.fidelity import IF1, LORA, Column, Recipe, Record
+from utils.evaluation import exam
+from utils.lab import fidelity
+from utils.lab.fidelity import IF1, LORA, Column, Recipe, Record
 from utils.make_model import make_model
+from utils.synthetic import shapes
 
 SUBJECT = "quartered circle"
 
@@ -31,7 +33,9 @@ def test_a_recipe_is_run_measured_and_not_run_again(tmp_path, monkeypatch, capfd
     second = capfd.readouterr().out
     assert second.partition("| base model |")[2].partition(" measurements")[0] in first and "seed 0" not in second
     assert fidelity.main([*words, "--models", str(tmp_path)]) == 1
-    assert f"{tmp_path} lacks {IF1}. Train them (python -m utils.train_models --only {IF1})" in capfd.readouterr().err
+    assert (
+        f"{tmp_path} lacks {IF1}. Train them (python -m utils.lab.train_models --only {IF1})" in capfd.readouterr().err
+    )
     assert fidelity.main(words) == 1
     assert "worse on the quartered circle: exit status" in (told := capfd.readouterr().err) and "--rank 0" in told
 

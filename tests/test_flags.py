@@ -13,20 +13,13 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import (
-    batch_order,
-    checkpoints,
-    concepts,
-    config_file,
-    fits,
-    hub_data,
-    misfits,
-    model_card,
-    run_summary,
-    schedules,
-)
-from utils.errors import InputError
-from utils.misfits import find_idle_flags
+from utils.core.errors import InputError
+from utils.data import batch_order, concepts
+from utils.flags import command_line
+from utils.hub import hub_datasets, model_card
+from utils.optim import schedules
+from utils.run import checkpoints, flag_conflicts, resume_checks, run_summary
+from utils.run.flag_conflicts import find_idle_flags
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
 
@@ -231,7 +224,17 @@ def test_no_flag_is_accepted_and_ignored(script):
     One that has no work left to do is read by what says so.
     As args.NAME or, where that is given on, as flags["NAME"]; those of each subject from its `Concept`.
     """
-    modules = (script, batch_order, concepts, config_file, fits, hub_data, misfits, model_card, run_summary)
+    modules = (
+        script,
+        batch_order,
+        concepts,
+        command_line,
+        resume_checks,
+        hub_datasets,
+        flag_conflicts,
+        model_card,
+        run_summary,
+    )
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_(?!idle_flags).*", node.name)]

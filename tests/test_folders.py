@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from tests.runs import wait_until
-from utils import checkpoints
-from utils.checkpoints import atomic_result, remove_leftovers, step_of, write_state
-from utils.errors import InputError
-from utils.fits import check_fits
-from utils.images import IMAGE_SUFFIXES, inspect_folder
+from utils.core.errors import InputError
+from utils.data.images import IMAGE_SUFFIXES, inspect_folder
+from utils.run import checkpoints
+from utils.run.checkpoints import atomic_result, remove_leftovers, step_of, write_state
+from utils.run.resume_checks import check_fits
 
 ENDED = getattr(os, "WEXITED", 0) | getattr(os, "WNOHANG", 0) | getattr(os, "WNOWAIT", 0)  # but still to be asked
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from utils.geometry import (
+from utils.data.geometry import (
     UNITS,
     Shrinking,
     Size,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import READ_TOKEN, USER, WRITE_TOKEN, HubServer, Repository
-from utils import hub
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.hub import publish
 
 ROOT = Path(__file__).parent.parent
 WRONG_TOKEN = "hf_token-of-nobody"
@@ -172,7 +172,7 @@ def test_login_is_checked_before_there_is_a_folder(server, tmp_path):
     """Prepare a repository for a run that has not begun, as training does."""
     code = (
         "import sys; from pathlib import Path; from utils import hub;"
-        "print(hub.prepare_repository(None, Path(sys.argv[1]), None, True))"
+        "print(publish.prepare_repository(None, Path(sys.argv[1]), None, True))"
     )
     done = run_python(server, tmp_path, "-c", code, tmp_path / "not" / "yet")
     assert done.stdout == f"{USER}/yet\n", done.stderr
@@ -228,7 +228,7 @@ def test_each_refusal_of_a_question_is_said_once_and_at_once(server, tmp_path):
     code = (
         "import sys; from pathlib import Path; from utils import hub, errors\n"
         f"for _ in range({len(cases)}):\n"
-        "    try: hub.prepare_repository(None, Path('dog'), None, False)\n"
+        "    try: publish.prepare_repository(None, Path('dog'), None, False)\n"
         "    except errors.InputError as error: print(error)"
     )
     for pattern, kinds in QUESTIONS.items():
@@ -352,7 +352,7 @@ def test_a_commit_that_is_refused_is_not_tried_again(server, tmp_path):
     code = (
         "import sys; from pathlib import Path; from utils import hub, errors\n"
         f"for _ in range({len(statuses) + 1}):\n"
-        f"    try: print(hub.upload_result(Path(sys.argv[1]), '{USER}/dog', None))\n"
+        f"    try: print(publish.upload_result(Path(sys.argv[1]), '{USER}/dog', None))\n"
         "    except errors.InputError as error: print(error)"
     )
     *messages, last = run_python(server, tmp_path, "-c", code, write_run(tmp_path / "dog", LORA)).stdout.splitlines()
@@ -384,15 +384,15 @@ def test_nothing_behind_a_symlink_is_shared(tmp_path):
     (folder / "samples" / "more").symlink_to(outside)
     (folder / "vae" / "more").symlink_to(outside)
     (folder / "README.md").symlink_to(tmp_path / "nowhere")
-    assert hub.files_to_upload(folder) == ["model_index.json", "vae/config.json"]
+    assert publish.files_to_upload(folder) == ["model_index.json", "vae/config.json"]
     (tmp_path / "link").symlink_to(folder)
-    assert hub.files_to_upload(tmp_path / "link") == ["model_index.json", "vae/config.json"]
+    assert publish.files_to_upload(tmp_path / "link") == ["model_index.json", "vae/config.json"]
 
 
 def test_an_index_that_is_no_object_is_refused(tmp_path):
     """Name the file."""
     with pytest.raises(InputError, match=r"model_index\.json holds no JSON object"):
-        hub.files_to_upload(write_run(tmp_path, {"model_index.json": b"[]"}))
+        publish.files_to_upload(write_run(tmp_path, {"model_index.json": b"[]"}))
 
 
 def test_the_server_as_a_program(server, tmp_path):

@@ -20,11 +20,11 @@ from PIL import Image
 
 from tests.conftest import draw_picture
 from tests.hub_server import REPOSITORY, USER, WRITE_TOKEN, HubHandler, HubServer, Refusal, Repository
-from utils import hub_data
-from utils.caption_files import METADATA_FILE, find_captions
-from utils.errors import InputError
-from utils.hub_data import LISTING, export_dataset
-from utils.images import list_images, open_rgb
+from utils.core.errors import InputError
+from utils.data.captions import METADATA_FILE, find_captions
+from utils.data.images import list_images, open_rgb
+from utils.hub import hub_datasets
+from utils.hub.hub_datasets import LISTING, export_dataset
 
 datasets = pytest.importorskip("datasets")
 
@@ -36,8 +36,8 @@ PROGRAM = r"""
 import json, logging, os, re, sys
 os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # its own pool keeps what was freed, for as long as it likes
 from pathlib import Path
-from utils.errors import exit_status
-from utils.hub_data import export_dataset
+from utils.core.errors import exit_status
+from utils.hub.hub_datasets import export_dataset
 logging.basicConfig(level=logging.INFO)
 name, image, caption, cache, token = json.loads(sys.argv[1])
 status = exit_status(lambda: print(export_dataset(name, image, caption, Path(cache), token)) or 0)
@@ -239,10 +239,10 @@ def test_every_kind_of_picture_has_its_suffix(cache, tmp_path):
     kinds |= {"AVIF": ".avif"} if "AVIF" in {*Image.SAVE, *Image.registered_extensions().values()} else {}
     for kind in kinds:
         draw_picture(40, 40, 1).save(tmp_path / "x", kind)
-        assert hub_data._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
-    assert hub_data._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
-    assert hub_data._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
-    assert hub_data._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
+        assert hub_datasets._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
+    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
+    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
+    assert hub_datasets._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
 
 
 # What is refused.
@@ -318,7 +318,7 @@ def test_places_that_are_not_right(contents, cache, tmp_path, monkeypatch):
     assert "misreads [ ] in " in refusal(tmp_path / "odd [1]", cache)
     write_parquet(tmp_path / "around" / ARCHIVE, table(contents))
     assert "is a folder around --cache_dir" in refusal(tmp_path / "around", tmp_path / "around/cache")
-    monkeypatch.setattr(hub_data, "is_installed", {"datasets": False}.get)
+    monkeypatch.setattr(hub_datasets, "is_installed", {"datasets": False}.get)
     with pytest.raises(ImportError, match=r"--dataset_name x/y needs datasets: pip install datasets\."):
         export_dataset("x/y", "image", None, cache, None)
 
@@ -402,7 +402,7 @@ def test_an_export_is_used_again(pictures, contents, cache, monkeypatch):
     """It is not made again, unless something that it depends on is another, or it lacks a file."""
     first = export_dataset(str(pictures), "image", None, cache, None)
     with monkeypatch.context() as patch:
-        patch.setattr(hub_data, "_write", None)
+        patch.setattr(hub_datasets, "_write", None)
         assert export_dataset(str(pictures), "image", None, cache, None) == first
         (first / ".DS_Store").touch()
         assert export_dataset(f"{pictures}/../pictures", "image", None, cache, None) == first
@@ -493,8 +493,8 @@ def test_two_processes_at_once(contents, cache, tmp_path):
 def test_a_loser_uses_the_winners(contents, cache, tmp_path, monkeypatch):
     """Who comes second finds the place taken, and leaves it as it is."""
     path = write_parquet(tmp_path / ARCHIVE, table(contents))
-    put = hub_data._put
-    monkeypatch.setattr(hub_data, "_put", functools.partial(put_late, put))
+    put = hub_datasets._put
+    monkeypatch.setattr(hub_datasets, "_put", functools.partial(put_late, put))
     found = export_dataset(str(path), "image", None, cache, None)
     assert (found / "first").exists() and read(found) == contents
 
@@ -631,9 +631,9 @@ def test_offline_without_a_copy(server, cache):
 
 def test_a_hub_that_cannot_be_reached(cache, monkeypatch):
     """The reason is the connection's."""
-    monkeypatch.setattr(hub_data, "BROKEN", ())  # no second try
-    monkeypatch.setattr(hub_data.huggingface_hub, "snapshot_download", refuse_connection)
-    monkeypatch.setattr(hub_data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_datasets, "BROKEN", ())  # no second try
+    monkeypatch.setattr(hub_datasets.huggingface_hub, "snapshot_download", refuse_connection)
+    monkeypatch.setattr(hub_datasets.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     message = refusal("owner/name", cache)
     assert "and it could not be downloaded: [Errno 111] Connection refused. Check the connection to http" in message
 
@@ -641,8 +641,8 @@ def test_a_hub_that_cannot_be_reached(cache, monkeypatch):
 def refuse_connection(*_, **options) -> None:
     """Raise what the client does without a connection."""
     assert options["repo_type"] == "dataset" and "trust_remote_code" not in options
-    cause = hub_data.huggingface_hub.errors.OfflineModeIsEnabled("[Errno 111] Connection refused")
-    raise hub_data.huggingface_hub.errors.LocalEntryNotFoundError("Got: much more") from cause
+    cause = hub_datasets.huggingface_hub.errors.OfflineModeIsEnabled("[Errno 111] Connection refused")
+    raise hub_datasets.huggingface_hub.errors.LocalEntryNotFoundError("Got: much more") from cause
 
 
 def test_a_token_that_is_none(server, cache):

@@ -37,7 +37,7 @@ from tests.runs import (
     untimed,
 )
 from tests.test_equalities import RANDOM, assert_resumed, assert_same_end, continue_from, pictures
-from utils.seeds import generator
+from utils.core.seeds import generator
 
 WORDS = "A photo of SKS dog &amp; a <b>cat</b>!"  # which cleaning changes
 VALIDATION = f"--validation_prompt '{WORDS}' --validation_negative_prompt Blue --validation_num_inference_steps 3"

@@ -19,9 +19,9 @@ import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import make_concept, make_dataset, visit_of
 from tests.if_models import PIPELINES, STAGES, quiet, write_models
-from utils.geometry import Size
-from utils.seeds import derive_seed, generator
-from utils.variance import variational_bound
+from utils.core.seeds import derive_seed, generator
+from utils.data.geometry import Size
+from utils.models.variance import variational_bound
 
 SEEDS = [derive_seed(0, "example", number) for number in range(12000)]
 WORDS = [

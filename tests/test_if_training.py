@@ -53,8 +53,9 @@ from tests.runs import (
     read_optimizer,
     read_tensors,
 )
-from utils import devices, drawing
-from utils.geometry import Size
+from utils.data.geometry import Size
+from utils.devices import device_memory
+from utils.sampling import preview_pipeline
 
 FIRST, SECOND, FULL, LORA = PAIRS[:2], PAIRS[2:], PAIRS[::2], PAIRS[1::2]
 ONE_OF_EACH = (("full", "if1"), ("lora", "if2")), (("lora", "if1"), ("full", "if2"))
@@ -731,20 +732,20 @@ def test_previews_are_left_out_that_have_nothing_to_enlarge(models, tmp_path):
     """When memory ran out while stage I drew, the pictures that it did draw are enlarged."""
     base = PIPELINES["if2"].from_pretrained(models["if2"])
     noising = base.image_noising_scheduler
-    pipeline = drawing.assemble(
+    pipeline = preview_pipeline.assemble(
         PIPELINES["if2"], unet=base.unet, scheduler=base.scheduler, image_noising_scheduler=noising
     )
-    previews = drawing.list_previews([Size(16, 16)], 2, seed=0)
+    previews = preview_pipeline.list_previews([Size(16, 16)], 2, seed=0)
     draw_picture(4, 4, 0).save(tmp_path / previews[1].name)
     embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), base.encode_prompt("a dog")))
-    drawing.draw(pipeline, previews, tmp_path / "drawn", tmp_path, **embeds, num_inference_steps=2)
+    preview_pipeline.draw(pipeline, previews, tmp_path / "drawn", tmp_path, **embeds, num_inference_steps=2)
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == [previews[1].name]
 
 
 def test_only_a_lack_of_memory_is_a_warning(caplog):
     """Whatever else goes wrong ends the run."""
-    with devices.going_on_without_memory("Stage I"):
+    with device_memory.going_on_without_memory("Stage I"):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert "Stage I ran out of memory; the run goes on." in caplog.text
-    with pytest.raises(RuntimeError, match="shapes"), devices.going_on_without_memory("Stage I"):
+    with pytest.raises(RuntimeError, match="shapes"), device_memory.going_on_without_memory("Stage I"):
         raise RuntimeError("shapes do not match")

@@ -13,10 +13,10 @@ from PIL import Image, ImageCms, ImageFont
 
 import train_dreambooth_lora
 from tests.conftest import make_dataset, visit_of
-from utils import images
-from utils.errors import InputError
-from utils.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
-from utils.previews import _wrap, make_grid
+from utils.core.errors import InputError
+from utils.data import images
+from utils.data.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
+from utils.sampling.image_grid import _wrap, make_grid
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(

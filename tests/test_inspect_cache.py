@@ -13,10 +13,10 @@ import torch
 
 from tests.runs import ROOT, environment
 from utils import inspect_cache
-from utils.embedding_cache import EmbeddingCache
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.data.embedding_cache import EmbeddingCache
+from utils.data.latent_cache import LatentCache
 from utils.inspect_cache import DAY, main
-from utils.latent_cache import LatentCache
 
 MODELS = ("owner/name", "/models/local")
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None  # a new Python would take seconds

@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils import tensor_cache
-from utils.embedding_cache import open_cache
-from utils.errors import InputError
-from utils.latent_cache import LatentCache, content_hash, open_latents
+from utils.core.errors import InputError
+from utils.data import tensor_cache
+from utils.data.embedding_cache import open_cache
+from utils.data.latent_cache import LatentCache, content_hash, open_latents
 
 IDENTITY = {"model": "owner/name", "commits": [["vae", "abc"]], "dtype": "fp32"}
 KEY = ["0" * 40, [64, 80], [0, 8, 64, 72], False, "bicubic"]

@@ -15,8 +15,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from tests.conftest import ORIENTATION
 from tests.runs import ROOT, environment, names
 from utils import make_masks
-from utils.errors import InputError
-from utils.small_tokenizers import build_tokenizer
+from utils.core.errors import InputError
+from utils.synthetic.small_tokenizers import build_tokenizer
 
 DATA = ROOT.parent / "shared" / "data" / "dreambooth"
 HARD = ("--padding", "0", "--feather", "0")

@@ -12,9 +12,9 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from utils import make_model as tool
-from utils.errors import InputError
+from utils.core.errors import InputError
 from utils.make_model import SHAPES, make_model
-from utils.small_tokenizers import END, START, WORDS
+from utils.synthetic.small_tokenizers import END, START, WORDS
 
 PUBLISHED = {  # U-Net, VAE, text encoder
     "sd15": (859_520_964, 83_653_863, 123_060_480),

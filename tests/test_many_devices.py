@@ -7,8 +7,8 @@ import torch
 
 from tests.if_models import flags_of, write_models
 from tests.runs import HOWS, ROOT, SCRIPTS, differing, names, read_metrics, read_optimizer, read_tensors, untimed
-from utils import processes, zero
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.devices import launch, zero_stages
 
 HOWS["fsdp"] = (
     f"-m accelerate.commands.launch --config_file {ROOT}/configs/fsdp2.yaml --mixed_precision no --main_process_port 0"
@@ -21,7 +21,7 @@ PROBE = """
 import torch
 from diffusers import UNet2DConditionModel
 from pathlib import Path
-from utils.processes import connect
+from utils.devices.launch import connect
 
 accelerator = connect(None, 1, [], ".", Path("logs"))
 unet = UNet2DConditionModel.from_pretrained("MODEL", subfolder="unet")
@@ -109,18 +109,20 @@ def test_the_first_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     with pytest.raises(InputError, match=r"^accelerate is set to FSDP 1, instead of fsdp_version 2"):
-        processes.check_engine()
+        launch.check_engine()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    processes.check_engine()
+    launch.check_engine()
 
 
 def test_what_does_not_go_with_deepspeed_is_refused_by_name(monkeypatch):
     """Its own settings must not contradict the flags, which it would pass over."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "0.5")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    problems = " ".join(zero.find_unfit({"max_grad_norm": 1.0, "validation_prompt": "a dog"}))
+    problems = " ".join(zero_stages.find_unfit({"max_grad_norm": 1.0, "validation_prompt": "a dog"}))
     assert "--max_grad_norm 1.0: give gradient_clipping, 0.5, the same" in problems
     assert "--validation_prompt cannot be used under ZeRO-3" in problems
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     flags = {"max_grad_norm": 0.5, "validation_prompt": "a dog"}
-    assert [problem for problem in zero.find_unfit(flags) if not problem.endswith("pip install deepspeed.")] == []
+    assert [
+        problem for problem in zero_stages.find_unfit(flags) if not problem.endswith("pip install deepspeed.")
+    ] == []

@@ -10,10 +10,10 @@ from PIL import Image
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import ORIENTATION, draw_picture
-from utils import images, masks
-from utils.errors import InputError
-from utils.geometry import Cut, Size
-from utils.variance import variational_bound
+from utils.core.errors import InputError
+from utils.data import images, masks
+from utils.data.geometry import Cut, Size
+from utils.models.variance import variational_bound
 
 
 @pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)

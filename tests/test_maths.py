@@ -21,10 +21,10 @@ from PIL import Image
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import make_concept, make_dataset, visit_of
-from utils.batch_order import BatchOrder
-from utils.geometry import Size
+from utils.core.seeds import derive_seed, generator, shuffled
+from utils.data.batch_order import BatchOrder
+from utils.data.geometry import Size
 from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
-from utils.seeds import derive_seed, generator, shuffled
 
 # The seeds of a run's examples, as far as statistics are concerned.
 SEEDS = [derive_seed(0, "example", number) for number in range(4000)]

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.runs import PRIOR_FLAGS, ROOT, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
-from utils import devices, memory_use
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.devices import device_memory
+from utils.memory import out_of_memory
 
 
 def limit_memory(job: Job, room: int) -> None:
@@ -106,7 +107,7 @@ def savings(networks: list[nn.Module], residual: float, **changes) -> dict[str, 
     """Return what is found for networks and a peak of so many bytes above theirs, in bytes."""
     weights = [weight for network in networks for weight in network.parameters()]
     held = sum(weight.nbytes + (weight.grad is not None) * weight.nbytes for weight in weights) / 1e9
-    found = memory_use.find_savings(FLAGS | changes, networks, held + residual)
+    found = out_of_memory.find_savings(FLAGS | changes, networks, held + residual)
     assert [gain for _, gain in found] == sorted((gain for _, gain in found), reverse=True)
     return {change: round(gain * 1e9) for change, gain in found}
 
@@ -161,12 +162,12 @@ def test_a_text_encoder_can_be_freed_or_left_untrained():
 
 def test_before_the_networks_are_loaded_other_flags_help():
     """Each of them is named once, and not if it is set."""
-    changes = [change.split()[0] for change, _ in memory_use.find_early_savings(FLAGS)]
+    changes = [change.split()[0] for change, _ in out_of_memory.find_early_savings(FLAGS)]
     assert changes == [
         "--text_encoder_precision", "--sample_batch_size", "--prior_generation_precision", "--mixed_precision"
     ]  # fmt: skip
     spared = {"text_encoder_precision": "int8", "sample_batch_size": 1, "prior_generation_precision": "bf16"}
-    assert memory_use.find_early_savings(FLAGS | spared | {"mixed_precision": "bf16"}) == []
+    assert out_of_memory.find_early_savings(FLAGS | spared | {"mixed_precision": "bf16"}) == []
 
 
 class Setting:
@@ -181,12 +182,12 @@ class Setting:
 )
 def test_what_is_no_lack_of_memory_is_let_through(error):
     """Only that is turned into a message; the networks are not kept alive by the set."""
-    with pytest.raises(RuntimeError, match="shapes"), memory_use.explaining_running_out(Setting, FLAGS):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.explaining_running_out(Setting, FLAGS):
         raise RuntimeError("shapes cannot be multiplied")
     words = r"Memory ran out on cpu: at most .* GB were in use.\nLess is needed with"
     with (
         pytest.raises(InputError, match=words),
-        memory_use.explaining_running_out(Setting, FLAGS) as networks,
+        out_of_memory.explaining_running_out(Setting, FLAGS) as networks,
     ):
         networks.add(nn.Linear(1, 1))
         assert len(networks) == 0
@@ -206,20 +207,22 @@ def test_what_is_no_lack_of_memory_is_let_through(error):
 )
 def test_every_devices_words_for_it_are_known(text):
     """They are no exceptions of a class of their own on all devices."""
-    assert devices.is_out_of_memory(RuntimeError(text))
-    assert not devices.is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
+    assert device_memory.is_out_of_memory(RuntimeError(text))
+    assert not device_memory.is_out_of_memory(
+        RuntimeError("could not create a primitive descriptor for a convolution")
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone has /proc")
 def test_what_the_starting_process_had_does_not_count():
     """A process started by one with 0.6 GB has its own peak; the system's call for it tells the other's."""
     held = torch.ones(150_000_000)
-    code = "from utils import devices; print(devices.most_resident_bytes())"
+    code = "from utils import devices; print(device_memory.most_resident_bytes())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 1e8 < int(done.stdout) < held.nbytes
-    before = devices.most_resident_bytes()
+    before = device_memory.most_resident_bytes()
     del held
-    assert before > 6e8 and devices.most_resident_bytes() == pytest.approx(before, rel=0.01)
+    assert before > 6e8 and device_memory.most_resident_bytes() == pytest.approx(before, rel=0.01)
 
 
 def test_norms_stay_in_bf16_and_compute_what_they_did():
@@ -227,10 +230,10 @@ def test_norms_stay_in_bf16_and_compute_what_they_did():
     for norm in (nn.GroupNorm(2, 8), nn.LayerNorm(8)):
         nn.init.normal_(norm.weight)
         network, hidden = nn.Sequential(copy.deepcopy(norm)), 3 + torch.randn(4, 8)
-        devices.keep_norms_in_bf16(network)
+        device_memory.keep_norms_in_bf16(network)
         assert torch.equal(network(hidden), norm(hidden))
         network.bfloat16()
-        devices.keep_norms_in_bf16(network)
+        device_memory.keep_norms_in_bf16(network)
         with torch.autocast("cpu", torch.bfloat16):
             found, expected = network(hidden), norm.bfloat16()(hidden.bfloat16())
         assert found.dtype is torch.bfloat16 and torch.equal(found, expected)

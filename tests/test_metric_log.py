@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import checkpoints, metric_log
-from utils.errors import InputError
-from utils.metric_log import MetricLog, start_trackers, track_images
+from utils.core.errors import InputError
+from utils.run import checkpoints, metric_log
+from utils.run.metric_log import MetricLog, start_trackers, track_images
 
 
 class Recorder:

@@ -12,9 +12,9 @@ import yaml
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils.concepts import read_concepts
-from utils.geometry import Size
-from utils.model_card import (
+from utils.data.concepts import read_concepts
+from utils.data.geometry import Size
+from utils.hub.model_card import (
     Card,
     Picture,
     find_license,

@@ -17,9 +17,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils import model_files
-from utils.errors import InputError
+from utils.core.errors import InputError
 from utils.make_model import END, build_tokenizer, make_model
+from utils.models import model_files
 
 SUPPORTED = "Supported: Stable Diffusion 1.x/2.x, DeepFloyd IF stage I, DeepFloyd IF stage II."
 GONE = "(removed)"  # in a change of a config: the key is taken out

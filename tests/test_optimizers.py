@@ -8,8 +8,8 @@ import torch
 
 from tests.runs import SCRIPTS, differing, read_metrics, read_tensors
 from tests.test_equalities import RANDOM, assert_resumed, assert_same_end, continue_from
-from utils.optimizers import find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
-from utils.rounding import in_float32, round_stochastically
+from utils.optim.optimizers import find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
+from utils.optim.stochastic_rounding import in_float32, round_stochastically
 
 FLAGS = {
     **{"optimizer": "adamw", "use_8bit_adam": False, "fused_backward": False, "weight_dtype": "fp32"},

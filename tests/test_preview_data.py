@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 import train_dreambooth_lora
 from tests.conftest import draw_picture
 from tests.runs import ROOT, SIZE, environment, names
-from utils import preview_data, previews
-from utils.geometry import Size
+from utils import preview_data
+from utils.data.geometry import Size
+from utils.sampling import image_grid
 
 
 def find(picture: Image.Image, sheet: Image.Image) -> list[tuple[int, int]]:
@@ -125,7 +126,7 @@ def test_a_caption_is_shown_whole_also_under_a_small_picture(monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, place, text, *rest, **options: shown.append(text))
     picture = draw_picture(64, 48, 0)
     cell = preview_data.widen(picture)
-    previews.make_grid([cell] * 4, 4, [words] * 4, lines=preview_data.LINES)
+    image_grid.make_grid([cell] * 4, 4, [words] * 4, lines=preview_data.LINES)
     assert " ".join(shown).split() == words.split() * 4
     left = (preview_data.NARROWEST - 64) // 2
     assert cell.crop((left, 0, left + 64, 48)).tobytes() == picture.tobytes()

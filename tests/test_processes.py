@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.runs import SCRIPTS, Job, wait_until
-from utils import processes
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.devices import launch
 
 ENDLESS = "--max_train_steps 100000 --train_batch_size 1"
 
@@ -72,11 +72,11 @@ def test_photos_that_vanish_are_named_also_by_a_data_worker(trainer, photos, tmp
 # Engines.
 
 
-@pytest.mark.parametrize("engine", processes.ENGINES)
+@pytest.mark.parametrize("engine", launch.ENGINES)
 def test_an_engine_that_is_not_supported_is_refused_by_name(trainer, tmp_path, engine):
     """Before anything is loaded or written, with or without its packages."""
     run = trainer.run("lora", tmp_path / "out", code=1, **{engine: "true"})
-    assert f"accelerate is set to {processes.ENGINES[engine]}, which this script does not support" in run.stderr
+    assert f"accelerate is set to {launch.ENGINES[engine]}, which this script does not support" in run.stderr
     assert run.stderr.startswith("error: ") and "Traceback" not in run.text and not (tmp_path / "out").exists()
 
 
@@ -89,13 +89,13 @@ def test_engines_and_compilers_are_named_together(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"^accelerate is set to Megatron-LM with torch\.compile by INDUCTOR, which"):
-        processes.check_engine()
+        launch.check_engine()
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "false")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    processes.check_engine()
+    launch.check_engine()
 
 
 def test_the_variables_are_those_that_the_launcher_sets():
     """A launcher that renamed them would be believed to ask for nothing."""
     source = inspect.getsource(accelerate.utils.launch)
-    assert [name for name in processes.ENGINES if f'"{name}"' not in source] == []
+    assert [name for name in launch.ENGINES if f'"{name}"' not in source] == []

@@ -15,8 +15,9 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils import adapters, make_model, quantise
+from utils import make_model
 from utils.make_model import SHAPES
+from utils.models import adapters, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own layer pads even kernels apart
 
@@ -52,8 +53,8 @@ def make_layer(name: str) -> tuple[nn.Module, torch.Tensor]:
 def quantised(layer: nn.Module, precision: str, device: torch.device = CPU) -> nn.Module:
     """Return a layer's quantised copy."""
     network = nn.Sequential(copy.deepcopy(layer))
-    quantise.quantise(network, precision, device)
-    assert type(network[0]) in quantise.KINDS.values()
+    quantize.quantise(network, precision, device)
+    assert type(network[0]) in quantize.KINDS.values()
     return network[0]
 
 
@@ -100,7 +101,7 @@ def build_adapted(shape: str, precision: str, seen: float = 0.0) -> UNet2DCondit
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=seen)
-    quantise.quantise(unet.train(), precision, CPU)
+    quantize.quantise(unet.train(), precision, CPU)
     return unet
 
 
@@ -128,7 +129,7 @@ def trained_step(unet: UNet2DConditionModel, is_mixed: bool) -> tuple[torch.Tens
 @pytest.fixture
 def all_layers(monkeypatch):
     """Quantise a tiny network's layers as well, all but the smallest."""
-    monkeypatch.setattr(quantise, "FEWEST_WEIGHTS", 256)
+    monkeypatch.setattr(quantize, "FEWEST_WEIGHTS", 256)
 
 
 # One layer.
@@ -163,7 +164,7 @@ def test_a_bias_may_train(name):
     layer, inputs = make_layer(name)
     layer.bias.requires_grad_()
     network = nn.Sequential(layer)
-    quantise.quantise(network, "nf4", CPU)
+    quantize.quantise(network, "nf4", CPU)
     assert network[0].bias is layer.bias and type(network[0]) is not type(layer)
     network(inputs).pow(2).sum().backward()
     reference = copy.deepcopy(layer)
@@ -196,9 +197,9 @@ def test_autograd_keeps_what_is_stored_and_nothing_else(precision, name, is_mixe
 def test_autocast_decides_the_dtype(precision, name, monkeypatch):
     """Under autocast a layer computes as with inputs in its dtype; the gradient comes back in the inputs' own."""
     layer, inputs = make_layer(name)
-    reduced, unpack, dtypes = quantised(layer, precision), quantise._unpack, []
+    reduced, unpack, dtypes = quantised(layer, precision), quantize._unpack, []
     with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
-        patch.setattr(quantise, "_unpack", lambda *given: dtypes.append(given[-1]) or unpack(*given))
+        patch.setattr(quantize, "_unpack", lambda *given: dtypes.append(given[-1]) or unpack(*given))
         outputs, gradient = gradient_of(reduced, inputs)
     assert dtypes == [torch.bfloat16] * 2  # in one go, without a copy of twice the size
     with torch.autocast("cpu", torch.bfloat16):
@@ -217,9 +218,9 @@ def test_bytes(precision, kind, sizes):
     """Layers of real size take the bytes that their precision promises, scales included."""
     layer = kind(*sizes, bias=False).requires_grad_(False)
     reduced = quantised(layer, precision)
-    share = quantise.stored_bytes(reduced) / quantise.stored_bytes(layer)
+    share = quantize.stored_bytes(reduced) / quantize.stored_bytes(layer)
     assert 0.8 * SHARES[precision] < share <= SHARES[precision]
-    assert quantise.stored_bytes(layer) == 4 * sum(parameter.numel() for parameter in layer.parameters())
+    assert quantize.stored_bytes(layer) == 4 * sum(parameter.numel() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -290,7 +291,7 @@ def test_only_large_frozen_layers_are_replaced(precision):
     """All other modules and parameters are the same objects as before; a layer with two names still has both."""
     network = Mixed().eval()
     modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    quantise.quantise(network, precision, CPU)
+    quantize.quantise(network, precision, CPU)
     replaced = {name for name, module in network.named_modules() if modules[name] is not module}
     assert replaced == {"shared", "nested.0.0"} and network.shared is network.again
     assert not any(module.training for module in network.modules())
@@ -301,14 +302,14 @@ def test_only_large_frozen_layers_are_replaced(precision):
     assert (convolution.in_channels, convolution.kernel_size, convolution.stride) == (64, (1, 1), (1, 1))
     assert f"{precision}, weight=(64, 64)" in repr(network) and not list(network.buffers())
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    quantise.quantise(network, "nf4", CPU)  # again: nothing is left to do
+    quantize.quantise(network, "nf4", CPU)  # again: nothing is left to do
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_no_change_moves_only():
     """All weights stay what and where they are, on another device."""
     network = Mixed()
-    quantise.quantise(network, "no_change", META)
+    quantize.quantise(network, "no_change", META)
     assert {parameter.device for parameter in network.parameters()} == {META} and type(network.shared) is nn.Linear
 
 
@@ -317,8 +318,8 @@ def test_layers_are_let_go_one_by_one(precision, monkeypatch):
     """While a layer is packed, those before it no longer exist: the device holds one unpacked weight at a time."""
     network = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)]).requires_grad_(False)
     weights, counts = [weakref.ref(layer.weight) for layer in network], []
-    monkeypatch.setattr(quantise, "_pack", functools.partial(pack_and_count, quantise._pack, weights, counts))
-    quantise.quantise(network, precision, CPU)
+    monkeypatch.setattr(quantize, "_pack", functools.partial(pack_and_count, quantize._pack, weights, counts))
+    quantize.quantise(network, precision, CPU)
     assert counts == [5, 4, 3, 2, 1] and not any(weight() is not None for weight in weights)
 
 
@@ -334,14 +335,14 @@ def test_meta_gives_the_sizes(precision, shape, all_layers):
     """A network without weights becomes one with the same tensors, by name, shape and dtype."""
     with_weights = build_unet(shape)
     without = copy.deepcopy(with_weights).to(META)
-    quantise.quantise(with_weights, precision, CPU)
-    quantise.quantise(without, precision, META)
+    quantize.quantise(with_weights, precision, CPU)
+    quantize.quantise(without, precision, META)
     found, wanted = (
         {name: (value.shape, value.dtype, value.requires_grad) for name, value in network.named_parameters()}
         for network in (without, with_weights)
     )
     assert found == wanted and {parameter.device for parameter in without.parameters()} == {META}
-    assert quantise.stored_bytes(without) == quantise.stored_bytes(with_weights)
+    assert quantize.stored_bytes(without) == quantize.stored_bytes(with_weights)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +355,12 @@ def test_real_networks_are_covered(shape, gigabytes):
         unet = build_unet(shape).bfloat16()
     for precision, expected in zip(REDUCED, gigabytes):
         network = copy.deepcopy(unet)
-        quantise.quantise(network, precision, META)
-        assert quantise.stored_bytes(network) / 1e9 == pytest.approx(expected, abs=6e-4)
-    left = [name for name, module in network.named_modules() if type(module) in quantise.KINDS]
+        quantize.quantise(network, precision, META)
+        assert quantize.stored_bytes(network) / 1e9 == pytest.approx(expected, abs=6e-4)
+    left = [name for name, module in network.named_modules() if type(module) in quantize.KINDS]
     assert left == ["conv_in", "conv_out"]
-    reduced = [module for module in network.modules() if type(module) in quantise.KINDS.values()]
-    assert {type(module) for module in reduced} == set(quantise.KINDS.values())
+    reduced = [module for module in network.modules() if type(module) in quantize.KINDS.values()]
+    assert {type(module) for module in reduced} == set(quantize.KINDS.values())
     everything = sum(parameter.numel() for parameter in unet.parameters())
     assert sum(torch.Size(module.form.shape).numel() for module in reduced) / everything > 0.999
 
@@ -369,13 +370,13 @@ def test_casts_and_copies_leave_what_is_stored(precision):
     """`to` casts what is left of a network, not what is packed; copies, pickles and states are whole."""
     layer, inputs = make_layer("convolution")
     network = nn.Sequential(layer, nn.GroupNorm(4, 48))
-    quantise.quantise(network, precision, CPU)
+    quantize.quantise(network, precision, CPU)
     cast = copy.deepcopy(network).to(torch.bfloat16)
     assert cast[1].weight.dtype is cast[0].bias.dtype is cast(inputs.bfloat16()).dtype is torch.bfloat16
     assert torch.equal(cast[0].dequantise(), network[0].dequantise())
     other = nn.Sequential(make_layer("convolution")[0], nn.GroupNorm(4, 48))
     nn.init.zeros_(other[0].weight)
-    quantise.quantise(other, precision, CPU)
+    quantize.quantise(other, precision, CPU)
     other.load_state_dict(network.state_dict())
     assert torch.equal(other(inputs), network(inputs))
 
@@ -391,7 +392,7 @@ def test_misuse_does_not_pass(precision):
         reduced.requires_grad_()
     unet = build_adapted("tiny", precision)
     adapted = [module for module in unet.modules() if isinstance(module, LoraLayer)]
-    packed = [module for module in adapted if type(module.base_layer) in quantise.KINDS.values()]
+    packed = [module for module in adapted if type(module.base_layer) in quantize.KINDS.values()]
     assert packed
     for module in packed:
         with pytest.raises(RuntimeError, match="size of tensor"):
@@ -402,13 +403,13 @@ def test_problems_are_named(monkeypatch):
     """An unknown precision and a missing package are errors, before anything is changed."""
     network = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     with pytest.raises(ValueError, match="'fp4' is none of the precisions no_change, bf16, int8, nf4"):
-        quantise.quantise(network, "fp4", CPU)
+        quantize.quantise(network, "fp4", CPU)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="int8 need bitsandbytes: pip install bitsandbytes"):
-        quantise.quantise(network, "int8", CPU)
+        quantize.quantise(network, "int8", CPU)
     assert type(network[0]) is nn.Linear
-    quantise.quantise(network, "bf16", CPU)
-    assert type(network[0]) is quantise.QuantisedLinear
+    quantize.quantise(network, "bf16", CPU)
+    assert type(network[0]) is quantize.QuantisedLinear
 
 
 # Adapters on a quantised U-Net.
@@ -424,7 +425,7 @@ def test_adapters_alone_get_gradients(precision, shape, is_mixed, all_layers):
     assert gradients.keys() == {name for name, value in unet.named_parameters() if "lora_" in name}
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
     layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
-    assert {type(layer.base_layer) for layer in layers} == set(quantise.KINDS.values())
+    assert {type(layer.base_layer) for layer in layers} == set(quantize.KINDS.values())
     assert unet.dtype is torch.float32
     unet.zero_grad()
     unet.enable_gradient_checkpointing()
@@ -437,7 +438,7 @@ def test_adapters_alone_get_gradients(precision, shape, is_mixed, all_layers):
 def test_new_adapters_change_nothing(precision, all_layers):
     """At step 0, adapters on a quantised base are the quantised base, bit for bit."""
     unet, plain = build_adapted("tiny", precision), build_unet("tiny")
-    quantise.quantise(plain, precision, CPU)
+    quantize.quantise(plain, precision, CPU)
     inputs = feed(unet)
     with torch.no_grad():
         expected = plain(**inputs).sample
@@ -505,10 +506,10 @@ def train(precision: str, steps: int) -> torch.Tensor:
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("precision", quantise.BASE_PRECISIONS)
+@pytest.mark.parametrize("precision", quantize.BASE_PRECISIONS)
 def test_each_weight_counts_once_however_it_is_stored(precision):
     """Codes that hold two weights, scales and levels are no weights."""
     layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(32, 64, 3), nn.GroupNorm(4, 64)).requires_grad_(False)
     count = sum(weight.numel() for weight in layers.parameters())
-    quantise.quantise(layers, precision, torch.device("cpu"))
-    assert quantise.count_frozen(layers) == count
+    quantize.quantise(layers, precision, torch.device("cpu"))
+    assert quantize.count_frozen(layers) == count

@@ -13,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from utils import results, sample
-from utils.errors import InputError
+from utils import sample
+from utils.core.errors import InputError
 from utils.make_model import make_model
+from utils.sampling import results
 
 PROMPT, SEED, STEPS = "a photo of sks dog on the beach, at night", 3, 2
 RUNS = {  # name: script and flags

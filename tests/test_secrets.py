@@ -18,8 +18,8 @@ import pytest
 
 from tests.hub_server import USER, WRITE_TOKEN, HubServer
 from tests.runs import SCRIPTS, WEIGHTS_FILE, Job, Run, read_metrics, wait_until
-from utils import hub as sharing
 from utils import upload
+from utils.hub import publish as sharing
 
 DEBUG = {
     "HF_DEBUG": "1",

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import captions, judge, shapes, small_tokenizers
-from utils.shapes import CLASSES, COLOURS, RARE_WORDS, SUBJECTS, WORDS
+from utils.data import prompt_cleaning
+from utils.evaluation import shape_reader
+from utils.synthetic import shapes, small_tokenizers
+from utils.synthetic.shapes import CLASSES, COLOURS, RARE_WORDS, SUBJECTS, WORDS
 
 
 def test_the_world_is_as_large_as_it_has_to_be():
@@ -51,7 +53,7 @@ def test_the_judge_reads_what_was_drawn(pixels):
         drawn = np.asarray(shapes.draw(scene, pixels), np.float32) + rng.normal(
             0, 8 * (number % 2), (pixels, pixels, 3)
         )
-        reading = judge.read(Image.fromarray(np.clip(drawn, 0, 255).astype(np.uint8)))
+        reading = shape_reader.read(Image.fromarray(np.clip(drawn, 0, 255).astype(np.uint8)))
         for name in right:
             right[name] += getattr(reading, name) == getattr(scene, name)
     assert min(right.values()) >= 117, right
@@ -62,8 +64,8 @@ def test_the_judge_knows_nothing_in_an_empty_or_noisy_picture():
     rng = np.random.default_rng(0)
     for pixels in (np.full((16, 16, 3), 90), rng.normal(90, 12, (16, 16, 3)), rng.integers(0, 256, (16, 16, 3))):
         picture = Image.fromarray(pixels.astype(np.uint8))
-        assert judge.read(picture).shape is None
-        assert all(judge.match(picture, subject) == 0 for subject in SUBJECTS)
+        assert shape_reader.read(picture).shape is None
+        assert all(shape_reader.match(picture, subject) == 0 for subject in SUBJECTS)
 
 
 @pytest.mark.parametrize("subject", list(SUBJECTS))
@@ -72,12 +74,19 @@ def test_a_subject_matches_itself_and_nothing_else_does(subject):
     rng = np.random.default_rng(1)
     shape = SUBJECTS[subject].shape
     for pixels in (16, 32):
-        own = [judge.match(shapes.draw(shapes.random_scene(rng, subject=subject), pixels), subject) for _ in range(8)]
-        plain = [judge.match(shapes.draw(shapes.random_scene(rng, shape=shape), pixels), subject) for _ in range(12)]
+        own = [
+            shape_reader.match(shapes.draw(shapes.random_scene(rng, subject=subject), pixels), subject)
+            for _ in range(8)
+        ]
+        plain = [
+            shape_reader.match(shapes.draw(shapes.random_scene(rng, shape=shape), pixels), subject) for _ in range(12)
+        ]
         assert min(own) > 0.85 and max(plain) < 0.3, (min(own), max(plain))
     others = [name for name in SUBJECTS if name != subject]
-    strangers = [judge.match(shapes.draw(shapes.random_scene(rng, subject=name), 16), subject) for name in others]
-    assert max(strangers) < judge.PRESENT
+    strangers = [
+        shape_reader.match(shapes.draw(shapes.random_scene(rng, subject=name), 16), subject) for name in others
+    ]
+    assert max(strangers) < shape_reader.PRESENT
 
 
 def test_a_blurred_subject_matches_less_and_a_recoloured_one_not():
@@ -86,7 +95,7 @@ def test_a_blurred_subject_matches_less_and_a_recoloured_one_not():
     sharp = shapes.draw(shapes.random_scene(rng, subject="quartered circle", size="large"), 32)
     blurred = sharp.resize((5, 5), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BICUBIC)
     turned = Image.fromarray(np.asarray(sharp)[..., [1, 2, 0]])
-    values = [judge.match(picture, "quartered circle") for picture in (sharp, blurred, turned)]
+    values = [shape_reader.match(picture, "quartered circle") for picture in (sharp, blurred, turned)]
     assert values[0] > 0.9 > values[1] > 0.2 and values[2] == 0
 
 
@@ -95,9 +104,9 @@ def test_a_pattern_is_found_on_another_class():
     subject, rng = SUBJECTS["striped square"], np.random.default_rng(3)
     scene = shapes.random_scene(rng, shape="circle", background="green", size="large")
     drawn = shapes.to_image(shapes.paint_pattern(scene, subject, 32))
-    assert judge.match(drawn, "striped square", "circle") > 0.85
-    assert judge.match(drawn, "striped square") < judge.match(drawn, "striped square", "circle")
-    assert judge.match(shapes.draw(scene, 32), "striped square", "circle") < 0.3
+    assert shape_reader.match(drawn, "striped square", "circle") > 0.85
+    assert shape_reader.match(drawn, "striped square") < shape_reader.match(drawn, "striped square", "circle")
+    assert shape_reader.match(shapes.draw(scene, 32), "striped square", "circle") < 0.3
 
 
 def test_photos_have_the_backgrounds_that_count_as_seen():
@@ -107,14 +116,14 @@ def test_photos_have_the_backgrounds_that_count_as_seen():
         assert len(seen) >= 3 and len(unseen) >= 2 and not set(seen) & set(unseen)
         assert not (set(seen) | set(unseen)) & set(entry.palette)
         photos = shapes.draw_photos(subject, 5, 32, np.random.default_rng(0), seen)
-        assert {judge.read(photo).background for photo in photos} == set(seen[:5])
+        assert {shape_reader.read(photo).background for photo in photos} == set(seen[:5])
         assert len({photo.tobytes() for photo in photos}) == 5
 
 
 def test_every_word_is_one_token_and_survives_the_cleaning():
     """Of both text encoders, rare words included."""
     text = " ".join(WORDS)
-    assert captions.clean(text) == text
+    assert prompt_cleaning.clean(text) == text
     for tokenizer in (small_tokenizers.build_tokenizer(words=WORDS), small_tokenizers.build_t5_tokenizer(WORDS)):
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(WORDS)
 
@@ -124,7 +133,10 @@ def test_class_pictures_are_of_the_class_and_as_varied(tmp_path):
     paths = shapes.write_class_pictures(tmp_path / "first", "circle")
     again = shapes.write_class_pictures(tmp_path / "second", "circle")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
-    readings = [judge.read(Image.open(path)) for path in paths]
+    readings = [shape_reader.read(Image.open(path)) for path in paths]
     assert len(paths) == shapes.CLASS_PICTURES and {reading.shape for reading in readings} == {"circle"}
     assert len({reading.colour for reading in readings}) == len(shapes.COLOURS)
-    assert max(judge.match(Image.open(path), "quartered circle", "circle") for path in paths[:20]) < judge.PRESENT
+    assert (
+        max(shape_reader.match(Image.open(path), "quartered circle", "circle") for path in paths[:20])
+        < shape_reader.PRESENT
+    )

@@ -18,8 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.hub_server import USER, WRITE_TOKEN, HubServer
 from tests.runs import CLASS_PROMPT, SCRIPTS, Job, names, read_metrics, wait_until
-from utils import hub
-from utils.stop_request import BEFORE, IN_LOOP
+from utils.devices.graceful_stop import BEFORE, IN_LOOP
+from utils.hub import publish
 
 ENDLESS = "--max_train_steps 100000"
 PRIOR = f"--with_prior_preservation --class_prompt '{CLASS_PROMPT}' --sample_batch_size 1"
@@ -138,7 +138,7 @@ def test_while_the_result_is_uploaded(trainer, tmp_path):
         wait_until(lambda: any("/commit/" in request.path for request in server.requests), "the upload")
         os.kill(job.pid, signal.SIGTERM)
         run = job.finish()
-    words = hub.say_how_to_upload(job.out, f"{USER}/out")
+    words = publish.say_how_to_upload(job.out, f"{USER}/out")
     assert (run.code, run.stderr.count(f"Stopping: {words}")) == (143, 1) and "Traceback" not in run.text
     assert (job.out / "pytorch_lora_weights.safetensors").exists() and (job.out / "README.md").exists()
 

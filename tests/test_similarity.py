@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from tests.conftest import draw_picture
-from utils import similarity
-from utils.errors import InputError
-from utils.estimates import Estimate
-from utils.similarity import embed_pictures, embed_texts, estimate_diversity, read_prompts
-from utils.small_tokenizers import build_tokenizer
+from utils.core.errors import InputError
+from utils.evaluation import similarity
+from utils.evaluation.similarity import embed_pictures, embed_texts, estimate_diversity, read_prompts
+from utils.evaluation.standard_errors import Estimate
+from utils.synthetic.small_tokenizers import build_tokenizer
 
 DATA_SET = Path(__file__).parents[2] / "shared" / "data" / "dreambooth" / "prompts_and_classes.txt"
 EDGE = 32

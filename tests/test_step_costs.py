@@ -8,9 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.runs import SCRIPTS, read_metrics
-from utils import step_costs
 from utils.make_model import make_model
-from utils.step_costs import COPIES, FROZEN, GRADIENTS, HOLES, META, PROCESS, REST, STATE, WEIGHTS, Rehearsal
+from utils.memory import memory_tracker
+from utils.memory.memory_tracker import (
+    COPIES,
+    FROZEN,
+    GRADIENTS,
+    HOLES,
+    META,
+    PROCESS,
+    REST,
+    STATE,
+    WEIGHTS,
+    Rehearsal,
+)
 
 SIDE, ROWS = 1000, 500
 BYTES = 4 * SIDE * SIDE  # of a layer's weights
@@ -122,7 +133,7 @@ def test_a_convolution_on_a_cpu_has_copies():
 
 def test_products_are_counted_and_timed():
     """One forward and two backward products of 2 × 500 × 1000 × 1000, less one gradient of the input."""
-    rates = step_costs.Rates({("product", torch.float32): 1e9}, float("inf"), 0.0)
+    rates = memory_tracker.Rates({("product", torch.float32): 1e9}, float("inf"), 0.0)
     rehearsal = Rehearsal("cpu", "no", 1, rates)
     step(rehearsal, layers(1))
     costs = rehearsal.costs()
@@ -132,7 +143,7 @@ def test_products_are_counted_and_timed():
 
 def test_rates_are_measured():
     """They are positive numbers."""
-    rates = step_costs.measure_rates(torch.device("cpu"), [torch.float32])
+    rates = memory_tracker.measure_rates(torch.device("cpu"), [torch.float32])
     assert all(rate > 1e6 for rate in rates.flops.values()) and rates.traffic > 1e6 and 0 < rates.overhead < 1
 
 
@@ -142,7 +153,7 @@ def test_only_changes_that_change_something_are_tried():
     flags |= {"mixed_precision": "bf16", "use_8bit_adam": True, "train_text_encoder": True, "text_encoder_lr": None}
     flags |= {"pre_compute_text_embeddings": None, "cache_latents": "on", "optimizer": "adamw", "weight_dtype": "bf16"}
     flags |= {"base_model_precision": "nf4"}
-    found = [words for words, _ in step_costs.list_changes(flags)]
+    found = [words for words, _ in memory_tracker.list_changes(flags)]
     assert found == ["--train_batch_size 1 --gradient_accumulation_steps 8", "--no-train_text_encoder"]
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from utils.stop_request import BEFORE, IN_LOOP, LAUNCHER_VARIABLES, SIGNALS, StopRequest, ignore_signals
+from utils.devices.graceful_stop import BEFORE, IN_LOOP, LAUNCHER_VARIABLES, SIGNALS, StopRequest, ignore_signals
 
 ROOT = Path(__file__).parents[1]
 
 # A training loop: waits for the wish to stop, "saves" for so many seconds, says its exit code.
 TRAINER = """
 import os, sys, time
-from utils.stop_request import StopRequest
+from utils.devices.graceful_stop import StopRequest
 
 with StopRequest() as stop:
     stop.begin_loop()
@@ -36,7 +36,7 @@ sys.exit(stop.exit_code)
 RANK = """
 import sys, time
 import torch.distributed as dist
-from utils.stop_request import StopRequest
+from utils.devices.graceful_stop import StopRequest
 
 dist.init_process_group("gloo")
 with StopRequest() as stop:
@@ -55,7 +55,7 @@ sys.exit(stop.exit_code)
 # What comes before the loop, and what comes after: "work" in Python, and a thread that goes on whatever happens.
 OTHER_PHASES = """
 import sys, threading, time
-from utils.stop_request import StopRequest
+from utils.devices.graceful_stop import StopRequest
 
 threading.Thread(target=time.sleep, args=(3,), daemon=sys.argv[1] == "before").start()
 with StopRequest() as stop:

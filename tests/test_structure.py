@@ -13,8 +13,8 @@ from utils.check_sync import read_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
-MAKES_BASE_MODELS, MAKES_PARSERS = "utils/train_models.py", "utils/config_file.py"
-REHEARSES = "utils/rehearsal.py"  # goes through a script's own step, without content
+MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
+REHEARSES = "utils/memory/memory_estimate.py"  # goes through a script's own step, without content
 UTILS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("*.py"))
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)

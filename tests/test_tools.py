@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.test_readme import TEXT
-from utils import demo, evaluate, shapes
+from utils import demo, evaluate
+from utils.synthetic import shapes
 
 
 def test_the_demo_trains_and_puts_the_sheet_together(tmp_path, capfd):

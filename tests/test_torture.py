@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.runs import ROOT, environment
-from utils import torture
+from utils.lab import kill_and_resume
 
 # A training that takes a moment for a step and that remembers what a good one would, or not.
 SCRIPT = """
@@ -35,13 +35,13 @@ def run_tool(tmp_path, monkeypatch, remembers: bool, status: int = 0) -> int:
     """Let the tool kill a script of this module five times."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("REMEMBERS", str(remembers)).replace("STATUS", str(status)))
-    monkeypatch.setattr(torture, "SCRIPTS", {"full": script, "lora": script})
-    return torture.main(["--output", str(tmp_path / "out"), "--scripts", "lora", "--kills", "5"])
+    monkeypatch.setattr(kill_and_resume, "SCRIPTS", {"full": script, "lora": script})
+    return kill_and_resume.main(["--output", str(tmp_path / "out"), "--scripts", "lora", "--kills", "5"])
 
 
 def test_both_scripts_survive_kills(tmp_path):
     """Twenty kills, most of them in the middle of a save, and each run ends in the bits of an uninterrupted one."""
-    command = [sys.executable, "-m", "utils.torture", "--output", tmp_path / "out", "--kills", "10"]
+    command = [sys.executable, "-m", "utils.lab.kill_and_resume", "--output", tmp_path / "out", "--kills", "10"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for script in ("full", "lora"):
@@ -72,7 +72,7 @@ def test_a_script_that_fails_is_an_error(tmp_path, monkeypatch, capfd):
 def test_nothing_that_was_there_is_removed(tmp_path, capfd):
     """A folder that holds anything is refused."""
     (tmp_path / "mine").touch()
-    assert torture.main(["--output", str(tmp_path)]) == 1
+    assert kill_and_resume.main(["--output", str(tmp_path)]) == 1
     assert capfd.readouterr().err == f"error: --output {tmp_path} is not empty. Remove it, or use another folder.\n"
     assert (tmp_path / "mine").exists()
 
@@ -80,29 +80,31 @@ def test_nothing_that_was_there_is_removed(tmp_path, capfd):
 def test_a_run_can_be_killed_in_its_first_moment(tmp_path, monkeypatch):
     """Before it has got as far as to have a process group of its own."""
     (tmp_path / "script.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(torture, "SCRIPTS", {"lora": tmp_path / "script.py"})
-    monkeypatch.setattr(torture, "AIMS", {"any time": (None, 1)})
+    monkeypatch.setattr(kill_and_resume, "SCRIPTS", {"lora": tmp_path / "script.py"})
+    monkeypatch.setattr(kill_and_resume, "AIMS", {"any time": (None, 1)})
     args = argparse.Namespace(output=tmp_path, steps=2)
     for _ in range(20):
-        assert torture.strike(torture.start(args, "lora", tmp_path / "run"), tmp_path / "run", random.Random(0), 0.0)
+        assert kill_and_resume.strike(
+            kill_and_resume.start(args, "lora", tmp_path / "run"), tmp_path / "run", random.Random(0), 0.0
+        )
 
 
 def test_what_a_kill_interrupted_is_told_by_what_it_left(tmp_path):
     """From the most particular to the least."""
-    found = [torture.find_half_done(tmp_path)]
+    found = [kill_and_resume.find_half_done(tmp_path)]
     (tmp_path / "metrics.jsonl").write_text("")
-    found.append(torture.find_half_done(tmp_path))
+    found.append(kill_and_resume.find_half_done(tmp_path))
     for name in (".saving-12-00ff", ".removing-10-00ff", ".saving-result-00ff"):
         (tmp_path / name).mkdir()
-        found.append(torture.find_half_done(tmp_path))
-    assert found == ["the start", "a step", *list(torture.AIMS)[1:]]
+        found.append(kill_and_resume.find_half_done(tmp_path))
+    assert found == ["the start", "a step", *list(kill_and_resume.AIMS)[1:]]
 
 
 def test_a_line_that_is_cut_off_is_found(tmp_path):
     """As it would be if it were written in two parts."""
-    assert torture.find_torn_lines(tmp_path) == []
+    assert kill_and_resume.find_torn_lines(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert torture.find_torn_lines(tmp_path) == ['{"st']
+    assert kill_and_resume.find_torn_lines(tmp_path) == ['{"st']
 
 
 def test_every_file_and_every_number_of_a_step_counts(tmp_path):
@@ -113,13 +115,13 @@ def test_every_file_and_every_number_of_a_step_counts(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "seconds": loss}) + "\n")
         (tmp_path / name / "unet" / "weights").write_bytes(b"0" if name != "three" else b"1")
     (tmp_path / "three" / "left").write_text("")
-    assert torture.compare(tmp_path / "one", tmp_path / "two") == []
-    assert torture.compare(tmp_path / "one", tmp_path / "three") == ["left", "metrics.jsonl", "unet/weights"]
+    assert kill_and_resume.compare(tmp_path / "one", tmp_path / "two") == []
+    assert kill_and_resume.compare(tmp_path / "one", tmp_path / "three") == ["left", "metrics.jsonl", "unet/weights"]
 
 
 @pytest.mark.parametrize("words", [["--kills", "0"], ["--steps", "3"], ["--scripts", "both"]])
 def test_flags_that_make_no_sense_are_refused(words, capsys):
     """Before anything is written."""
     with pytest.raises(SystemExit, match="2"):
-        torture.main(words)
+        kill_and_resume.main(words)
     assert words[1] in capsys.readouterr().err

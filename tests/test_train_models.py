@@ -10,9 +10,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import train_dreambooth
-from utils import exam, results, shapes, train_models
-from utils.train_models import RECIPES
-from utils.variance import variational_bound
+from utils.evaluation import exam
+from utils.lab import train_models
+from utils.lab.train_models import RECIPES
+from utils.models.variance import variational_bound
+from utils.sampling import results
+from utils.synthetic import shapes
 
 ROOT = train_models.ROOT
 MODELS = ROOT / "models"

@@ -2,8 +2,8 @@
 
     python -m utils.demo --output demo-output
 
-The model is models/shapes-sd, a Stable Diffusion for a world of shapes (`utils.shapes`), and the subject a circle of
-four colours that it has never seen. The LoRA script does the training, as it would for a dog and a real model.
+The model is models/shapes-sd, a Stable Diffusion for a world of shapes (`utils.synthetic.shapes`). The subject is a
+circle of four colours that it has never seen. The LoRA script trains it, as it would for a dog and a real model.
 """
 
 import argparse
@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils import exam, images, judge, previews, processes, results, shapes, stages
-from utils.errors import InputError
-from utils.results import SAVED
-from utils.shapes import SUBJECTS
+from utils.core.errors import InputError
+from utils.data import images
+from utils.devices import launch
+from utils.evaluation import exam, shape_reader
+from utils.sampling import cascade, image_grid, results
+from utils.sampling.results import SAVED
+from utils.synthetic import shapes
+from utils.synthetic.shapes import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "train_dreambooth_lora.py"
@@ -48,7 +52,7 @@ CELL = 128  # pixels of a picture on the sheet
 def main(argv: list[str] | None = None) -> int:
     """Write the photos, train, put the sheet together, and return the exit status."""
     args = parse_args(argv)
-    processes.silence_libraries()
+    launch.silence_libraries()
     photos, result = args.output / "photos", args.output / "lora"
     try:
         prepare(photos, result)
@@ -106,7 +110,7 @@ def train(photos: Path, result: Path, steps: int | None) -> None:
         *FLAGS.split(),
         *([f"--max_train_steps={steps}"] if steps else []),
     ]
-    command = processes.launch_command(ROOT / SCRIPT, flags)
+    command = launch.launch_command(ROOT / SCRIPT, flags)
     # On networks this small, one thread is quickest.
     if status := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
         raise InputError(f"{SCRIPT} ended with exit status {status}; its own message is above.")
@@ -116,7 +120,7 @@ def draw(model: Path) -> list[list[Image.Image]]:
     """Draw each prompt from the same seeds, the class prompt last; a list for each seed."""
     pipeline = results.load_pipeline(model, scheduler=SAVED)
     prompts = [*PROMPTS, CLASS_PROMPT]
-    drawn = stages.draw_batches(
+    drawn = cascade.draw_batches(
         pipeline,
         [seed for seed in range(SEEDS) for _ in prompts],
         len(prompts),
@@ -133,7 +137,7 @@ def compose(photos: list[Image.Image], before: list[list[Image.Image]], after: l
     rows |= {f"base model, seed {seed}": row for seed, row in enumerate(before)}
     rows |= {f"fine-tuned, seed {seed}": row for seed, row in enumerate(after)}
     prompts = [*PROMPTS, f"{CLASS_PROMPT} (its class)"]
-    return previews.make_grid(
+    return image_grid.make_grid(
         [picture.resize((CELL, CELL), Image.Resampling.NEAREST) for row in rows.values() for picture in row],
         columns=len(prompts),
         labels=[""] * len(photos) + prompts * (2 * SEEDS),
@@ -164,7 +168,7 @@ def tell(path: Path, result: Path, before: list[list[Image.Image]], after: list[
 
 def count_subjects(rows: Iterable[list[Image.Image]]) -> int:
     """Count the pictures in which the subject is."""
-    return sum(judge.match(picture, SUBJECT) >= judge.PRESENT for row in rows for picture in row)
+    return sum(shape_reader.match(picture, SUBJECT) >= shape_reader.PRESENT for row in rows for picture in row)
 
 
 if __name__ == "__main__":

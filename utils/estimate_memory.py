@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils import processes, rehearsal, run_summary
-from utils.errors import exit_status
+from utils.core.errors import exit_status
+from utils.devices import launch
 from utils.make_model import SHAPES, T5_XXL, make_model
+from utils.memory import memory_estimate
 from utils.preview_data import SCRIPTS
+from utils.run import run_summary
 
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 EDGE = 1024  # pixels of the photo that stands for all
@@ -34,14 +36,14 @@ EDGE = 1024  # pixels of the photo that stands for all
 def main(argv: list[str] | None = None) -> int:
     """Print the estimate and return the exit status."""
     args = parse_args(argv)
-    processes.silence_libraries()
+    launch.silence_libraries()
     script = importlib.import_module(Path(args.script).stem)
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])
         accelerator = script.start(given)
         base = script.recognise_model(given)
         plan = script.make_plan(given, accelerator, base, script.list_examples(given, base))
-        costs = rehearsal.foretell(script, vars(given), plan, accelerator, torch.device(args.device))
+        costs = memory_estimate.foretell(script, vars(given), plan, accelerator, torch.device(args.device))
     run_summary.show_run(accelerator, f"{args.script} {' '.join(args.flags)}", costs)
     return 0
 

@@ -1,6 +1,6 @@
 """Measure what a training run taught: is the subject there, are prompts obeyed, what has become of the class.
 
-In the world of shapes (`utils.shapes`), where the truth is known and no network judges:
+In the world of shapes (`utils.synthetic.shapes`), where the truth is known and no network judges:
 
     python -m utils.evaluate dreambooth-model --subject "quartered circle" --word sks
 
@@ -22,14 +22,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils import checkpoints, exam, images, previews, processes, results, similarity, stages
-from utils.errors import InputError
-from utils.estimates import Estimate
-from utils.exam import Answer, Enlarged
-from utils.flag_checks import find_out_of_range
-from utils.results import SAVED, Origin
-from utils.shapes import RARE_WORDS, SUBJECTS
-from utils.stages import STAGE_TWO, UPSCALER
+from utils.core.errors import InputError
+from utils.data import images
+from utils.devices import launch
+from utils.evaluation import exam, similarity
+from utils.evaluation.exam import Answer, Enlarged
+from utils.evaluation.standard_errors import Estimate
+from utils.flags.flag_checks import find_out_of_range
+from utils.run import checkpoints
+from utils.sampling import cascade, image_grid, results
+from utils.sampling.cascade import STAGE_TWO, UPSCALER
+from utils.sampling.results import SAVED, Origin
+from utils.synthetic.shapes import RARE_WORDS, SUBJECTS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASE, RESULT = "base", "result"
@@ -44,7 +48,7 @@ Scores = dict[str, dict[str, Estimate]]  # of each measure: of the base model an
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write it, and return the exit status."""
     args = parse_args(argv)
-    processes.silence_libraries()
+    launch.silence_libraries()
     try:
         scores, grid = evaluate_shapes(args) if args.subject else evaluate_photos(args)
     except InputError as error:
@@ -121,7 +125,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
 def evaluate_shapes(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     """Ask result and base model the same questions; return the scores and a sheet of pictures."""
     origins = find_origins(args)
-    kind = stages.kind_of(origins[RESULT])
+    kind = cascade.kind_of(origins[RESULT])
     if kind is UPSCALER:
         raise InputError(f"{args.result} is an upscaler, which the scripts do not train.")
     words = {BASE: "", RESULT: args.word}
@@ -218,7 +222,7 @@ def make_sheet(
     enlarged = [
         cell if min(cell.size) >= CELL else cell.resize((CELL, CELL), Image.Resampling.NEAREST) for cell in cells
     ]
-    return previews.make_grid(enlarged, columns, labels, title, rows)
+    return image_grid.make_grid(enlarged, columns, labels, title, rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- photos
@@ -234,8 +238,8 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     plain = [prompt.format(args.class_word) for prompt in prompts]
     scores, drawn = {}, {}
     for of, origin in find_origins(args).items():
-        pipeline, kind = load(origin, args), stages.kind_of(origin)
-        if kind not in (stages.STABLE_DIFFUSION, stages.STAGE_ONE):
+        pipeline, kind = load(origin, args), cascade.kind_of(origin)
+        if kind not in (cascade.STABLE_DIFFUSION, cascade.STAGE_ONE):
             raise InputError(
                 f"{origin.result.name} enlarges pictures; with photos, what draws from words is evaluated."
             )
@@ -265,7 +269,7 @@ def choose_prompts(args: argparse.Namespace) -> list[str]:
 def draw(pipeline, kind, prompts: list[str], seeds: Sequence[int], args: argparse.Namespace) -> list[Image.Image]:
     """Draw with the kind's usual settings, a seed for each prompt."""
     settings = {"num_inference_steps": kind.num_inference_steps, "guidance_scale": kind.guidance_scale}
-    return stages.draw_batches(pipeline, seeds, args.batch_size, {"prompt": prompts}, **settings)
+    return cascade.draw_batches(pipeline, seeds, args.batch_size, {"prompt": prompts}, **settings)
 
 
 def show_photos(

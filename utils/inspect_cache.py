@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import InputError, exit_status
-from utils.flag_checks import find_out_of_range
-from utils.tensor_cache import ENTRY, KINDS, LEFTOVER, WRITING, DamagedEntry, default_folder, read_entry
+from utils.core.errors import InputError, exit_status
+from utils.data.tensor_cache import ENTRY, KINDS, LEFTOVER, WRITING, DamagedEntry, default_folder, read_entry
+from utils.flags.flag_checks import find_out_of_range
 
 CONDITIONS = ("older_than", "kind", "model", "damaged", "all", "larger_than")
 LEFT, DAMAGED, CLOSED = "left half written", "damaged", "unreadable"

@@ -28,10 +28,12 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils import images, model_files, previews
-from utils.errors import InputError, exit_status, naming_what_cannot_be_written
-from utils.flag_checks import find_out_of_range, problems_that_hold
-from utils.processes import silence_libraries
+from utils.core.errors import InputError, exit_status, naming_what_cannot_be_written
+from utils.data import images
+from utils.devices.launch import silence_libraries
+from utils.flags.flag_checks import find_out_of_range, problems_that_hold
+from utils.models import model_files
+from utils.sampling import image_grid
 
 try:
     import cv2
@@ -452,7 +454,7 @@ def draw_sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     """Return all cells on one sheet, about as wide as high if they are many."""
     pictures, labels = zip(*cells)
     columns = max(COLUMNS, math.ceil(math.sqrt(len(cells))))
-    return previews.make_grid(pictures, columns, labels, title="Dark and blue: outside of the mask, does not count")
+    return image_grid.make_grid(pictures, columns, labels, title="Dark and blue: outside of the mask, does not count")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from utils import shapes
-from utils.errors import InputError
-from utils.seeds import derive_seed
-from utils.small_tokenizers import END, WORDS, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
+from utils.core.errors import InputError
+from utils.core.seeds import derive_seed
+from utils.synthetic import shapes
+from utils.synthetic.small_tokenizers import END, WORDS, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -155,7 +155,7 @@ SHAPES = {
         "vae": {"widths": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
         "text": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     },
-    # What `utils.train_models` trains on pictures of `utils.shapes`.
+    # What `utils.lab.train_models` trains on pictures of `utils.synthetic.shapes`.
     "shapes-sd": {  # 16 pixels
         "family": "sd",
         "scheduler": (DDPMScheduler, SHAPES_SCHEDULE),

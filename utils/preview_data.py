@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from utils import captions, images, previews, run_summary
-from utils.errors import exit_status
-from utils.flag_checks import find_out_of_range
+from utils.core.errors import exit_status
+from utils.data import images, prompt_cleaning
+from utils.flags.flag_checks import find_out_of_range
+from utils.run import run_summary
+from utils.sampling import image_grid
 
 TINT = (40, 0, 120)  # of what a mask hides
 NARROWEST = 224  # pixels of a cell; the pictures of IF's stage I leave no room for words
@@ -81,7 +83,7 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
     photos = sum(not example.is_prior for example in plan.examples)
     title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"
     title += "; in the order of the batches" + (f"; {words}" if words else "")
-    return previews.make_grid(pictures, columns=4, labels=labels, title=title, lines=LINES)
+    return image_grid.make_grid(pictures, columns=4, labels=labels, title=title, lines=LINES)
 
 
 def widen(picture: Image.Image) -> Image.Image:
@@ -112,7 +114,7 @@ def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[I
         hidden = Image.blend(picture, Image.new("RGB", picture.size, TINT), 0.75)
         picture = Image.composite(picture, hidden, light.resize(picture.size, Image.Resampling.NEAREST))
     caption = texts[item["prompt_rows"]]
-    caption = captions.clean(caption) if cleans else caption
+    caption = prompt_cleaning.clean(caption) if cleans else caption
     seen = f", seen {draw.visit}x" if draw.visit else ""
     return picture, f"{example.path.name}, {draw.size} px{seen}: {caption or '(no caption)'}"
 

@@ -25,13 +25,14 @@ import diffusers
 import torch
 from PIL import Image
 
-from utils import images, previews, results, stages
-from utils.errors import InputError
-from utils.flag_checks import find_out_of_range
-from utils.geometry import Size
-from utils.processes import silence_libraries
-from utils.results import SAVED, SCHEDULERS, load_pipeline
-from utils.stages import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage
+from utils.core.errors import InputError
+from utils.data import images
+from utils.data.geometry import Size
+from utils.devices.launch import silence_libraries
+from utils.flags.flag_checks import find_out_of_range
+from utils.sampling import cascade, image_grid, results
+from utils.sampling.cascade import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage
+from utils.sampling.results import SAVED, SCHEDULERS, load_pipeline
 
 __all__ = ["draw", "load_pipeline", "main"]
 
@@ -150,18 +151,18 @@ def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     drawing = Drawing(args.seed, args.negative_prompt, args.batch_size, dtype, device)
     rows = max(len(args.prompt), len(args.images or []))
     chain = list_stages(args, rows)
-    stages.check_stages(chain)
+    cascade.check_stages(chain)
     paths = spread(args.images, rows, "--images") if args.images else []
     pictures = [images.open_rgb(path) for path in paths]
-    sizes = stages.plan_sizes(chain, args.width, args.height, pictures)
+    sizes = cascade.plan_sizes(chain, args.width, args.height, pictures)
     output = args.output or Path("samples", results.default_name(args.result))
     folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
     small = [make_small(*row) for row in zip(paths, pictures, sizes[0])]
     diffusers.utils.logging.set_verbosity_warning()  # says which words of a prompt are too many
-    embeds = stages.embed_prompts(chain, drawing)
+    embeds = cascade.embed_prompts(chain, drawing)
     drawn = [[picture] * len(args.seed) for picture in small] or None
     for stage, own_sizes, folder in zip(chain, sizes, folders):
-        drawn = write_rows(args, stages.draw_rows(stage, own_sizes, drawing, embeds, drawn), folder)
+        drawn = write_rows(args, cascade.draw_rows(stage, own_sizes, drawing, embeds, drawn), folder)
     return folders, rows * len(args.seed)
 
 
@@ -176,7 +177,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
             images.save_png(picture, folder / file_name(number, texts[number], seed))
         written.append(row)
     one = len(written) == 1
-    grid = previews.make_grid(
+    grid = image_grid.make_grid(
         [enlarge_for_sheet(picture) for row in written for picture in row],
         columns=len(args.seed),
         labels=[f"seed {seed}" for seed in args.seed] * len(written),
@@ -233,7 +234,7 @@ def make_stage(args: argparse.Namespace, prefix: str, prompts: list[str]) -> Sta
         results.check_strength(origin.result, 1.0 if own.get("lora_scale") is None else own["lora_scale"])
     except InputError as error:
         raise InputError(re.sub("--(base_model|lora_scale)", rf"--{prefix}\1", str(error))) from error
-    kind = stages.kind_of(origin)
+    kind = cascade.kind_of(origin)
     if wanted not in (None, kind):
         raise InputError(f"--{flag} {origin.result.name} is {kind.name}, not {wanted.name}.")
     given = {name: own.get(name) for name in ("num_inference_steps", "guidance_scale", "scheduler", "lora_scale")}
@@ -270,7 +271,7 @@ def spread(values: Sequence, rows: int, flag: str) -> list:
 
 def make_small(path: Path, picture: Image.Image, size: Size) -> Image.Image:
     """Make a picture a quarter of what it is enlarged to, and say so."""
-    small = stages.make_small(picture, size)
+    small = cascade.make_small(picture, size)
     if picture.size != small.size:
         cut = "" if picture.width * small.height == picture.height * small.width else "its middle "
         print(f"{path}, {picture.width} x {picture.height} pixels: {cut}resized to {small.width} x {small.height}")
@@ -303,7 +304,7 @@ def draw(
     own = {"prompt": [prompt for prompt, _ in pairs], "negative_prompt": [negative_prompt] * len(pairs)}
     common = {"height": size[0], "width": size[1], "guidance_scale": guidance_scale}
     pair_seeds = [seed for _, seed in pairs]
-    return stages.draw_batches(
+    return cascade.draw_batches(
         pipeline, pair_seeds, batch_size, own, **common, num_inference_steps=num_inference_steps
     )
 

@@ -12,25 +12,25 @@ import json
 import sys
 from pathlib import Path
 
-from utils import hub
-from utils.config_file import say_without_tokens
-from utils.errors import InputError
+from utils.core.errors import InputError
+from utils.flags.command_line import say_without_tokens
+from utils.hub import publish
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, upload, print the URL or what went wrong, and return the exit status."""
     args = parse_args(argv)
     try:
-        if not hub.result_files(args.output_dir):
+        if not publish.result_files(args.output_dir):
             raise InputError(
-                f"{args.output_dir} holds no result (neither {hub.PIPELINE} nor {hub.ADAPTER}). Name the --output_dir "
-                "of a run that has ended; a stopped one goes on with --resume_from_checkpoint latest."
+                f"{args.output_dir} holds no result (neither {publish.PIPELINE} nor {publish.ADAPTER}). Name the "
+                "--output_dir of a run that has ended; a stopped one goes on with --resume_from_checkpoint latest."
             )
         saved = read_saved_args(args.output_dir)
         name = args.hub_model_id or saved.get("hub_model_id")
         private = saved.get("hub_private_repo", False) if args.hub_private_repo is None else args.hub_private_repo
-        repository = hub.prepare_repository(name, args.output_dir, args.hub_token, private)
-        print(hub.upload_result(args.output_dir, repository, args.hub_token))
+        repository = publish.prepare_repository(name, args.output_dir, args.hub_token, private)
+        print(publish.upload_result(args.output_dir, repository, args.hub_token))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,1 @@
+"""How well a result does: similarity to photos and prompts, the reader of drawn shapes, tables with errors."""

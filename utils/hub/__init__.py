@@ -1,0 +1,4 @@
+"""The Hugging Face Hub: requests with timeouts, uploads, data sets, and the model card.
+
+When a run uploads, and what, is in the scripts (`share`).
+"""
