@@ -4,8 +4,9 @@
 
 Every configuration is run three times, each time in a new process: as it is, for seconds, memory and samples a second;
 with --dry_run, for the memory that it foretells; and by `utils/lab/step_timing.py`, which waits for the device around
-each part of a step. The first steps, in which kernels are chosen and memory is taken, do not count. Model-FLOP utilisation is the operations of a step over its seconds and over
-the highest speed of matrix products that was measured here, in the same precision.
+each part of a step. The first steps do not count: kernels are chosen and memory is taken there. Model-FLOP utilisation
+is the operations of a step over its seconds, and over the highest speed of matrix products measured here, in the same
+precision.
 
     python -m utils.lab.benchmark --against DIR --shape small
 

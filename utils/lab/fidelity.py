@@ -3,9 +3,9 @@
     python -m utils.lab.fidelity --output fidelity-output
 
 Every run is one of the two scripts, started as a person would start it, on five photos of a subject. Then
-`utils.evaluation.exam` asks its questions. A line of the table is the mean over all subjects and seeds, with its standard error over
-them. What is measured is kept in the output folder, and a run is not repeated unless its flags, its model, the exam or
-the code has changed since.
+`utils.evaluation.exam` asks its questions. A line of the table is the mean over all subjects and seeds, with its
+standard error over them. What is measured is kept in the output folder, and a run is not repeated unless its flags, its
+model, the exam or the code has changed since.
 
 To add a line, add a recipe to `RECIPES`.
 """
