@@ -8,11 +8,11 @@ A run from top to bottom is `main`. To change an experiment, edit one function:
 
     one training step .............. compute_loss             the data and its captions ...... list_photos
     which weights train ............ prepare_training         crops, flips, pixel values ..... DreamBoothDataset
-    noise and timesteps ............ draw_noise               which example comes when ....... StepSampler
+    noise and timesteps ............ sample_noise             which example comes when ....... StepSampler
     what stage II is fed ........... stage_two_inputs         the optimizer .................. make_optimizer
-    what is to be predicted ........ target                   the schedule ................... learning_rate
+    what is to be predicted ........ prediction_target        the schedule ................... learning_rate
     the weight of each example ..... example_losses           previews and their sampler ..... make_preview_pipeline
-    instance against class ......... combine                  what is kept ................... save_result
+    instance against class ......... combine_losses           what is kept ................... save_result
 
 Letters in shapes: B batch, C channels, H W height and width in pixels, h w in latents, L tokens, D text width,
 T train timesteps, N distinct prompts.
@@ -52,14 +52,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from utils.core.errors import InputError, exit_status
+from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
 from utils.data import geometry, images, masks, prompt_cleaning
-from utils.data.batch_order import BatchOrder, share_out
+from utils.data.batch_order import BatchOrder, split_batch
 from utils.data.captions import STRATEGIES, find_captions
 from utils.data.concepts import Concept, find_concept_problems, read_concepts
 from utils.data.embedding_cache import open_cache
-from utils.data.geometry import CROP_STYLES, UNITS, Cut, Size, quarter
+from utils.data.geometry import CROP_STYLES, UNITS, Crop, Size, quarter
 from utils.data.latent_cache import content_hash, open_latents
 from utils.devices import device_memory, shards
 from utils.devices.graceful_stop import StopRequest, ignore_signals
@@ -67,22 +67,22 @@ from utils.devices.gradient_checkpointing import checkpoint_all_but_attention
 from utils.devices.launch import connect, on_main_process
 from utils.devices.network_speed import compile_blocks
 from utils.flags.command_line import flags_to_repeat, make_grouped_parser, parse_with_config
-from utils.flags.flag_checks import find_out_of_range, is_installed, problems_that_hold, ranges_of
+from utils.flags.flag_checks import find_out_of_range, is_installed, messages_if, ranges_of
 from utils.hub import publish
 from utils.hub.hub_datasets import open_source
 from utils.hub.model_card import write_card
 from utils.memory.memory_estimate import show_costs
-from utils.memory.out_of_memory import explaining_running_out
+from utils.memory.out_of_memory import explain_out_of_memory
 from utils.models import model_files
 from utils.models.variance import variational_bound
 from utils.optim.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
 from utils.optim.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
 from utils.optim.stochastic_rounding import in_float32
 from utils.run import checkpoints
-from utils.run.flag_conflicts import find_idle_flags, find_misfits
+from utils.run.flag_conflicts import find_model_conflicts, find_unused_flags
 from utils.run.folder_checks import find_folder_problems
 from utils.run.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
-from utils.run.resume_checks import check_fits, fits_of_run
+from utils.run.resume_checks import check_resume_keys, resume_keys_of_run
 from utils.run.run_summary import describe_run, show_run
 from utils.sampling import preview_pipeline
 
@@ -114,7 +114,7 @@ PIPELINES = dict(zip(ModelKind, ("StableDiffusionPipeline", "IFPipeline", "IFSup
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseModel:
+class ModelInfo:
     """What the checkpoint's own config files say, and what follows from its kind; no weights."""
 
     kind: ModelKind
@@ -123,15 +123,15 @@ class BaseModel:
     image_noising_scheduler: dict | None  # of stage II
     conditioning: str | None  # of stage II: noise_level or timesteps
     prediction_type: str  # epsilon or v_prediction
-    size_factor: int  # width and height in pixels are multiples of it
-    latent_factor: int  # pixels along the edge of a latent; 1 for models that work on pixels
-    latent_scale: float  # of latents, as the U-Net is given them
+    size_multiple: int  # width and height in pixels are multiples of it
+    vae_scale_factor: int  # pixels along the edge of a latent; 1 for models that work on pixels
+    scaling_factor: float  # of latents, as the U-Net is given them
     learns_variance: bool  # the U-Net puts out twice its image channels
-    hides_padding: bool  # from the text encoder, as the model's pipeline will when it draws
+    uses_attention_mask: bool  # from the text encoder, as the model's pipeline will when it draws
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
     vocabulary: int | None  # words that its text encoder knows
     tokens: int | None  # per prompt; None: the tokenizer's own limit
-    own_size: Size  # in pixels, of what its pipeline draws unless told otherwise
+    native_size: Size  # in pixels, of what its pipeline draws unless told otherwise
     resolution: Size  # in pixels, to train at
     preview_sizes: list[Size]
 
@@ -141,7 +141,7 @@ class BaseModel:
         return self.kind is not ModelKind.STABLE_DIFFUSION
 
     @property
-    def enlarges_from(self) -> Size | None:
+    def low_res_size(self) -> Size | None:
         """The size in pixels of what stage II enlarges to the resolution; None for others."""
         return quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
 
@@ -158,21 +158,21 @@ class Example(NamedTuple):
     mask: Path | None = None
 
 
-class Draw(NamedTuple):
-    """One visit to an example."""
+class ExampleVisit(NamedTuple):
+    """One visit to an example: a run shows each photo many times, each time cropped and noised anew."""
 
-    example: int  # its index
-    visit: int  # how often it was visited before
-    size: Size  # in pixels, that it is cut to
-    share: float  # its part of this process's mean over photos, or over class images
-    seed: int  # of its noise
+    example: int  # index of the example
+    earlier_visits: int  # how often the run visited it before
+    size: Size  # of the crop, in pixels
+    mean_weight: float  # weight in this process's mean over instance images, or over class images
+    seed: int  # of the noise and the timestep
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Numbers that follow from the flags, the data and the number of processes; fixed before anything is loaded."""
 
-    base: BaseModel
+    base: ModelInfo
     examples: list[Example]
     order: BatchOrder
     seed: int
@@ -230,43 +230,43 @@ def main(argv: list[str] | None = None) -> int:
     """Run the training and return the exit status: 0, or 128 + the signal that stopped it."""
     # 1. Check everything that can be checked before anything is loaded or written.
     args = parse_args(argv)
-    accelerator = start(args)
-    base = recognise_model(args)
+    accelerator = make_accelerator(args)
+    base = detect_model(args)
     examples = list_examples(args, base)
     plan = make_plan(args, accelerator, base, examples)
     if args.dry_run:
-        return report(args, accelerator, plan)
-    repository = open_output(args, accelerator, plan)
+        return print_dry_run(args, accelerator, plan)
+    repository = prepare_output_folder(args, accelerator, plan)
 
-    with StopRequest() as stop, explaining_running_out(accelerator, vars(args)) as networks:
+    with StopRequest() as stop, explain_out_of_memory(accelerator, vars(args)) as networks:
         # 2. Words to tensors; a text encoder that the loop does not need is freed here.
         prompts = encode_prompts(args, accelerator, plan)
 
         # 3. Draw missing class images, and what stage II previews enlarge; the pipelines that draw are freed.
         draw_class_images(args, accelerator, plan, prompts, stop)
-        write_small_images(args, accelerator, plan, prompts)
+        write_start_images(args, accelerator, plan, prompts)
 
         # 4. Pictures to latents, where they are cut alike again and again; the VAE is freed.
         dataset = DreamBoothDataset(args, plan, prompts)
-        dataset.latents = encode_pictures(args, accelerator, plan, dataset)
+        dataset.latents = cache_latents(args, accelerator, plan, dataset)
 
         # 5. Networks, and which of their weights train.
         models = load_models(args, plan, prompts, accelerator.device, dataset.latents)
         networks.update(filter(None, (models.unet, models.vae, models.text_encoder)))
         prepare_training(args, plan, models, accelerator.device)
         models.optimizer = make_optimizer(args, plan, models)
-        resume(args, accelerator, plan, models)
+        wrap_and_resume(args, accelerator, plan, models)
 
         # 6. The loop.
         loader = make_loader(args, accelerator, plan, dataset)
-        summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
+        summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
         show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
         finished = train(args, accelerator, plan, models, loader, stop)
 
         # 7. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.or_else(instead, plan.steps, at_once=shards.are_used(accelerator)):
+            with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -449,8 +449,8 @@ def find_problems(args: Namespace) -> list[str]:
         *device_memory.find_precision_problems(vars(args)),
         *find_rate_problems(vars(args)),
         *find_optimizer_problems(vars(args)),
-        *shards.find_unfit(vars(args)),
-        *problems_that_hold(
+        *shards.find_unsupported(vars(args)),
+        *messages_if(
             (text and args.pre_compute_text_embeddings, stale),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
@@ -471,21 +471,21 @@ def find_method_problems(args: Namespace) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- start-up
 
 
-def start(args: Namespace) -> Accelerator:
+def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
-    device_memory.set_arithmetic(args.deterministic, args.allow_tf32)
+    device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
     trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in find_idle_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    for note in find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
 
-def recognise_model(args: Namespace) -> BaseModel:
+def detect_model(args: Namespace) -> ModelInfo:
     """Tell from the checkpoint's config files what it is.
 
     Raises:
-        InputError: The checkpoint is none that this script trains, or flags contradict it.
+        UserError: The checkpoint is none that this script trains, or flags contradict it.
     """
     name = args.pretrained_model_name_or_path
     configs = model_files.read_configs(name, args.revision, args.hub_token)
@@ -502,43 +502,47 @@ def recognise_model(args: Namespace) -> BaseModel:
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
     own = Size.of_config(unet.get("sample_size") or 64)
     usual = str(own) if is_if else "768" if prediction_type == "v_prediction" else "512"
-    hides_padding = is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
-    base = BaseModel(
+    uses_attention_mask = (
+        is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
+    )
+    base = ModelInfo(
         kind=kind,
         index=configs.index,
         scheduler=scheduler,
         image_noising_scheduler=configs.image_noising_scheduler or None,
         conditioning=(args.class_labels_conditioning or "noise_level") if enlarges else None,
         prediction_type=prediction_type,
-        size_factor=math.lcm(factor, 4) if enlarges else factor,
-        latent_factor=1 if is_if else factor,
-        latent_scale=1.0 if is_if else vae.get("scaling_factor", 0.18215),
+        size_multiple=math.lcm(factor, 4) if enlarges else factor,
+        vae_scale_factor=1 if is_if else factor,
+        scaling_factor=1.0 if is_if else vae.get("scaling_factor", 0.18215),
         learns_variance=learns_variance,
-        hides_padding=bool(hides_padding),
+        uses_attention_mask=bool(uses_attention_mask),
         precomputes_text=is_if or (not args.train_text_encoder and args.pre_compute_text_embeddings is not False),
         vocabulary=configs.text_encoder.get("vocab_size"),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
-        own_size=own if is_if else Size(own.width * factor, own.height * factor),
+        native_size=own if is_if else Size(own.width * factor, own.height * factor),
         resolution=Size.parse(args.resolution or usual),
         preview_sizes=list(dict.fromkeys(geometry.parse_list(args.validation_resolution or args.resolution or usual))),
     )
-    problems = find_misfits(vars(args), base, configs.text_encoder.get("max_position_embeddings", 77))
+    problems = find_model_conflicts(vars(args), base, configs.text_encoder.get("max_position_embeddings", 77))
     small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
-        raise InputError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
+        raise UserError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
     return base
 
 
-def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
+def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
     """List the photos and class images of all concepts with their captions, class images still to be drawn too.
 
     Raises:
-        InputError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
+        UserError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
     """
     width = base.resolution.width
-    if not args.resolution and width > 2 * base.own_size.width:
-        logger.warning(f"the model draws {base.own_size} px, but trains at {width}: --resolution sets another size.")
+    if not args.resolution and width > 2 * base.native_size.width:
+        logger.warning(
+            f"the model draws {base.native_size} px, but trains at {width}: --resolution sets another size."
+        )
     examples = []
     for concept in read_concepts(vars(args)):
         photos = list_photos(args, base, concept)
@@ -547,13 +551,13 @@ def list_examples(args: Namespace, base: BaseModel) -> list[Example]:
     return examples
 
 
-def list_photos(args: Namespace, base: BaseModel, concept: Concept) -> list[Example]:
+def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Example]:
     """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
-    folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.call, args.resolution_type
+    folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.flag_name, args.resolution_type
     found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
     found = images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
-    step = args.bucket_step or geometry.bucket_step(target, base.size_factor)
+    step = args.bucket_step or geometry.bucket_step(target, base.size_multiple)
     buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
     images.warn_of_enlarging(found, sizes, target)
@@ -564,25 +568,25 @@ def list_photos(args: Namespace, base: BaseModel, concept: Concept) -> list[Exam
     return [Example(path, prompts[path], size=sizes[path], mask=lights.get(path), **options) for path in found]
 
 
-def list_class_images(args: Namespace, base: BaseModel, concept: Concept, photos: list[Example]) -> list[Example]:
+def list_class_images(args: Namespace, base: ModelInfo, concept: Concept, photos: list[Example]) -> list[Example]:
     """List the class images of a concept; if the base model's prediction is their target, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
-    paths, missing = images.find_drawn(folder, prompt, concept.class_guidance_scale, wanted)
+    paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
     if missing and args.prior_target == "base_prediction":
         paths, missing = [path for path in paths if path not in missing], set()
         if not paths:
             logger.info(f"{folder} holds no class images: the photos stand in for them, as {prompt!r}.")
             return [one._replace(prompts=(prompt,), is_prior=True, mask=None) for one in photos]
     if base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
-        images.refuse_missing(folder, len(missing), len(paths))
+        images.raise_if_missing(folder, len(missing), len(paths))
     return [Example(path, (prompt,), concept, photos[0].size, True, path in missing) for path in paths]
 
 
-def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, examples: list[Example]) -> Plan:
+def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, examples: list[Example]) -> Plan:
     """Work out the numbers of the run.
 
     Raises:
-        InputError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
+        UserError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
     """
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
@@ -597,9 +601,9 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
-    fits |= fits_of_run(vars(args), base, examples) | method_fits(args, base)
+    fits |= resume_keys_of_run(vars(args), base, examples) | method_resume_keys(args, base)
     if resume_from is not None:
-        check_fits(resume_from, state["fits"], fits)
+        check_resume_keys(resume_from, state["fits"], fits)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
     plan = Plan(
         base=base,
@@ -624,25 +628,25 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: BaseModel, exampl
     return plan
 
 
-def method_fits(args: Namespace, base: BaseModel) -> dict:
+def method_resume_keys(args: Namespace, base: ModelInfo) -> dict:
     """Return what only a full fine-tuning and its checkpoint must have in common."""
     return {"trained weights": "biases" if args.use_bitfit else "all"}
 
 
-def report(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
+def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     """Say what the run would do, from configs and tokens alone; nothing is drawn, loaded, trained or written."""
     empty = torch.device("meta")
-    prompts = tokenise_prompts(args, plan, empty)
+    prompts = tokenize_prompts(args, plan, empty)
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
-    summary = describe_run(vars(args), plan, method_fits(args, plan.base), models, accelerator.device)
+    summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
     show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
     show_costs(sys.modules[__name__], vars(args), plan, accelerator)
     return 0
 
 
-def open_output(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
+def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
     repository = on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
@@ -700,7 +704,7 @@ def draw_class_batch(
     return pipeline(**words, **options, generator=seeds).images
 
 
-def write_small_images(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> None:
+def write_start_images(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> None:
     """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
     # On each machine, because its folder may be its own.
     if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
@@ -711,12 +715,12 @@ def write_small_images(args: Namespace, accelerator: Accelerator, plan: Plan, pr
             preview_pipeline.shrink(small, paths, folder)
         else:
             model, options = args.stage_one_model_name_or_path, preview_options(args, prompts, None)
-            with device_memory.going_on_without_memory("Stage I"):
+            with device_memory.skip_if_out_of_memory("Stage I"):
                 preview_pipeline.draw(load_pipeline(args, accelerator, plan.base, model), small, folder, **options)
     accelerator.wait_for_everyone()
 
 
-def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, model: str) -> DiffusionPipeline:
+def load_pipeline(args: Namespace, accelerator: Accelerator, base: ModelInfo, model: str) -> DiffusionPipeline:
     """Load a whole model for drawing, in the precision asked for, without safety checker, and T5 if it is IF."""
     default = "fp16" if accelerator.device.type in ("cuda", "xpu") else "fp32"
     left_out = ("safety_checker", *(("text_encoder", "tokenizer", "watermarker") if base.is_if else ()))
@@ -727,11 +731,11 @@ def load_pipeline(args: Namespace, accelerator: Accelerator, base: BaseModel, mo
 
 
 def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> PromptTable:
-    """Tokenise every prompt of the run and, if the text encoder is to be freed, embed them here and now.
+    """Tokenize every prompt of the run and, if the text encoder is to be freed, embed them here and now.
 
     Embeddings come from the cache; what it lacks is encoded and added.
     """
-    prompts = tokenise_prompts(args, plan, accelerator.device)
+    prompts = tokenize_prompts(args, plan, accelerator.device)
     if not plan.base.precomputes_text:
         return prompts
     precision = args.text_encoder_precision or accelerator.mixed_precision
@@ -753,12 +757,12 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
     return prompts
 
 
-def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
+def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
     """Encode each cut of a picture that is worth it once, with a VAE that is then freed; None if none is worth it.
 
-    What is kept for (path, `Cut`) is the mean and deviation of its posterior, (2, C, h, w); visits draw from it anew.
+    What is kept for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w); visits draw from it anew.
     """
-    if not (cuts := list_cuts(args, plan, dataset)):
+    if not (cuts := count_crops(args, plan, dataset)):
         return None
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
     cache = open_latents(args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type)
@@ -769,7 +773,7 @@ def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, datas
         missing = [cut for cut, moments in latents.items() if moments is None]
         vae = load_vae(args, plan, accelerator.device) if missing else None
         for cut in tqdm(missing, desc="latents", disable=not missing or not accelerator.is_local_main_process):
-            latents[cut] = encode(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
+            latents[cut] = encode_images(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
             cache.save(keys[cut], latents[cut], cut[0].name)
         del vae
         device_memory.free_memory()
@@ -777,8 +781,8 @@ def encode_pictures(args: Namespace, accelerator: Accelerator, plan: Plan, datas
     return latents
 
 
-def tokenise_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
-    """Tokenise every prompt of the run, and say what the model will not see of it."""
+def tokenize_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
+    """Tokenize every prompt of the run, and say what the model will not see of it."""
     base, texts = plan.base, [prompt for example in plan.examples for prompt in example.prompts]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
@@ -786,8 +790,8 @@ def tokenise_prompts(args: Namespace, plan: Plan, device: torch.device) -> Promp
     tokenizer = load_tokenizer(args, base)
     length = base.tokens or tokenizer.model_max_length
     prompt_cleaning.check_tokenizer(tokenizer, length, base.vocabulary)
-    ids, mask = prompt_cleaning.tokenise(tokenizer, texts, length, cleans=base.is_if)
-    return PromptTable(texts, ids.to(device), mask.to(device) if base.hides_padding else None)
+    ids, mask = prompt_cleaning.tokenize_texts(tokenizer, texts, length, cleans=base.is_if)
+    return PromptTable(texts, ids.to(device), mask.to(device) if base.uses_attention_mask else None)
 
 
 def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Tensor, together: bool) -> Tensor:
@@ -825,7 +829,7 @@ def load(args: Namespace, kind: type, part: str | None = None, model: str | None
     return model_files.load(kind, name, part, **where, **options)
 
 
-def load_tokenizer(args: Namespace, base: BaseModel) -> Any:
+def load_tokenizer(args: Namespace, base: ModelInfo) -> Any:
     """Load the base model's tokenizer, or the one of --tokenizer_name."""
     if args.tokenizer_name:
         return model_files.load(transformers.AutoTokenizer, args.tokenizer_name, None, token=args.hub_token)
@@ -836,8 +840,8 @@ def load_text_encoder(args: Namespace, plan: Plan, precision: str, device: torch
     """Load the base model's text encoder, frozen, on the device: in a precision, or in int8."""
     options = {"dtype": PRECISIONS.get(precision), "device": device}
     if precision == "int8":
-        quantised = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        options = {"quantization_config": quantised, "device_map": {"": device}}
+        quantized = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        options = {"quantization_config": quantized, "device_map": {"": device}}
     kind = model_files.component_class(plan.base.index, "text_encoder")
     return load(args, kind, "text_encoder", **options).requires_grad_(False).eval()
 
@@ -904,44 +908,44 @@ class DreamBoothDataset(Dataset):
     """The pictures of the run, cut and scaled anew at each visit, or their latents."""
 
     def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, latents: dict | None = None):
-        """Remember what is needed to cut pictures, and what `encode_pictures` made of them; read none."""
+        """Remember what is needed to cut pictures, and what `cache_latents` made of them; read none."""
         self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, latents
         rows = {text: row for row, text in enumerate(prompts.texts)}
         self.prompt_rows = [[rows[text] for text in one.prompts] for one in plan.examples]
         self.empty_row = rows.get("")
         limits = (args.maximum_image_size, args.target_downsample_size, args.resolution_type)
-        self.shrinking, self.latent_factor = geometry.Shrinking(*limits), plan.base.latent_factor
+        self.shrinking, self.vae_scale_factor = geometry.Shrinking(*limits), plan.base.vae_scale_factor
         mode = args.image_interpolation_mode or ("bicubic" if plan.base.is_if else "lanczos")
         self.resampling = (Image.Resampling[mode.upper()], args.stepwise_downsampling)
 
-    def cut(self, draw: Draw) -> Cut:
+    def crop(self, visit: ExampleVisit) -> Crop:
         """Return where a visit cuts its picture and whether it mirrors it: by seed, example and visit alone."""
-        example, variants = self.examples[draw.example], self.args.latent_variants
-        visit = draw.visit % variants if variants else draw.visit
-        chance = random.Random(derive_seed(self.seed, "crop and flip", draw.example, visit))
-        scaled = geometry.scaled_size(images.upright_size(example.path), draw.size, self.shrinking)
-        box = geometry.crop_box(scaled, draw.size, example.concept.crop_style, chance)
-        box = masks.meet(example.mask, scaled, box)
-        return Cut(scaled, box, example.concept.random_flip and chance.random() < 0.5)
+        example, variants = self.examples[visit.example], self.args.latent_variants
+        turn = visit.earlier_visits % variants if variants else visit.earlier_visits
+        chance = random.Random(derive_seed(self.seed, "crop and flip", visit.example, turn))
+        scaled = geometry.scaled_size(images.upright_size(example.path), visit.size, self.shrinking)
+        box = geometry.crop_box(scaled, visit.size, example.concept.crop_style, chance)
+        box = masks.move_crop_onto_mask(example.mask, scaled, box)
+        return Crop(scaled, box, example.concept.random_flip and chance.random() < 0.5)
 
-    def pixels(self, path: Path, cut: Cut) -> Tensor:
+    def pixels(self, path: Path, cut: Crop) -> Tensor:
         """Return a picture as it is cut, (3, H, W) float32 in [-1, 1]."""
-        image = images.cut(images.open_scaled(path, cut.scaled, *self.resampling), cut)
+        image = images.crop_image(images.open_scaled(path, cut.scaled, *self.resampling), cut)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
-    def __getitem__(self, draw: Draw) -> dict:
+    def __getitem__(self, visit: ExampleVisit) -> dict:
         """Return one example; what it is depends on the seed, the example and the visit alone."""
-        example, cut = self.examples[draw.example], self.cut(draw)
-        captions = random.Random(derive_seed(self.seed, "caption", draw.example, draw.visit))
-        is_nameless = random.Random(derive_seed(draw.seed, "caption dropout")).random() < self.args.caption_dropout
+        example, cut = self.examples[visit.example], self.crop(visit)
+        captions = random.Random(derive_seed(self.seed, "caption", visit.example, visit.earlier_visits))
+        is_nameless = random.Random(derive_seed(visit.seed, "caption dropout")).random() < self.args.caption_dropout
         cached = self.latents and {"moments": self.latents[example.path, cut]}
         return (cached or {"pixel_values": self.pixels(example.path, cut)}) | {
-            "weight_map": masks.weight_map(example.mask, cut, draw.size, self.latent_factor),
-            "prompt_rows": self.empty_row if is_nameless else captions.choice(self.prompt_rows[draw.example]),
+            "weight_map": masks.weight_map(example.mask, cut, visit.size, self.vae_scale_factor),
+            "prompt_rows": self.empty_row if is_nameless else captions.choice(self.prompt_rows[visit.example]),
             "is_prior": example.is_prior,
-            "shares": draw.share,
-            "weights": example.concept.weigh(example.is_prior),
-            "seeds": draw.seed,
+            "mean_weights": visit.mean_weight,
+            "loss_weights": example.concept.loss_weight_of(example.is_prior),
+            "seeds": visit.seed,
             "names": str(example.path),
         }
 
@@ -956,16 +960,16 @@ class StepSampler:
         """Cover the micro-steps `first` up to, not including, `last` for process `rank`."""
         self.plan, self.micro_steps, self.rank = plan, range(first, last), rank
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the draws of each micro-step, photos before the class images beside them."""
+    def __iter__(self) -> Iterator[list[ExampleVisit]]:
+        """Yield the visits of each micro-step, instance images before the class images that belong to them."""
         for micro_step in self.micro_steps:
             pairs = self.plan.order[micro_step]
-            places, share = share_out(len(pairs), self.rank, self.plan.processes)
+            places, mean_weight = split_batch(len(pairs), self.rank, self.plan.processes)
             photos = [("instance", place, pairs[place].photo) for place in places]
-            beside = [("class", place, pairs[place].beside) for place in places if pairs[place].beside]
+            priors = [("class", place, pairs[place].class_image) for place in places if pairs[place].class_image]
             yield [
-                Draw(*visit, pairs[0].size, share, derive_seed(self.plan.seed, "example", kind, micro_step, place))
-                for kind, place, visit in photos + beside
+                ExampleVisit(*visit, pairs[0].size, mean_weight, derive_seed(self.plan.seed, "example", *where))
+                for *where, visit in [(kind, micro_step, place, visit) for kind, place, visit in photos + priors]
             ]
 
 
@@ -975,8 +979,8 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
     Returns:
         `pixel_values` (B, 3, H, W) float32 in [-1, 1] or, if latents are cached, `moments` (B, 2, C, h, w), the mean
         and deviation of their posterior; `weight_map` (B, 1, h, w) float32 in [0, 1]; `prompt_rows` (B,) int64, rows
-        of the prompt table; `is_prior` (B,) bool; `shares` (B,), each example's part of the mean, and `weights` (B,)
-        of its loss; `seeds` (B,) int64, from which each example's noise is drawn; `names`, B paths.
+        of the prompt table; `is_prior` (B,) bool; `mean_weights` (B,), which turn sums into means, and `loss_weights`
+        (B,); `seeds` (B,) int64, from which each example's noise is drawn; `names`, B paths.
     """
     return torch.utils.data.default_collate(items)
 
@@ -999,15 +1003,15 @@ def make_samplers(args: Namespace, plan: Plan) -> list[StepSampler]:
     return [StepSampler(plan, first, last, rank) for rank in range(plan.processes)]
 
 
-def list_cuts(args: Namespace, plan: Plan, dataset: DreamBoothDataset) -> Counter:
-    """Return how often the run will visit each (path, `Cut`), if the latents of these are to be kept, else nothing.
+def count_crops(args: Namespace, plan: Plan, dataset: DreamBoothDataset) -> Counter:
+    """Return how often the run will visit each (path, `Crop`), if the latents of these are to be kept, else nothing.
 
     By --cache_latents auto, they are kept if cuts come again, and are 20,000 at most: at 512 px 2.6 GB of memory.
     """
     if plan.base.is_if or args.cache_latents == "off":
         return Counter()
-    visits = (draw for sampler in make_samplers(args, plan) for draws in sampler for draw in draws)
-    cuts = Counter((dataset.examples[draw.example].path, dataset.cut(draw)) for draw in visits)
+    visits = (visit for sampler in make_samplers(args, plan) for step_visits in sampler for visit in step_visits)
+    cuts = Counter((dataset.examples[visit.example].path, dataset.crop(visit)) for visit in visits)
     if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
         logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
         return Counter()
@@ -1044,7 +1048,7 @@ def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
     return rate_of_step(args.lr_scheduler, step, steps, peak, *options)
 
 
-def resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
+def wrap_and_resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Wrap what trains for devices, and restore it from the checkpoint that the plan names; draws need nothing."""
     if plan.resume_from is None:
         return wrap_for_devices(args, accelerator, models)
@@ -1062,8 +1066,8 @@ def resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models
 def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, batch: dict) -> Loss:
     """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
-    clean = to_model_space(batch, models.vae, plan.base.latent_scale, device)
-    noise, timesteps = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, plan.noise_offset)
+    clean = latents_or_pixels(batch, models.vae, plan.base.scaling_factor, device)
+    noise, timesteps = sample_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, plan.noise_offset)
     noise, timesteps = noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
@@ -1078,7 +1082,7 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     prediction, *variance = models.unet(**inputs).sample.float().split(clean.shape[1], dim=1)
 
     prediction_type, is_prior = plan.base.prediction_type, batch["is_prior"]
-    wanted = target(scheduler, prediction_type, clean, noise, timesteps)
+    wanted = prediction_target(scheduler, prediction_type, clean, noise, timesteps)
     if args.prior_target == "base_prediction" and is_prior.any():
         chosen = {name: value[is_prior.to(device)] for name, value in inputs.items()}
         own = predict_as_base(accelerator, models, rows[is_prior], chosen)
@@ -1088,8 +1092,8 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     if args.train_variance:
         bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
         losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(bound, weight_map)
-    shares, weights = (batch[name].float().to(device, non_blocking=True) for name in ("shares", "weights"))
-    return combine(losses, shares, weights, is_prior)
+    weights = [batch[name].float().to(device, non_blocking=True) for name in ("mean_weights", "loss_weights")]
+    return combine_losses(losses, *weights, is_prior)
 
 
 def predict_as_base(accelerator: Accelerator, models: Models, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -1100,7 +1104,7 @@ def predict_as_base(accelerator: Accelerator, models: Models, rows: Tensor, inpu
         return models.copies["unet"](**inputs | {"encoder_hidden_states": embeds}).sample.float()
 
 
-def to_model_space(batch: dict, vae: nn.Module | None, scale: float, device: torch.device) -> Tensor:
+def latents_or_pixels(batch: dict, vae: nn.Module | None, scale: float, device: torch.device) -> Tensor:
     """Return what noise is added to: the pictures, or their scaled latents (arXiv 2112.10752, section 3.1).
 
     Args:
@@ -1115,7 +1119,7 @@ def to_model_space(batch: dict, vae: nn.Module | None, scale: float, device: tor
         pixel_values = batch["pixel_values"].to(device, non_blocking=True)
         if vae is None:
             return pixel_values
-        moments = encode(vae, pixel_values)
+        moments = encode_images(vae, pixel_values)
     else:
         moments = batch["moments"].to(device, non_blocking=True)
     mean, deviation = moments.float().unbind(1)
@@ -1123,7 +1127,7 @@ def to_model_space(batch: dict, vae: nn.Module | None, scale: float, device: tor
     return (mean + deviation * torch.stack(draws).to(device, non_blocking=True)) * scale
 
 
-def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
+def encode_images(vae: nn.Module, pixel_values: Tensor) -> Tensor:
     """Return the mean and deviation of the posteriors, (B, 2, C, h, w), of (B, 3, H, W) pictures in [-1, 1].
 
     One picture at a time: then what is found does not depend on its neighbours, not even in the last bit.
@@ -1133,7 +1137,7 @@ def encode(vae: nn.Module, pixel_values: Tensor) -> Tensor:
     return torch.cat([torch.stack([one.mean, one.std], dim=1) for one in found])
 
 
-def draw_noise(
+def sample_noise(
     shape: torch.Size, seeds: list[int], num_train_timesteps: int, offset: float, purpose: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Draw each example's noise and timestep from its own seed, on the CPU, so that the device does not matter.
@@ -1177,12 +1181,14 @@ def stage_two_inputs(
     # Bicubic overshoots; a picture to be enlarged never leaves [-1, 1].
     low = F.interpolate(clean, (height // 4, width // 4), mode="bicubic", antialias=True).clamp(-1, 1)
     enlarged = F.interpolate(low, (height, width), mode="bilinear", align_corners=True)
-    drawn = draw_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, 0.0, "low resolution ")
+    drawn = sample_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, 0.0, "low resolution ")
     noise, levels = (tensor.to(clean.device, non_blocking=True) for tensor in drawn)
     return {"sample": torch.cat([noisy, scheduler.add_noise(enlarged, noise, levels)], dim=1), "class_labels": levels}
 
 
-def target(scheduler: DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def prediction_target(
+    scheduler: DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
     """Return what the U-Net is to predict: the noise, or the velocity (arXiv 2202.00512, appendix D)."""
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(clean, noise, timesteps)
@@ -1227,17 +1233,17 @@ def weighted_mean(values: Tensor, weight_map: Tensor) -> Tensor:
     return (values * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
-def combine(losses: Tensor, shares: Tensor, weights: Tensor, is_prior: Tensor) -> Loss:
+def combine_losses(losses: Tensor, mean_weights: Tensor, loss_weights: Tensor, is_prior: Tensor) -> Loss:
     """Return mean(instance) + weight × mean(class) (arXiv 2208.12242, equation 2).
 
     Args:
         losses: (B,) one per example.
-        shares: (B,) each example's part of the mean over its kind.
-        weights: (B,) of its concept, and of class images.
+        mean_weights: (B,) weights that turn the sum into a mean over instance images, or over class images.
+        loss_weights: (B,) loss weight of the concept, or --prior_loss_weight for class images.
         is_prior: (B,) bool, on the CPU so that its content is known without waiting for the device.
     """
-    parts = losses * shares
-    total, parts = (parts * weights).sum(), parts.detach()
+    parts = losses * mean_weights
+    total, parts = (parts * loss_weights).sum(), parts.detach()
     if not is_prior.any():
         return Loss(total, parts.sum(), None)
     of_prior = is_prior.to(losses.device, losses.dtype, non_blocking=True)
@@ -1327,7 +1333,10 @@ def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int) -> None:
     """Write checkpoint-N whole or not at all, then remove older ones beyond the limit; the main process does."""
-    networks, state = shards.whole(accelerator, models.trained), shards.whole_state(accelerator, models.optimizer)
+    networks, state = (
+        shards.gather_weights(accelerator, models.trained),
+        shards.gather_optimizer_state(accelerator, models.optimizer),
+    )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
@@ -1360,12 +1369,12 @@ def validate(
     micro-step. The processes share the pictures. Running out of memory is a warning, a wish to stop leaves some out.
     """
     samples = plan.output_dir / "samples"
-    folder, small = samples / f"step-{step:06d}", samples / "small" if plan.base.enlarges_from else None
+    folder, small = samples / f"step-{step:06d}", samples / "small" if plan.base.low_res_size else None
     mine = stop.until_asked(plan.previews[accelerator.process_index :: plan.processes])
     text_encoder = models.text_encoder and accelerator.unwrap_model(models.text_encoder)
     for model in models.trained.values():
         model.eval()
-    with shards.together(models.trained.values()), device_memory.going_on_without_memory(f"Validation at step {step}"):
+    with shards.unsharded(models.trained.values()), device_memory.skip_if_out_of_memory(f"Validation at step {step}"):
         pipeline = make_preview_pipeline(args, accelerator, plan, models)
         options = preview_options(args, models.prompts, text_encoder)
         with torch.no_grad(), accelerator.autocast(), device_memory.moved_to(accelerator.device, models.vae):
@@ -1406,7 +1415,7 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
     """Write a pipeline folder, all in float32: what was trained, the base's other parts, and how prompts were read."""
-    parts = {name: part and part.float() for name, part in shards.whole(accelerator, models.trained).items()}
+    parts = {name: part and part.float() for name, part in shards.gather_weights(accelerator, models.trained).items()}
     models.vae = models.text_encoder = None
     if args.skip_save_text_encoder or plan.base.precomputes_text:
         parts["text_encoder"] = None
@@ -1440,7 +1449,7 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
     kind = model_files.component_class(plan.base.index, "text_encoder")
     try:
         text_encoder = load(args, kind, "text_encoder", dtype=torch.float32)
-    except (InputError, MemoryError) as error:
+    except (UserError, MemoryError) as error:
         logger.warning(f"The result has no text encoder, as with --skip_save_text_encoder. {error}")
         return
     set_masking(args, plan.base, text_encoder)
@@ -1451,7 +1460,7 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def set_masking(args: Namespace, base: BaseModel, text_encoder: nn.Module) -> None:
+def set_masking(args: Namespace, base: ModelInfo, text_encoder: nn.Module) -> None:
     """Let the result's own config say that padding is hidden, where a flag has hidden it; IF's pipelines know."""
     if args.text_encoder_use_attention_mask and not base.is_if:
         text_encoder.config.use_attention_mask = True

@@ -64,7 +64,7 @@ def make_dataset(script, paths, resolution=16, seed=0, is_if=False, **flags):
     size, of_concept = Size.parse(resolution), {key: flags[key] for key in Concept._fields if key in flags}
     texts, concept = ["", "a photo of sks dog"], make_concept(**of_concept)
     examples = [script.Example(path, tuple(texts[1:]), concept, size) for path in paths]
-    base = SimpleNamespace(is_if=is_if, latent_factor=1 if is_if else 8)
+    base = SimpleNamespace(is_if=is_if, vae_scale_factor=1 if is_if else 8)
     plan = SimpleNamespace(seed=seed, base=base, examples=examples)
     args = Namespace(**vars(script.make_parser().parse_args([])) | flags)
     return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=texts))
@@ -72,7 +72,7 @@ def make_dataset(script, paths, resolution=16, seed=0, is_if=False, **flags):
 
 def visit_of(dataset, example, visit, seed=0):
     """Return what a visit to an example gives."""
-    kind = sys.modules[type(dataset).__module__].Draw
+    kind = sys.modules[type(dataset).__module__].ExampleVisit
     return dataset[kind(example, visit, dataset.examples[example].size, 1.0, seed)]
 
 

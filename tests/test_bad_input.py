@@ -348,7 +348,7 @@ CONFIGS = {  # a file of flags, and what is said of it
     "": "cannot be read: Expecting value: line 1 column 1 (char 0)",
     "[" * 100_000: "cannot be read: «maximum recursion depth exceeded.*»",
 }
-UNFIT = {  # by flags, what is said of them once the model is known
+UNSUPPORTED = {  # by flags, what is said of them once the model is known
     "--resolution 100": "--resolution or --validation_resolution 100: the model needs multiples of 8.",
     "--train_variance": "--train_variance: this U-Net predicts no variance.",
     "--tokenizer_max_length 78": "--tokenizer_max_length 78: the text encoder takes 77.",
@@ -901,7 +901,7 @@ def refusals() -> dict[str, Case]:
     for content, words in CONFIGS.items():
         words, flags = f"--config {{root}}/args.json {words}", "--config {root}/args.json"
         table[f"--config {content}"] = Case(words, [write("args.json", content)], flags, status=2)
-    table |= {flags: Case(unfit + words, flags=flags) for flags, words in UNFIT.items()}
+    table |= {flags: Case(unfit + words, flags=flags) for flags, words in UNSUPPORTED.items()}
     for name, (reason, content) in PHOTOS.items():
         makers = content if isinstance(content, list) else [photo(name, content)]
         table[f"a photo {name}"] = Case(unreadable(name, reason), makers)

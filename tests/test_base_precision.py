@@ -45,7 +45,7 @@ def test_a_base_in_bf16_is_the_base_of_bf16_arithmetic(trainer, tmp_path):
 
 @pytest.mark.parametrize("flags", ["", "--gradient_checkpointing --train_text_encoder", "--mixed_precision bf16"])
 def test_resumed_equals_uninterrupted(trainer, tmp_path, flags):
-    """A base that is quantised again at resume is the same base."""
+    """A base that is quantized again at resume is the same base."""
     flags = f"{RANDOM} --max_train_steps 5 --checkpointing_steps 2 --base_model_precision nf4 {flags}"
     whole = trainer.run("lora", tmp_path / "whole", flags).out
     part = continue_from(whole, 2, tmp_path / "part")

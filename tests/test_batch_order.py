@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.data.batch_order import BatchOrder, share_out
+from utils.data.batch_order import BatchOrder, split_batch
 from utils.data.concepts import Concept
 from utils.data.geometry import Size, choose_bucket, list_buckets
 
@@ -32,7 +32,7 @@ def test_one_size_fills_every_batch_and_passes_run_on():
     for turn in range(8):
         part = visits[5 * turn : 5 * turn + 5]
         assert sorted(visit.example for visit in part) == list(range(5))
-        assert {visit.before for visit in part} == {turn}
+        assert {visit.earlier_visits for visit in part} == {turn}
     assert order.epoch_length == 2 and len({tuple(visits[at : at + 5]) for at in range(0, 40, 5)}) > 1
 
 
@@ -49,7 +49,7 @@ def test_a_thousand_sizes_each_once_a_pass(batch):
         numbers = range(turn * order.epoch_length, (turn + 1) * order.epoch_length)
         batches = [order[number] for number in numbers]
         assert sorted(pair.photo.example for pairs in batches for pair in pairs) == list(range(1000))
-        assert {pair.photo.before for pairs in batches for pair in pairs} == {turn}
+        assert {pair.photo.earlier_visits for pairs in batches for pair in pairs} == {turn}
         assert all(len({pair.size for pair in pairs}) == 1 and len(pairs) <= batch for pairs in batches)
     short = collections.Counter(pairs[0].size for pairs in batches if len(pairs) < batch)
     assert set(short.values()) <= {1}, "of each size at most the last batch is smaller"
@@ -82,7 +82,7 @@ def test_repeats_weigh_concepts(sizes):
     seen = collections.Counter()
     for number in range(2 * order.epoch_length):
         visit = order[number][0].photo
-        assert visit.before < 2 * (3 if visit.example < 2 * len(sizes) else 1)
+        assert visit.earlier_visits < 2 * (3 if visit.example < 2 * len(sizes) else 1)
         seen[visit] += 1
     assert set(seen.values()) == {1}
     counts = collections.Counter(visit.example for visit in seen)
@@ -101,10 +101,10 @@ def test_class_images_stand_beside_photos_of_their_concept(sizes):
     beside = {1: [], 2: []}
     for number in range(60):
         for pair in order[number]:
-            kind = examples[pair.beside.example].concept
+            kind = examples[pair.class_image.example].concept
             assert kind in (examples[pair.photo.example].concept, shared)
             assert pair.size == examples[pair.photo.example].size
-            beside[examples[pair.photo.example].concept.number].append(pair.beside)
+            beside[examples[pair.photo.example].concept.number].append(pair.class_image)
     for number, own in ((1, range(first, first + 4)), (2, range(first + 4, first + 7))):
         expected = sorted([*own, *[first + 7, first + 8] * 2])  # both of the shared ones twice
         found = beside[number]
@@ -120,7 +120,9 @@ def test_an_epoch_has_shown_every_class_image():
     assert BatchOrder(examples[:5], 4, 0).epoch_length == 2
     two = examples_of(concept(1), [Size(8, 8)] * 5) + examples_of(concept(2), [Size(8, 8)] * 5)
     order = BatchOrder(two + examples_of(concept(2), [None] * 12, is_prior=True), 2, 0)
-    seen = {pair.beside.example for number in range(order.epoch_length) for pair in order[number] if pair.beside}
+    seen = {
+        pair.class_image.example for number in range(order.epoch_length) for pair in order[number] if pair.class_image
+    }
     assert seen == set(range(10, 22)) and order.epoch_length == 12
 
 
@@ -128,7 +130,7 @@ def test_an_epoch_has_shown_every_class_image():
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_processes_share_a_batch_by_its_mean(count, processes):
     """Averaged over processes, the shares of all pictures are one mean; nobody is without a picture."""
-    parts = [share_out(count, rank, processes) for rank in range(processes)]
+    parts = [split_batch(count, rank, processes) for rank in range(processes)]
     assert all(len(places) for places, _ in parts)
     weights = [0.0] * count
     for places, share in parts:

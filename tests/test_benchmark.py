@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.lab import benchmark, step_timing
 from utils.lab.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
 from utils.lab.step_timing import PARTS, Clock
@@ -88,7 +88,7 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
     (tmp_path / "train_dreambooth.py").write_text(script)
     (tmp_path / "runs").mkdir()
     run, folders = benchmark.Run({"runs": tmp_path / "runs"}, "one"), dict.fromkeys(("model", "photos"), tmp_path)
-    with pytest.raises(InputError, match=reason):
+    with pytest.raises(UserError, match=reason):
         benchmark.time_from_outside(run, tmp_path / "train_dreambooth.py", ["--train_batch_size=1"], folders, 4)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one.log"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import draw_picture
 from tests.runs import PROMPT, SCRIPTS, SIZE, differing, names, read_tensors, untimed
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.captions import find_captions
 from utils.run.run_summary import list_prompts
 
@@ -136,7 +136,7 @@ def test_all_photos_without_a_caption_are_named(tmp_path, strategy, wants):
     write(tmp_path, {"00.txt": "a dog", "01.txt": " \n", "metadata.jsonl": '{"file_name": "00.jpg", "text": "a dog"}'})
     lacking = 13 if strategy == "filename" else 12
     listed = ", ".join(str(tmp_path / f"{number:02d}.jpg") for number in range(13 - lacking, 23 - lacking))
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(UserError) as refusal:
         found(tmp_path, strategy)
     assert str(refusal.value) == (
         f"{lacking} of 13 photos have no caption: {listed} and {lacking - 10} more. --caption_strategy {strategy} "
@@ -167,7 +167,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line):
     for path in (folder / "001.webp", folder / "first.webp", tmp_path / "outside.jpg"):
         path.touch()
     write(folder, {"metadata.jsonl": f'{{"file_name": "first.webp", "text": "a"}}\n{line}\n'})
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(UserError) as refusal:
         found(folder, "metadata")
     head = f"{folder}/metadata.jsonl, line 2"
     assert str(refusal.value).startswith((f"{head} {LINES[line]}", f"{head}: {LINES[line]}"))
@@ -177,7 +177,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line):
 def test_captions_that_are_no_text_are_an_error(folder, strategy, name):
     """The file is named."""
     (folder / name).write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(InputError, match=rf"{name}.* cannot be read"):
+    with pytest.raises(UserError, match=rf"{name}.* cannot be read"):
         found(folder, strategy)
 
 

@@ -1,4 +1,4 @@
-"""Captions against what IF's own pipelines tokenise, and words that come back, or do not, against a list of each."""
+"""Captions against what IF's own pipelines tokenize, and words that come back, or do not, against a list of each."""
 
 import random
 import warnings

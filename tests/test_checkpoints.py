@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.run import checkpoints
 from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
 
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_to_be_one(tmp_path, caplog
         "4: it is damaged: it lacks unet/weights.",
         "6: it is damaged: its unet/weights has 1 bytes, not 3.",
     ]
-    with pytest.raises(InputError, match=r"checkpoint-6 is damaged.*Complete checkpoints in .*: checkpoint-2\."):
+    with pytest.raises(UserError, match=r"checkpoint-6 is damaged.*Complete checkpoints in .*: checkpoint-2\."):
         find_checkpoint(tmp_path, "checkpoint-6")
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_said_without_a_traceback(tmp_path):
         make_checkpoint(tmp_path / name)
     for error in (OSError("short"), RuntimeError("short"), EOFError("short"), pickle.UnpicklingError("short")):
         with (
-            pytest.raises(InputError, match=r"checkpoint-4 cannot be read.*: short\n.*: checkpoint-2\."),
+            pytest.raises(UserError, match=r"checkpoint-4 cannot be read.*: short\n.*: checkpoint-2\."),
             checkpoints.explaining_damage(tmp_path / "checkpoint-4"),
         ):
             raise error
@@ -230,7 +230,7 @@ def test_a_wrong_checkpoint_is_an_error_that_names_the_right_ones(tmp_path, want
     make_checkpoint(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=rf"{problem}.*Complete checkpoints in .*: checkpoint-5\."):
+    with pytest.raises(UserError, match=rf"{problem}.*Complete checkpoints in .*: checkpoint-5\."):
         find_checkpoint(tmp_path, wanted)
 
 
@@ -288,7 +288,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "checkpoint-5")
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if ".saving" not in str(a) else os.stat("/missing"))
-    with pytest.raises(InputError, match="/missing"), atomic_folder(tmp_path / "checkpoint-5") as folder:
+    with pytest.raises(UserError, match="/missing"), atomic_folder(tmp_path / "checkpoint-5") as folder:
         make_checkpoint(folder / "part", "new")
     assert names(tmp_path.iterdir()) == ["checkpoint-5"] and content_of(tmp_path / "checkpoint-5") == "old"
 

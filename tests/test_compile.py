@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from tests.runs import SCRIPTS, read_metrics, read_tensors
 from utils.devices.network_speed import compile_blocks, list_blocks
 from utils.make_model import SHAPES, build_if1_unet, build_unet
-from utils.models.quantize import quantise
+from utils.models.quantize import quantize_layers
 
 CASES = {
     "full": "--gradient_checkpointing",
@@ -60,7 +60,7 @@ def test_gradients_of_one_picture_are_those_of_uncompiled_blocks(stored):
     block = BasicTransformerBlock(64, 8, 8, cross_attention_dim=32).requires_grad_(False)
     config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     plain = torch.nn.ModuleList([peft.inject_adapter_in_model(config, block)])
-    quantise(plain, stored, torch.device("cpu"))
+    quantize_layers(plain, stored, torch.device("cpu"))
     compiled = copy.deepcopy(plain)
     assert compile_blocks(compiled) == 1
     picture, text, wanted = torch.randn(1, 64, 8, 8), torch.randn(1, 7, 32), torch.randn(1, 64, 64)

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 import train_dreambooth_lora
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.concepts import (
     Concept,
     find_concept_problems,
-    find_idle_keys,
     find_uneven,
+    find_unused_keys,
     read_concepts,
 )
 from utils.data.geometry import Size
-from utils.run.flag_conflicts import find_misfits
+from utils.run.flag_conflicts import find_model_conflicts
 from utils.run.folder_checks import find_folder_problems
 
 DOG = {"instance_data_dir": "dog", "instance_prompt": "a photo of sks dog"}
@@ -76,9 +76,9 @@ def test_regularisation_data_is_told_by_the_class_prompt(flags_of, spelling):
     assert (subject.is_regularisation_data, shown.is_regularisation_data) == (False, True)
     assert (shown.instance_prompt, shown.class_data_dir, subject.class_data_dir) == ("a dog", None, None)
     assert find_concept_problems(flags) == []
-    assert shown.weigh(is_prior=True) == 1.0
+    assert shown.loss_weight_of(is_prior=True) == 1.0
     weighed = shown._replace(loss_weight=0.5, prior_loss_weight=3.0)
-    assert (weighed.weigh(is_prior=True), weighed.weigh(is_prior=False)) == (1.5, 0.5)
+    assert (weighed.loss_weight_of(is_prior=True), weighed.loss_weight_of(is_prior=False)) == (1.5, 0.5)
 
 
 def test_umlauts_have_a_folder_of_their_own(flags_of):
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_list_is_refused(flags_of, tmp_path, content, words):
     flags = flags_of(concepts_list=str(path))
     (problem,) = find_concept_problems(flags)
     assert str(path) in problem and words in problem
-    with pytest.raises(InputError, match="concepts_list"):
+    with pytest.raises(UserError, match="concepts_list"):
         read_concepts(flags)
 
 
@@ -218,13 +218,13 @@ def test_keys_without_effect_are_told(flags_of):
         {"instance_data_dir": "d", "class_prompt": "a dog", "class_data_dir": "c"},
     )
     entries[1]["is_regularisation_data"] = True
-    assert find_idle_keys(flags_of(*entries)) == [
+    assert find_unused_keys(flags_of(*entries)) == [
         f"{START}class_prompt has no effect: it needs --with_prior_preservation and a class_prompt.",
         "--concepts_list, concept 2: class_data_dir has no effect: regularisation data shows the class itself.",
     ]
     del entries[1]["class_data_dir"]
-    assert find_idle_keys(flags_of(*entries, with_prior_preservation=True)) == []
-    assert find_idle_keys(flags_of(**DOG, class_prompt="a dog", image_column="picture")) == [
+    assert find_unused_keys(flags_of(*entries, with_prior_preservation=True)) == []
+    assert find_unused_keys(flags_of(**DOG, class_prompt="a dog", image_column="picture")) == [
         "--class_prompt has no effect without --with_prior_preservation.",
         "--image_column has no effect without --dataset_name.",
     ]
@@ -244,12 +244,12 @@ def test_why_a_prompt_is_required_is_told_where_there_are_captions(flags_of):
 
 def test_a_target_of_class_images_that_a_list_does_not_have_is_told(flags_of):
     """Regularisation data are class images, too."""
-    (note,) = find_idle_keys(flags_of(DOG, prior_target="base_prediction"))
+    (note,) = find_unused_keys(flags_of(DOG, prior_target="base_prediction"))
     assert note.startswith("--prior_target base_prediction has no effect: there is neither --with_prior_preservation")
     pool = {"instance_data_dir": "d", "instance_prompt": "a dog", "is_regularization_data": True}
-    assert find_idle_keys(flags_of(DOG, pool, prior_target="base_prediction")) == []
+    assert find_unused_keys(flags_of(DOG, pool, prior_target="base_prediction")) == []
     given = {"prior_target": "base_prediction", "with_prior_preservation": True}
-    assert find_idle_keys(flags_of(DOG | {"class_prompt": "a dog"}, **given)) == []
+    assert find_unused_keys(flags_of(DOG | {"class_prompt": "a dog"}, **given)) == []
 
 
 def test_sizes_and_steps_that_the_model_cannot_take_are_named(flags_of):
@@ -270,9 +270,9 @@ def test_sizes_and_steps_that_the_model_cannot_take_are_named(flags_of):
 
 def test_lost_words_are_looked_for_in_every_concept(flags_of):
     """IF's pipelines delete words with digits."""
-    base = SimpleNamespace(resolution=Size(64, 64), preview_sizes=[], size_factor=8, enlarges_from=None, tokens=77)
-    vars(base).update(dict.fromkeys(("is_if", "precomputes_text", "hides_padding", "learns_variance"), True))
-    (problem,) = find_misfits(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}), base, 77)
+    base = SimpleNamespace(resolution=Size(64, 64), preview_sizes=[], size_multiple=8, low_res_size=None, tokens=77)
+    vars(base).update(dict.fromkeys(("is_if", "precomputes_text", "uses_attention_mask", "learns_variance"), True))
+    (problem,) = find_model_conflicts(flags_of(DOG, DOG | {"instance_prompt": "a p3rs0n dog"}), base, 77)
     assert "--concepts_list, concept 2: instance_prompt" in problem and "p3rs0n" in problem
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import tensor_cache
 from utils.data.embedding_cache import EmbeddingCache
 from utils.data.tensor_cache import default_folder, model_identity
@@ -436,7 +436,7 @@ def test_a_model_of_the_hub_is_its_commit(hub_copy):
 )
 def test_a_model_that_is_not_there_is_an_input_error(hub_copy, model, revision):
     """Neither folder nor local copy."""
-    with pytest.raises(InputError, match=f"The model {model} is no folder here, and the Hub gave none of its files"):
+    with pytest.raises(UserError, match=f"The model {model} is no folder here, and the Hub gave none of its files"):
         model_identity(model, revision, TEXT)
 
 
@@ -464,5 +464,5 @@ def test_a_user_without_a_home_is_told_what_to_do(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", find_none)
-    with pytest.raises(InputError, match="give --cache_dir, or set HOME"):
+    with pytest.raises(UserError, match="give --cache_dir, or set HOME"):
         default_folder()

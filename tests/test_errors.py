@@ -11,7 +11,7 @@ from tests.runs import ROOT
 PROGRAM = """
 import sys
 from pathlib import Path
-from utils.core.errors import InputError, exit_status
+from utils.core.errors import UserError, exit_status
 
 def main():
     for number in range(3):

@@ -13,13 +13,13 @@ from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import batch_order, concepts
 from utils.flags import command_line
 from utils.hub import hub_datasets, model_card
 from utils.optim import schedules
 from utils.run import checkpoints, flag_conflicts, resume_checks, run_summary
-from utils.run.flag_conflicts import find_idle_flags
+from utils.run.flag_conflicts import find_unused_flags
 
 FULL, LORA = train_dreambooth, train_dreambooth_lora
 
@@ -435,7 +435,7 @@ def test_pictures_to_enlarge_must_be_there(script, needed, capsys, tmp_path, sma
 def test_one_cycle_needs_steps_after_its_warm_up(warmup, caplog):
     """Without a way down there is no cycle; other schedules are only warned, and a constant rate has no warm-up."""
     words = f"The warm-up of {warmup} steps is as long as the run of 4: see --lr_warmup_steps."
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(UserError) as refusal:
         schedules.check_warmup("one_cycle", warmup, 4)
     assert str(refusal.value) == f"{words} For one_cycle, a third of the run is usual: 2."
     assert caplog.messages == []
@@ -682,8 +682,8 @@ IDLE = {
 def test_a_flag_without_work_says_so(script, needed, monkeypatch, small_images, flag):
     """Each such flag has one sentence, and without it there is none."""
     monkeypatch.setitem(sys.modules, "xformers", None)
-    assert find_idle_flags(vars(script.parse_args(needed))) == []
-    assert find_idle_flags(vars(script.parse_args([*needed, flag.replace("HERE", small_images[0])]))) == [IDLE[flag]]
+    assert find_unused_flags(vars(script.parse_args(needed))) == []
+    assert find_unused_flags(vars(script.parse_args([*needed, flag.replace("HERE", small_images[0])]))) == [IDLE[flag]]
 
 
 def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
@@ -696,4 +696,4 @@ def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
         "--bucket_step=8",
     ]
     flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
-    assert find_idle_flags(vars(script.parse_args([*needed, *flags]))) == []
+    assert find_unused_flags(vars(script.parse_args([*needed, *flags]))) == []

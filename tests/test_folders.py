@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from tests.runs import wait_until
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.images import IMAGE_SUFFIXES, inspect_folder
 from utils.run import checkpoints
 from utils.run.checkpoints import atomic_result, remove_leftovers, step_of, write_state
-from utils.run.resume_checks import check_fits
+from utils.run.resume_checks import check_resume_keys
 
 ENDED = getattr(os, "WEXITED", 0) | getattr(os, "WNOHANG", 0) | getattr(os, "WNOWAIT", 0)  # but still to be asked
 
@@ -75,7 +75,7 @@ def test_a_folder_without_pictures_is_an_error(photos, names, found):
     """The message says what was looked for and what was there."""
     for name in names:
         (photos / name).touch()
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         inspect_folder(photos, "--instance_data_dir", skip_bad=True)
     suffixes = " ".join(IMAGE_SUFFIXES)
     assert str(error.value) == f"--instance_data_dir {photos} holds no images (looked for {suffixes}). {found}"
@@ -94,7 +94,7 @@ def make_bad(photos):
 def test_all_unreadable_pictures_are_named_in_one_error(photos):
     """Each has its line with the reason, and the way on is named."""
     make_bad(photos)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         inspect_folder(photos, "--instance_data_dir", skip_bad=False)
     head, *lines, advice = str(error.value).split("\n")
     assert head == f"3 of 4 images in --instance_data_dir {photos} cannot be read:"
@@ -117,7 +117,7 @@ def test_unreadable_pictures_can_be_skipped(photos):
 def test_nothing_is_left_when_all_are_unreadable(photos):
     """Skipping all of them is no way on, so it is an error, and one that does not advise what was just done."""
     (photos / "empty.jpg").touch()
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         inspect_folder(photos, "--instance_data_dir", skip_bad=True)
     assert str(error.value).startswith(f"1 of 1 images in --instance_data_dir {photos} cannot be read:")
     assert "go on without them by --skip_bad_images" not in str(error.value)
@@ -163,7 +163,7 @@ def test_an_error_while_writing_leaves_the_old_result(tmp_path):
     """A full disk in the middle of a save changes nothing, and no hidden folder stays."""
     write_result(tmp_path, "old", "index.json", "unet/a")
     with (
-        pytest.raises(InputError, match=r"the disk is full\..* GB are free there"),
+        pytest.raises(UserError, match=r"the disk is full\..* GB are free there"),
         atomic_result(tmp_path, last="index.json") as folder,
     ):
         write_result(folder, "new", "index.json", "unet/a")
@@ -188,7 +188,7 @@ def test_a_half_replaced_result_is_never_loadable(tmp_path, monkeypatch):
     for limit in range(4):
         output, renamed = tmp_path / str(limit), []
         write_result(output, "old", "index.json", "unet/a", "vae/a")
-        killed = pytest.raises(InputError, match="killed") if limit < 3 else contextlib.nullcontext()
+        killed = pytest.raises(UserError, match="killed") if limit < 3 else contextlib.nullcontext()
         with killed, atomic_result(output, last="index.json") as folder:
             write_result(folder, "new", "index.json", "unet/a", "vae/a")
         seen.append(tree(output))
@@ -220,20 +220,22 @@ def test_files_of_a_result_have_the_usual_permissions(tmp_path):
 
 def test_a_checkpoint_fits_what_it_equals(tmp_path):
     """Equal entries, and entries that only the checkpoint has, are no difference."""
-    check_fits(tmp_path, {"seed": 1, "rank": 4, "old": "x"}, {"seed": 1, "rank": 4})
+    check_resume_keys(tmp_path, {"seed": 1, "rank": 4, "old": "x"}, {"seed": 1, "rank": 4})
 
 
 def test_a_checkpoint_from_before_a_flag_fits_its_default(tmp_path):
     """It was made as the default is; any other value is a difference."""
-    check_fits(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 1, "prior_target": "images"})
-    with pytest.raises(InputError, match="\n  repeats: 1 there, 2 here\n"):
-        check_fits(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 2, "prior_target": "images"})
+    check_resume_keys(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 1, "prior_target": "images"})
+    with pytest.raises(UserError, match="\n  repeats: 1 there, 2 here\n"):
+        check_resume_keys(tmp_path, {"seed": 1}, {"seed": 1, "repeats": 2, "prior_target": "images"})
 
 
 def test_every_difference_to_a_checkpoint_is_named(tmp_path):
     """Each line has both values; what the checkpoint lacks counts as None."""
-    with pytest.raises(InputError) as error:
-        check_fits(tmp_path / "checkpoint-5", {"seed": 1, "rank": 4, "same": 0}, {"seed": 2, "same": 0, "alpha": 8})
+    with pytest.raises(UserError) as error:
+        check_resume_keys(
+            tmp_path / "checkpoint-5", {"seed": 1, "rank": 4, "same": 0}, {"seed": 2, "same": 0, "alpha": 8}
+        )
     assert str(error.value).split("\n") == [
         f"{tmp_path / 'checkpoint-5'} cannot be resumed by this command, which differs from that of its run in",
         "  seed: 1 there, 2 here",
@@ -274,7 +276,7 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
                         checkpoints.open_folder(tmp_path / str(number), {"seed": name}, 0, None)
                         os.read(end, 1)
                         status = 0
-                    except InputError as error:
+                    except UserError as error:
                         status = 1 if "in use by another run" in str(error) else 3
                 os._exit(status)
             children.append(child)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import READ_TOKEN, USER, WRITE_TOKEN, HubServer, Repository
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.hub import publish
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +229,7 @@ def test_each_refusal_of_a_question_is_said_once_and_at_once(server, tmp_path):
         "import sys; from pathlib import Path; from utils import hub, errors\n"
         f"for _ in range({len(cases)}):\n"
         "    try: publish.prepare_repository(None, Path('dog'), None, False)\n"
-        "    except errors.InputError as error: print(error)"
+        "    except errors.UserError as error: print(error)"
     )
     for pattern, kinds in QUESTIONS.items():
         for number, (status, *_) in enumerate(kinds):
@@ -353,7 +353,7 @@ def test_a_commit_that_is_refused_is_not_tried_again(server, tmp_path):
         "import sys; from pathlib import Path; from utils import hub, errors\n"
         f"for _ in range({len(statuses) + 1}):\n"
         f"    try: print(publish.upload_result(Path(sys.argv[1]), '{USER}/dog', None))\n"
-        "    except errors.InputError as error: print(error)"
+        "    except errors.UserError as error: print(error)"
     )
     *messages, last = run_python(server, tmp_path, "-c", code, write_run(tmp_path / "dog", LORA)).stdout.splitlines()
     assert len(messages) == len(statuses) and last == f"{server.url}/{USER}/dog"
@@ -391,7 +391,7 @@ def test_nothing_behind_a_symlink_is_shared(tmp_path):
 
 def test_an_index_that_is_no_object_is_refused(tmp_path):
     """Name the file."""
-    with pytest.raises(InputError, match=r"model_index\.json holds no JSON object"):
+    with pytest.raises(UserError, match=r"model_index\.json holds no JSON object"):
         publish.files_to_upload(write_run(tmp_path, {"model_index.json": b"[]"}))
 
 

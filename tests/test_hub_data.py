@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.conftest import draw_picture
 from tests.hub_server import REPOSITORY, USER, WRITE_TOKEN, HubHandler, HubServer, Refusal, Repository
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.captions import METADATA_FILE, find_captions
 from utils.data.images import list_images, open_rgb
 from utils.hub import hub_datasets
@@ -107,7 +107,7 @@ def names(folder: Path) -> list[str]:
 
 def refusal(name: Path | str, cache: Path, image: str = "image", caption: str | None = None) -> str:
     """Return why a dataset is refused, and check that nothing of it is left."""
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(UserError) as refused:
         export_dataset(str(name), image, caption, cache, None)
     assert [path for path in (cache / "datasets").glob("*") if path.name != "hub"] == []
     return str(refused.value)
@@ -510,7 +510,7 @@ def test_a_full_disk_is_named(contents, cache, tmp_path):
     """As is a place that cannot be written."""
     path = write_parquet(tmp_path / ARCHIVE, table(contents))
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"could not be written: .* GB are free there"):
+    with pytest.raises(UserError, match=r"could not be written: .* GB are free there"):
         export_dataset(str(path), "image", None, tmp_path / "file", None)
 
 

@@ -84,7 +84,7 @@ def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch
     conditioning = flags.pop("class_labels_conditioning", "noise_level")
     args = Namespace(**{"snr_gamma": None, "train_variance": False, "prior_target": "images"} | flags)
     kind = {"if1": script.ModelKind.IF_STAGE_1, "if2": script.ModelKind.IF_STAGE_2}[stage]
-    base = SimpleNamespace(kind=kind, prediction_type="epsilon", conditioning=conditioning, latent_scale=1.0)
+    base = SimpleNamespace(kind=kind, prediction_type="epsilon", conditioning=conditioning, scaling_factor=1.0)
     plan = SimpleNamespace(base=base, noise_offset=0.1)
     noising = getattr(pipeline, "image_noising_scheduler", None)
     unet = pipeline.unet
@@ -96,8 +96,8 @@ def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch
         "prompt_rows": torch.zeros(count, dtype=torch.int64),
         "weight_map": torch.ones_like(pictures[:, :1]),
         "is_prior": torch.zeros(count, dtype=torch.bool),
-        "shares": torch.full((count,), 1 / count, dtype=torch.float64),
-        "weights": torch.ones(count, dtype=torch.float64),
+        "mean_weights": torch.full((count,), 1 / count, dtype=torch.float64),
+        "loss_weights": torch.ones(count, dtype=torch.float64),
         "seeds": torch.tensor(SEEDS[:count]),
     }
     calls, outputs = [], []
@@ -165,7 +165,7 @@ def test_stage_one_is_fed_the_noisy_picture(script, pipelines):
     pictures, embeds = edges(3, 16, 16), torch.randn(1, 77, 48, generator=generator("embeds"))
     loss, fed, output = one_step(script, pipelines["if1"], "if1", pictures, embeds)
     assert sorted(fed) == ["encoder_hidden_states", "sample", "timestep"]
-    noise, timesteps = script.draw_noise(pictures.shape, SEEDS[:3], 1000, 0.1)
+    noise, timesteps = script.sample_noise(pictures.shape, SEEDS[:3], 1000, 0.1)
     kept = pipelines["if1"].scheduler.alphas_cumprod[timesteps].view(3, 1, 1, 1)
     assert torch.equal(fed["timestep"], timesteps)
     torch.testing.assert_close(fed["sample"], kept.sqrt() * pictures + (1 - kept).sqrt() * noise)
@@ -184,7 +184,7 @@ def enlarged_part(inputs: dict, seeds: list[int], alphas: torch.Tensor) -> torch
 def stage_two(script, pictures: torch.Tensor, seeds: list[int], conditioning: str = "noise_level"):
     """Return stage II's inputs, and the noisy pictures and timesteps that they were made from."""
     noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    noise, timesteps = script.draw_noise(pictures.shape, seeds, 1000, 0.0)
+    noise, timesteps = script.sample_noise(pictures.shape, seeds, 1000, 0.0)
     noisy = noising.add_noise(pictures, noise, timesteps)
     return script.stage_two_inputs(noisy, timesteps, pictures, seeds, noising, conditioning), noisy, timesteps
 
@@ -245,7 +245,7 @@ def test_prompts_are_fed_as_when_the_pipeline_is_called(script, models, pipeline
     argv += ["--instance_prompt", WORDS[0], "--validation_prompt", WORDS[1], "--validation_negative_prompt", WORDS[3]]
     argv += ["--num_eval_images", "1"] if stage == "if2" else []
     args = script.parse_args([*map(str, argv), "--output_dir", str(tmp_path / "out")])
-    base, size = script.recognise_model(args), Size(16, 16)
+    base, size = script.detect_model(args), Size(16, 16)
     examples = [script.Example(tmp_path / "a.png", (WORDS[0],), make_concept(), size)]
     plan = SimpleNamespace(base=base, frozen_dtype=torch.float32, examples=examples)
     first = script.encode_prompts(args, accelerator, plan)

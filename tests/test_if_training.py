@@ -744,8 +744,8 @@ def test_previews_are_left_out_that_have_nothing_to_enlarge(models, tmp_path):
 
 def test_only_a_lack_of_memory_is_a_warning(caplog):
     """Whatever else goes wrong ends the run."""
-    with device_memory.going_on_without_memory("Stage I"):
+    with device_memory.skip_if_out_of_memory("Stage I"):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert "Stage I ran out of memory; the run goes on." in caplog.text
-    with pytest.raises(RuntimeError, match="shapes"), device_memory.going_on_without_memory("Stage I"):
+    with pytest.raises(RuntimeError, match="shapes"), device_memory.skip_if_out_of_memory("Stage I"):
         raise RuntimeError("shapes do not match")

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageFont
 
 import train_dreambooth_lora
 from tests.conftest import make_dataset, visit_of
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.data.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
 from utils.sampling.image_grid import _wrap, make_grid
@@ -194,7 +194,7 @@ def test_listing_follows_links_and_ends_at_loops(tmp_path):
 def test_listing_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     for name, reason in (("none", "No such file"), ("file", "Not a directory")):
-        with pytest.raises(InputError, match=f"{name} cannot be listed: {reason}"):
+        with pytest.raises(UserError, match=f"{name} cannot be listed: {reason}"):
             list_images(tmp_path / name)
 
 
@@ -552,7 +552,7 @@ def test_bad_files_are_named_with_the_reason(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     path = tmp_path / "bad.png"
     write_bad(path, kind)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         open_rgb(path)
     assert str(path) in str(caught.value) and BAD[kind] in str(caught.value)
     assert BAD[kind].removeprefix("image: ") in inspect_images([path]).unreadable[path]
@@ -576,7 +576,7 @@ def test_files_that_are_cut_off(tmp_path, encoding, kept):
     assert open_rgb(path).size == (128, 96)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         open_rgb(path)
     assert list(inspect_images([path]).unreadable) == [path]
 
@@ -587,7 +587,7 @@ def test_corrupt_png_data(tmp_path):
     content = bytearray(path.read_bytes())
     content[200:400] = bytes(200)
     path.write_bytes(content)
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         open_rgb(path)
     assert path in inspect_images([path]).unreadable
 
@@ -617,7 +617,7 @@ def test_no_file_stays_open(tmp_path):
             kept.append(inspect_images([path]))
             try:
                 kept.append(open_rgb(path))
-            except InputError as error:
+            except UserError as error:
                 kept.append(error)
     assert len(os.listdir("/dev/fd")) == open_before
 
@@ -807,13 +807,13 @@ def test_pictures_are_remembered_up_to_their_bytes(monkeypatch):
     """Those that were used last; one that is larger than all of the memory, too, until the next one."""
     made = []
 
-    @images.Remembered
+    @images.ByteLimitedCache
     def draw(number: int, edge: int) -> Image.Image:
         """Draw a picture."""
         made.append(number)
         return Image.new("RGB", (edge, edge), (number, 0, 0))
 
-    monkeypatch.setattr(images.Remembered, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
+    monkeypatch.setattr(images.ByteLimitedCache, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
     for number in (0, 1, 2, 0, 1, 2, 0, 3, 2, 0, 1):
         assert draw(number, 10).getpixel((0, 0)) == (number, 0, 0)
     assert made == [0, 1, 2, 3, 1], "1 was used longest ago when 3 came"
@@ -829,5 +829,5 @@ def test_a_size_is_read_once_for_each_state_of_a_file(tmp_path):
     Image.new("RGB", (40, 60)).save(path)
     assert images.upright_size(path) == (40, 60)
     path.unlink()
-    with pytest.raises(InputError, match="photo"):
+    with pytest.raises(UserError, match="photo"):
         images.upright_size(path)

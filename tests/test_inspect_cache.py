@@ -13,7 +13,7 @@ import torch
 
 from tests.runs import ROOT, environment
 from utils import inspect_cache
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.embedding_cache import EmbeddingCache
 from utils.data.latent_cache import LatentCache
 from utils.inspect_cache import DAY, main
@@ -178,14 +178,14 @@ def test_a_folder_that_is_not_there(tmp_path, capsys, monkeypatch):
     assert main(["--prune", "--all"]) == 0 and not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for name in ("none", "file"):
-        with pytest.raises(InputError, match=f"--cache_dir {tmp_path / name} is no folder"):
+        with pytest.raises(UserError, match=f"--cache_dir {tmp_path / name} is no folder"):
             main(["--cache_dir", str(tmp_path / name)])
 
 
 def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
     """Another user's, or on a disk that is gone."""
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(InputError, match=f"The cache {folder} cannot be listed: Input/output error. Give --cache_dir"):
+    with pytest.raises(UserError, match=f"The cache {folder} cannot be listed: Input/output error. Give --cache_dir"):
         main(["--cache_dir", str(folder)])
 
 

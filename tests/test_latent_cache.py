@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import tensor_cache
 from utils.data.embedding_cache import open_cache
 from utils.data.latent_cache import LatentCache, content_hash, open_latents
@@ -134,7 +134,7 @@ def test_numbers_that_are_none_are_refused(cache, part, number):
     """What overflowed would come back in every epoch; the message names the photo."""
     key, moments, _ = photo(0, torch.float16)
     moments[part, 3, 5, 4] = number
-    with pytest.raises(InputError, match=r"1 of the 240 numbers .* dog\.jpg are NaN or infinite, in torch\.float16"):
+    with pytest.raises(UserError, match=r"1 of the 240 numbers .* dog\.jpg are NaN or infinite, in torch\.float16"):
         cache.save(key, moments, "dog.jpg")
     assert not cache.folder.exists()
 
@@ -519,7 +519,7 @@ def test_a_revision_of_the_hub_is_its_commit(tmp_path, options, monkeypatch):
         found.append(cache.load(KEY))
         cache.save(KEY, photo(int(digit))[1], "dog.jpg")
     assert found[:2] == [None, None] and same_bits(found[2], photo(1)[1])
-    with pytest.raises(InputError, match="The model owner/none is no folder here"):
+    with pytest.raises(UserError, match="The model owner/none is no folder here"):
         open_latents(**options | {"source": ("owner/none", None, None)})
 
 

@@ -15,7 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from tests.conftest import ORIENTATION
 from tests.runs import ROOT, environment, names
 from utils import make_masks
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.synthetic.small_tokenizers import build_tokenizer
 
 DATA = ROOT.parent / "shared" / "data" / "dreambooth"
@@ -51,7 +51,7 @@ def overlap(mask: Path, is_subject: np.ndarray) -> float:
 
 def refusal(*words) -> str:
     """Return the message of a command that is refused."""
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         make_masks.main([str(word) for word in words])
     return str(error.value)
 

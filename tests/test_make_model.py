@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from utils import make_model as tool
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.make_model import SHAPES, make_model
 from utils.synthetic.small_tokenizers import END, START, WORDS
 
@@ -184,7 +184,7 @@ def test_the_command_line_writes_a_variant_and_refuses_a_folder_with_files(tmp_p
     with pytest.raises(SystemExit):
         tool.main([str(folder), "--shape", "tiny"])
     assert "already exists" in capsys.readouterr().err
-    with pytest.raises(InputError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty folder"):
         make_model(folder, "tiny")
 
 

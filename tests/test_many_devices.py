@@ -7,7 +7,7 @@ import torch
 
 from tests.if_models import flags_of, write_models
 from tests.runs import HOWS, ROOT, SCRIPTS, differing, names, read_metrics, read_optimizer, read_tensors, untimed
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import launch, zero_stages
 
 HOWS["fsdp"] = (
@@ -108,7 +108,7 @@ def test_the_first_fsdp_is_refused(monkeypatch):
     """It is what accelerate takes unless it is told the second one."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_VERSION", raising=False)
-    with pytest.raises(InputError, match=r"^accelerate is set to FSDP 1, instead of fsdp_version 2"):
+    with pytest.raises(UserError, match=r"^accelerate is set to FSDP 1, instead of fsdp_version 2"):
         launch.check_engine()
     monkeypatch.setenv("FSDP_VERSION", "2")
     launch.check_engine()
@@ -118,11 +118,11 @@ def test_what_does_not_go_with_deepspeed_is_refused_by_name(monkeypatch):
     """Its own settings must not contradict the flags, which it would pass over."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "0.5")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    problems = " ".join(zero_stages.find_unfit({"max_grad_norm": 1.0, "validation_prompt": "a dog"}))
+    problems = " ".join(zero_stages.find_unsupported({"max_grad_norm": 1.0, "validation_prompt": "a dog"}))
     assert "--max_grad_norm 1.0: give gradient_clipping, 0.5, the same" in problems
     assert "--validation_prompt cannot be used under ZeRO-3" in problems
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     flags = {"max_grad_norm": 0.5, "validation_prompt": "a dog"}
     assert [
-        problem for problem in zero_stages.find_unfit(flags) if not problem.endswith("pip install deepspeed.")
+        problem for problem in zero_stages.find_unsupported(flags) if not problem.endswith("pip install deepspeed.")
     ] == []

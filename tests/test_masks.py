@@ -10,9 +10,9 @@ from PIL import Image
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import ORIENTATION, draw_picture
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images, masks
-from utils.data.geometry import Cut, Size
+from utils.data.geometry import Crop, Size
 from utils.models.variance import variational_bound
 
 
@@ -71,7 +71,7 @@ def test_masks_that_cannot_be_right_are_refused_together(folders):
     spot.putpixel((20, 20), 255)
     spot.save(light / "b.png")
     Image.new("L", (40, 60), 255).save(light / "more" / "c.bmp")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         find(photos, light)
     assert str(error.value).split("\n") == [
         f"The masks in --mask_data_dir {light} cannot be used:",
@@ -87,7 +87,7 @@ def test_a_mask_of_numbers_of_things_is_explained(folders):
     mask = Image.new("L", Image.open(photos / "a.jpg").size)
     mask.paste(1, (0, 0, 10, 10))
     mask.save(light / "a.png")
-    with pytest.raises(InputError, match="Its lightest place is 1 of 255, which should be white"):
+    with pytest.raises(UserError, match="Its lightest place is 1 of 255, which should be white"):
         find(photos, light)
 
 
@@ -97,7 +97,7 @@ def test_a_broken_mask_is_named_if_a_photo_has_it(folders):
     (light / "none.png").write_bytes(b"no picture")
     assert len(find(photos, light)) == 3
     (light / "b.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="cannot be read: it is damaged") as error:
+    with pytest.raises(UserError, match="cannot be read: it is damaged") as error:
         find(photos, light)
     assert "skip_bad_images" not in str(error.value)
 
@@ -106,7 +106,7 @@ def test_a_folder_of_other_masks_is_refused(folders, tmp_path):
     """None fits, so it is the wrong folder; or there is none at all."""
     (tmp_path / "other").mkdir()
     for _ in range(2):
-        with pytest.raises(InputError, match="has no mask for any of the 3 photos"):
+        with pytest.raises(UserError, match="has no mask for any of the 3 photos"):
             find(folders[0], tmp_path / "other")
         Image.new("L", (8, 8), 255).save(tmp_path / "other" / "x.png")
 
@@ -138,8 +138,8 @@ def test_a_mask_is_cut_and_mirrored_like_its_photo(tmp_path):
     Image.fromarray(values).save(path)
     for box in ((0, 0, 32, 32), (20, 8, 52, 40)):
         for flip in (False, True):
-            cut = Cut((60, 40), box, flip)
-            photo = images.cut(images.open_scaled(path, (60, 40), Image.Resampling.LANCZOS), cut).convert("L")
+            cut = Crop((60, 40), box, flip)
+            photo = images.crop_image(images.open_scaled(path, (60, 40), Image.Resampling.LANCZOS), cut).convert("L")
             wanted = torch.from_numpy(np.array(photo)).float() / 255
             assert torch.equal(masks.weight_map(path, cut, Size(32, 32), 1)[0], wanted)
             found = masks.weight_map(path, cut, Size(32, 32), 8)
@@ -153,7 +153,7 @@ def test_a_white_mask_weighs_exactly_one(tmp_path):
     """However it is scaled, so that it changes no bit of a run."""
     path = tmp_path / "white.png"
     Image.new("L", (37, 53), 255).save(path)
-    weights = masks.weight_map(path, Cut((111, 159), (5, 7, 69, 71), True), Size(64, 64), 8)
+    weights = masks.weight_map(path, Crop((111, 159), (5, 7, 69, 71), True), Size(64, 64), 8)
     assert torch.equal(weights, torch.ones(1, 8, 8))
 
 
@@ -169,18 +169,18 @@ def write_mask(path, size, *boxes):
 def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
     """To where most light is; one that holds a tenth of that stays."""
     path = write_mask(tmp_path / "corner.png", (100, 50), (90, 0, 100, 10))
-    assert masks.meet(path, (100, 50), (0, 0, 50, 50)) == (50, 0, 100, 50)
-    assert masks.meet(path, (100, 50), (41, 0, 91, 50)) == (41, 0, 91, 50), "a tenth of the light"
-    assert masks.meet(path, (100, 50), (40, 0, 90, 50)) == (50, 0, 100, 50)
-    assert masks.meet(None, (100, 50), (0, 0, 50, 50)) == (0, 0, 50, 50)
-    left, top, right, bottom = masks.meet(path, (100, 50), (0, 30, 20, 50))
+    assert masks.move_crop_onto_mask(path, (100, 50), (0, 0, 50, 50)) == (50, 0, 100, 50)
+    assert masks.move_crop_onto_mask(path, (100, 50), (41, 0, 91, 50)) == (41, 0, 91, 50), "a tenth of the light"
+    assert masks.move_crop_onto_mask(path, (100, 50), (40, 0, 90, 50)) == (50, 0, 100, 50)
+    assert masks.move_crop_onto_mask(None, (100, 50), (0, 0, 50, 50)) == (0, 0, 50, 50)
+    left, top, right, bottom = masks.move_crop_onto_mask(path, (100, 50), (0, 30, 20, 50))
     assert (right - left, bottom - top) == (20, 20) and left >= 80 and top <= 0
 
 
 def test_a_crop_between_two_light_parts_is_moved_onto_one(tmp_path):
     """The middle of all that is light may be dark: there, nothing of the photo would count."""
     path = write_mask(tmp_path / "two.png", (192, 64), (0, 0, 40, 64), (150, 0, 192, 64))
-    box = masks.meet(path, (192, 64), (64, 0, 128, 64))
+    box = masks.move_crop_onto_mask(path, (192, 64), (64, 0, 128, 64))
     assert masks.open_mask(path, (192, 64)).crop(box).getextrema()[1] == 255
     assert np.asarray(masks.open_mask(path, (192, 64)).crop(box)).mean() > 100
 
@@ -194,7 +194,7 @@ def test_no_crop_has_next_to_no_light(tmp_path, seed):
     path = write_mask(tmp_path / "mask.png", (width, height), (left, top, left + 8, top + 8))
     for x in range(0, width - 32, 3):
         for y in range(0, height - 32, 3):
-            box = masks.meet(path, (width, height), (x, y, x + 32, y + 32))
+            box = masks.move_crop_onto_mask(path, (width, height), (x, y, x + 32, y + 32))
             assert np.asarray(masks.open_mask(path, (width, height)).crop(box)).sum() >= 0.1 * 64 * 255
             assert box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
 

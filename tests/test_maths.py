@@ -143,7 +143,7 @@ def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_typ
 def combine(script, losses, is_prior, weight):
     """Combine losses that are each an equal part of the mean over their kind; class images have a weight."""
     shares = torch.where(is_prior, 1 / is_prior.sum().clamp(min=1), 1 / (~is_prior).sum())
-    return script.combine(losses, shares, torch.where(is_prior, weight, 1.0), is_prior)
+    return script.combine_losses(losses, shares, torch.where(is_prior, weight, 1.0), is_prior)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.0, 0.25])
@@ -178,7 +178,7 @@ def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
     """A concept's weight counts in the total alone, as the class images' does; a share is taken as it is given."""
     columns = ([1.0, 2.0, 4.0, 8.0], [0.5, 0.25, 0.5, 0.0], [1.0, 3.0, 2.0, 9.0])
     losses, shares, weights = (torch.tensor(column) for column in columns)
-    loss = script.combine(losses, shares, weights, torch.tensor([False, False, True, True]))
+    loss = script.combine_losses(losses, shares, weights, torch.tensor([False, False, True, True]))
     assert [part.item() for part in loss] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
 
 
@@ -201,9 +201,9 @@ def test_targets_by_hand(script):
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     kept = torch.from_numpy(np.cumprod(1 - betas)[timesteps.numpy()]).view(3, 1, 1, 1)
     velocity = kept.sqrt() * noise.double() - (1 - kept).sqrt() * clean.double()
-    found = script.target(scheduler, "v_prediction", clean, noise, timesteps)
+    found = script.prediction_target(scheduler, "v_prediction", clean, noise, timesteps)
     torch.testing.assert_close(found.double(), velocity, rtol=1e-4, atol=1e-5)
-    assert torch.equal(script.target(scheduler, "epsilon", clean, noise, timesteps), noise)
+    assert torch.equal(script.prediction_target(scheduler, "epsilon", clean, noise, timesteps), noise)
 
 
 # --------------------------------------------------------------------------------------------- noise and model space
@@ -212,13 +212,13 @@ def test_targets_by_hand(script):
 def test_noise_depends_on_the_seed_alone(script):
     """Neither the order nor the company of an example changes its noise or its timestep."""
     shape = (4, 4, 8, 8)
-    noise, timesteps = script.draw_noise(torch.Size(shape), [11, 22, 33, 44], 1000, 0.1)
+    noise, timesteps = script.sample_noise(torch.Size(shape), [11, 22, 33, 44], 1000, 0.1)
     assert noise.shape == shape and noise.dtype == torch.float32
     assert timesteps.shape == (4,) and timesteps.dtype == torch.int64
     torch.manual_seed(5)
     for places in ([2], [3, 0], [3, 2, 1, 0]):
         seeds = [(11, 22, 33, 44)[place] for place in places]
-        again, at = script.draw_noise(torch.Size((len(places), *shape[1:])), seeds, 1000, 0.1)
+        again, at = script.sample_noise(torch.Size((len(places), *shape[1:])), seeds, 1000, 0.1)
         assert torch.equal(again, noise[places]) and torch.equal(at, timesteps[places])
     assert len({tensor.sum().item() for tensor in noise}) == 4
     assert torch.initial_seed() == 5, "drawing must leave the global generator alone"
@@ -226,7 +226,7 @@ def test_noise_depends_on_the_seed_alone(script):
 
 def test_noise_is_standard_normal(script):
     """Mean, variance, tails and the likeness of neighbours are those of independent normal numbers."""
-    noise, timesteps = script.draw_noise(torch.Size((1000, 4, 8, 8)), SEEDS[:1000], 1000, 0.0)
+    noise, timesteps = script.sample_noise(torch.Size((1000, 4, 8, 8)), SEEDS[:1000], 1000, 0.0)
     assert abs(noise.mean()) < 0.006 and abs(noise.var() - 1) < 0.01
     assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.002)
     assert abs((noise[1:] * noise[:-1]).mean()) < 0.006
@@ -238,7 +238,7 @@ def test_noise_is_standard_normal(script):
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_timesteps_are_uniform(script, steps):
     """All timesteps from 0 to T - 1 come, and equally often."""
-    _, timesteps = script.draw_noise(torch.Size((len(SEEDS), 1, 1, 1)), SEEDS, steps, 0.0)
+    _, timesteps = script.sample_noise(torch.Size((len(SEEDS), 1, 1, 1)), SEEDS, steps, 0.0)
     assert timesteps.min() >= 0 and timesteps.max() < steps
     assert timesteps.min() <= 0.005 * steps and timesteps.max() >= 0.995 * steps - 1
     bins = min(steps, 40)
@@ -248,8 +248,8 @@ def test_timesteps_are_uniform(script, steps):
 def test_offset_noise_is_constant_over_each_channel(script):
     """The offset is one number per example and channel, of the given strength, and leaves everything else alone."""
     shape = torch.Size((2000, 4, 2, 3))
-    plain, at = script.draw_noise(shape, SEEDS[:2000], 1000, 0.0)
-    noisy, also_at = script.draw_noise(shape, SEEDS[:2000], 1000, 0.1)
+    plain, at = script.sample_noise(shape, SEEDS[:2000], 1000, 0.0)
+    noisy, also_at = script.sample_noise(shape, SEEDS[:2000], 1000, 0.1)
     assert torch.equal(at, also_at)
     offset = noisy - plain
     torch.testing.assert_close(offset, offset[:, :, :1, :1].expand(shape), rtol=0, atol=1e-6)
@@ -257,14 +257,14 @@ def test_offset_noise_is_constant_over_each_channel(script):
     assert offset.std() == pytest.approx(0.1, abs=0.003) and abs(offset.mean()) < 0.005
     assert offset.round(decimals=6).unique().numel() > 7000, "channels and examples have offsets of their own"
     assert abs(torch.corrcoef(offset.T) - torch.eye(4)).max() < 0.1
-    twice, _ = script.draw_noise(shape, SEEDS[:2000], 1000, 0.2)
+    twice, _ = script.sample_noise(shape, SEEDS[:2000], 1000, 0.2)
     torch.testing.assert_close(twice - plain, 2 * (noisy - plain), rtol=0, atol=1e-6)
 
 
 def latents_of(script, vae, pixel_values, seeds):
     """Return the latents of a batch of pictures."""
     batch = {"pixel_values": pixel_values, "seeds": torch.tensor(seeds)}
-    return script.to_model_space(batch, vae, vae.config.scaling_factor, torch.device("cpu"))
+    return script.latents_or_pixels(batch, vae, vae.config.scaling_factor, torch.device("cpu"))
 
 
 def test_latents_of_a_batch_equal_those_of_its_pictures_one_by_one(script, tiny):
@@ -280,10 +280,10 @@ def test_latents_of_a_batch_equal_those_of_its_pictures_one_by_one(script, tiny)
 def test_latents_from_moments_equal_those_of_the_pictures(script, tiny):
     """To the bit, whatever else was encoded with them: what is cached is the posterior, and draws differ by seed."""
     pictures = torch.rand(2, 3, 32, 48, generator=generator("pictures")) * 2 - 1
-    moments = torch.cat([script.encode(tiny.vae, picture[None]) for picture in pictures])
-    assert moments.shape == (2, 2, 4, 4, 6) and torch.equal(script.encode(tiny.vae, pictures), moments)
+    moments = torch.cat([script.encode_images(tiny.vae, picture[None]) for picture in pictures])
+    assert moments.shape == (2, 2, 4, 4, 6) and torch.equal(script.encode_images(tiny.vae, pictures), moments)
     batch = {"moments": moments, "seeds": torch.tensor([1, 2])}
-    found = script.to_model_space(batch, None, tiny.vae.config.scaling_factor, torch.device("cpu"))
+    found = script.latents_or_pixels(batch, None, tiny.vae.config.scaling_factor, torch.device("cpu"))
     assert torch.equal(found, latents_of(script, tiny.vae, pictures, [1, 2]))
     assert not torch.equal(found, latents_of(script, tiny.vae, pictures, [1, 3]))
 
@@ -292,7 +292,7 @@ def test_pictures_are_their_own_model_space_without_a_vae(script):
     """They are what they were, unscaled."""
     pictures = torch.rand(2, 3, 8, 8)
     batch = {"pixel_values": pictures, "seeds": torch.tensor([1, 2])}
-    assert torch.equal(script.to_model_space(batch, None, 1.0, torch.device("cpu")), pictures)
+    assert torch.equal(script.latents_or_pixels(batch, None, 1.0, torch.device("cpu")), pictures)
 
 
 def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
@@ -308,7 +308,7 @@ def test_latents_are_a_scaled_draw_from_the_posterior(script, tiny):
     noise = (draws / 0.18215 - posterior.mean) / posterior.std
     assert abs(noise.mean()) < 0.03 and noise.std() == pytest.approx(1, abs=0.02)
     assert abs(noise.mean(dim=0)).max() < 0.2, "each latent is centred on its own mean"
-    training, _ = script.draw_noise(draws.shape, SEEDS[:400], 1000, 0.0)
+    training, _ = script.sample_noise(draws.shape, SEEDS[:400], 1000, 0.0)
     assert abs((noise * training).mean()) < 0.03, "the noise that is added must be independent of this draw"
     assert not draws.requires_grad
 
@@ -443,7 +443,7 @@ def test_every_photo_comes_once_a_pass(script, photos, batch):
         part = draws[start : start + photos]
         orders.append(tuple(draw.example for draw in part))
         assert sorted(orders[-1]) == list(range(photos))
-        assert {draw.visit for draw in part} == {start // photos}
+        assert {draw.earlier_visits for draw in part} == {start // photos}
     assert len({draw.seed for draw in draws}) == len(draws), "no two visits share their noise"
     assert photos < 5 or len(set(orders)) > 5
 
@@ -470,7 +470,9 @@ def test_two_processes_share_the_batches_of_one(script, priors):
     assert len(whole) == 20
     for step, (first, second) in zip(whole, zip(*ranks)):
         assert len(first) == len(second) == (4 if priors else 2)
-        assert {draw.share for draw in step} == {1 / 4} and {draw.share for draw in first + second} == {1 / 2}
+        assert {visit.mean_weight for visit in step} == {1 / 4} and {
+            visit.mean_weight for visit in first + second
+        } == {1 / 2}
         first, second = ([draw._replace(share=1 / 4) for draw in part] for part in (first, second))
         assert sorted(first + second) == sorted(step)
         assert [draw for draw in first + second if draw.example < 7] == step[:4]
@@ -489,8 +491,8 @@ def test_photos_and_class_images_do_not_disturb_each_other(script):
     alone = list(make_sampler(script, 8, 2))
     both = list(make_sampler(script, 8, 2, priors=8))
     assert [[draw for draw in step if draw.example < 8] for step in both] == alone
-    classes = [[(draw.example - 8, draw.visit) for draw in step if draw.example >= 8] for step in both]
-    assert classes != [[(draw.example, draw.visit) for draw in step] for step in alone]
+    classes = [[(draw.example - 8, draw.earlier_visits) for draw in step if draw.example >= 8] for step in both]
+    assert classes != [[(draw.example, draw.earlier_visits) for draw in step] for step in alone]
     assert not {draw.seed for step in both for draw in step if draw.example >= 8} & {d.seed for s in alone for d in s}
     assert [draw.example >= 8 for draw in both[0]] == [False, False, True, True]
 
@@ -515,7 +517,7 @@ def test_another_seed_gives_another_order(script):
 
 @pytest.fixture(params=[False, True], ids=["all-tokens", "masked"])
 def prompts(request, script, tiny):
-    """Tokenise three prompts of different length, with and without a mask of the padding."""
+    """Tokenize three prompts of different length, with and without a mask of the padding."""
     texts = ["a photo of sks dog", "a photo of dog", ""]
     rows = tiny.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
     return script.PromptTable(texts, rows["input_ids"], rows["attention_mask"] if request.param else None)
@@ -706,10 +708,10 @@ def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
     items = [visit_of(dataset, 1, 0, 2**32 - 1), visit_of(dataset, 0, 3, 5)]
     items[1]["is_prior"] = True
     batch = script.collate(items)
-    keys = {"pixel_values", "weight_map", "prompt_rows", "is_prior", "shares", "weights", "seeds", "names"}
+    keys = {"pixel_values", "weight_map", "prompt_rows", "is_prior", "mean_weights", "loss_weights", "seeds", "names"}
     assert set(batch) == keys
     assert batch["weight_map"].dtype == torch.float32 and batch["weight_map"].tolist() == [[[[1.0] * 3] * 3]] * 2
-    assert batch["shares"].tolist() == batch["weights"].tolist() == [1, 1]
+    assert batch["mean_weights"].tolist() == batch["loss_weights"].tolist() == [1, 1]
     assert batch["names"] == [str(path) for path in reversed(paths)]
     assert batch["pixel_values"].shape == (2, 3, 24, 24) and batch["pixel_values"].dtype == torch.float32
     assert torch.equal(batch["pixel_values"][1], items[1]["pixel_values"])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.runs import PRIOR_FLAGS, ROOT, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import device_memory
 from utils.memory import out_of_memory
 
@@ -182,12 +182,12 @@ class Setting:
 )
 def test_what_is_no_lack_of_memory_is_let_through(error):
     """Only that is turned into a message; the networks are not kept alive by the set."""
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.explaining_running_out(Setting, FLAGS):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory.explain_out_of_memory(Setting, FLAGS):
         raise RuntimeError("shapes cannot be multiplied")
     words = r"Memory ran out on cpu: at most .* GB were in use.\nLess is needed with"
     with (
-        pytest.raises(InputError, match=words),
-        out_of_memory.explaining_running_out(Setting, FLAGS) as networks,
+        pytest.raises(UserError, match=words),
+        out_of_memory.explain_out_of_memory(Setting, FLAGS) as networks,
     ):
         networks.add(nn.Linear(1, 1))
         assert len(networks) == 0

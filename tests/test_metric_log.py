@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.run import checkpoints, metric_log
 from utils.run.metric_log import MetricLog, start_trackers, track_images
 
@@ -173,7 +173,7 @@ def test_a_diverged_step_ends_the_run_before_anything_is_saved(recorder, tmp_pat
     log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 1)
     add(log, 1, **({"loss": 0.5} | {key: kind(value)}))
     with pytest.raises(
-        InputError, match=f"diverged: {key} {value} at step 1\\. Nothing is saved from here on. Start anew"
+        UserError, match=f"diverged: {key} {value} at step 1\\. Nothing is saved from here on. Start anew"
     ):
         log.flush()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -187,7 +187,7 @@ def test_a_diverged_step_names_its_pictures_and_the_last_good_checkpoint(recorde
     log = MetricLog(recorder, tmp_path / "metrics.jsonl", 0, 9)
     names = [f"{number}.png" for number in (3, 1, 3, 0, 2, 4, 5, 6, 7, 8)]
     log.add(4, time.perf_counter(), 8, [micro_step(math.nan, 0.25)], {}, names)
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(UserError) as refusal:
         log.add(5, time.perf_counter(), 8, [micro_step(0.5, 0.25)], {}, [])
     assert str(refusal.value) == (
         "Training has diverged: loss nan at step 4 (its pictures: 3.png, 1.png, 0.png, 2.png, 4.png, 5.png, 6.png, "
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_never_saved(recorder, tmp_path, value):
     log.flush()
     add(log, 2)
     weights[1][0] = value
-    with pytest.raises(InputError, match="diverged: weights that are not finite at step 2"):
+    with pytest.raises(UserError, match="diverged: weights that are not finite at step 2"):
         log.flush()
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
 

@@ -299,13 +299,13 @@ def test_the_snippet_stands_in_the_card_as_code(card):
 
 def recognised(script, **changes):
     """Return what a script makes of a Stable Diffusion model's configs, without any."""
-    fields = {field.name: None for field in dataclasses.fields(script.BaseModel)} | {
+    fields = {field.name: None for field in dataclasses.fields(script.ModelInfo)} | {
         "kind": script.ModelKind.STABLE_DIFFUSION,
         "index": {"text_encoder": ["transformers", "CLIPTextModel"]},
         "learns_variance": False,
         "resolution": Size(64, 64),
     }
-    return script.BaseModel(**fields | changes)
+    return script.ModelInfo(**fields | changes)
 
 
 # ------------------------------------------------------------------------------------------------------ card of a run

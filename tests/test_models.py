@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth
 import train_dreambooth_lora
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.make_model import END, build_tokenizer, make_model
 from utils.models import model_files
 
@@ -64,8 +64,8 @@ def change(folder: Path, filename: str, **changes) -> None:
 
 def refuse(script, args) -> str:
     """Let a model be refused and return the message."""
-    with pytest.raises(InputError) as refusal:
-        script.recognise_model(args)
+    with pytest.raises(UserError) as refusal:
+        script.detect_model(args)
     return str(refusal.value)
 
 
@@ -74,27 +74,32 @@ def refuse(script, args) -> str:
 
 def test_a_stable_diffusion_model_is_recognised(script, parse, tiny):
     """The kind, the prediction and the VAE's factor are read from the configs."""
-    base = script.recognise_model(parse(tiny))
+    base = script.detect_model(parse(tiny))
     assert base.kind is script.ModelKind.STABLE_DIFFUSION and base.kind.value == "Stable Diffusion 1.x/2.x"
-    assert (base.prediction_type, base.size_factor) == ("epsilon", 8)
+    assert (base.prediction_type, base.size_multiple) == ("epsilon", 8)
     assert base.index["text_encoder"] == ["transformers", "CLIPTextModel"]
     assert base.scheduler == json.loads((tiny / "scheduler" / "scheduler_config.json").read_text())
     assert base.scheduler["num_train_timesteps"] == 1000
-    assert (base.image_noising_scheduler, base.tokens, base.enlarges_from) == (None, None, None)
-    assert (base.is_if, base.learns_variance, base.hides_padding, base.precomputes_text) == (False, False, False, True)
+    assert (base.image_noising_scheduler, base.tokens, base.low_res_size) == (None, None, None)
+    assert (base.is_if, base.learns_variance, base.uses_attention_mask, base.precomputes_text) == (
+        False,
+        False,
+        False,
+        True,
+    )
 
 
 def test_flags_decide_how_a_stable_diffusion_model_reads_prompts(script, parse, tiny, copy):
     """Padding is hidden if a flag or the encoder's config says so; text is precomputed unless its encoder trains."""
-    base = script.recognise_model(parse(tiny, "--text_encoder_use_attention_mask", "--tokenizer_max_length", "20"))
-    assert (base.hides_padding, base.precomputes_text, base.tokens) == (True, True, 20)
+    base = script.detect_model(parse(tiny, "--text_encoder_use_attention_mask", "--tokenizer_max_length", "20"))
+    assert (base.uses_attention_mask, base.precomputes_text, base.tokens) == (True, True, 20)
     for flag, precomputes in (("--pre_compute_text_embeddings", True), ("--train_text_encoder", False)):
-        assert script.recognise_model(parse(tiny, flag)).precomputes_text is precomputes
-    assert script.recognise_model(parse(tiny, "--no-pre_compute_text_embeddings")).precomputes_text is False
+        assert script.detect_model(parse(tiny, flag)).precomputes_text is precomputes
+    assert script.detect_model(parse(tiny, "--no-pre_compute_text_embeddings")).precomputes_text is False
     for masks in (True, False):
         change(copy, "text_encoder/config.json", use_attention_mask=masks)
-        assert script.recognise_model(parse(copy)).hides_padding is masks
-    assert script.recognise_model(parse(copy, "--no-text_encoder_use_attention_mask")).hides_padding is False
+        assert script.detect_model(parse(copy)).uses_attention_mask is masks
+    assert script.detect_model(parse(copy, "--no-text_encoder_use_attention_mask")).uses_attention_mask is False
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_the_resolution_follows_the_prediction_unless_it_is_given(
 ):
     """Models for velocity were trained at 768 pixels, others at 512; a config from before the choice says epsilon."""
     change(copy, "scheduler/scheduler_config.json", prediction_type=prediction_type)
-    base = script.recognise_model(parse(copy, *flags))
+    base = script.detect_model(parse(copy, *flags))
     assert base.resolution == (resolution if isinstance(resolution, tuple) else (resolution, resolution))
     assert base.prediction_type == ("epsilon" if prediction_type == GONE else prediction_type)
 
@@ -127,7 +132,7 @@ def test_a_model_that_draws_much_smaller_pictures_is_named(script, parse, copy, 
     args = parse(copy, *flags)
     PartialState()
     Image.new("RGB", (600, 600)).save(Path(args.instance_data_dir, "photo.png"))
-    script.list_examples(args, script.recognise_model(args))
+    script.list_examples(args, script.detect_model(args))
     told = f"the model draws {8 * edge} px, but trains at 512: --resolution sets another size." in caplog.text
     assert told == warns
 
@@ -136,14 +141,14 @@ def test_a_model_that_draws_much_smaller_pictures_is_named(script, parse, copy, 
 def test_a_unet_without_a_size_draws_64_latents(script, parse, copy, edge):
     """As its pipeline does."""
     change(copy, "unet/config.json", sample_size=edge)
-    assert str(script.recognise_model(parse(copy)).own_size) == "512"
+    assert str(script.detect_model(parse(copy)).native_size) == "512"
 
 
 @pytest.mark.parametrize(("widths", "factor"), [([8, 8, 16, 16], 8), ([8, 8, 16], 4), ([8], 1)])
 def test_the_factor_is_that_of_the_vae(script, parse, copy, widths, factor):
     """Each level of the VAE but the first halves the picture."""
     change(copy, "vae/config.json", block_out_channels=widths)
-    assert script.recognise_model(parse(copy)).size_factor == factor
+    assert script.detect_model(parse(copy)).size_multiple == factor
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -398,7 +403,7 @@ def test_all_contradictions_are_told_at_once(script, parse, copy):
 def load(script, args, device="cpu"):
     """Load a model's networks, in float32."""
     fits = {"precision": "no"}
-    plan = SimpleNamespace(base=script.recognise_model(args), frozen_dtype=torch.float32, fits=fits)
+    plan = SimpleNamespace(base=script.detect_model(args), frozen_dtype=torch.float32, fits=fits)
     return script.load_models(args, plan, SimpleNamespace(embeds=None), torch.device(device))
 
 
@@ -418,7 +423,7 @@ def test_a_variant_is_loaded_in_the_precision_of_training(script, parse, tmp_pat
 def test_weights_that_are_not_there_give_a_message(script, parse, tmp_path):
     """Forgetting --variant is a mistake that a person can mend, so no traceback."""
     model = make_model(tmp_path / "fp16", "tiny", dtype=torch.float16, variant="fp16")
-    with pytest.raises(InputError, match="--variant"):
+    with pytest.raises(UserError, match="--variant"):
         load(script, parse(model))
 
 
@@ -456,20 +461,20 @@ def test_the_text_encoder_is_of_the_class_that_the_index_names(script, parse, ti
     for name, kind in (("CLIPTextModel", CLIPTextModel), ("CLIPTextModelWithProjection", CLIPTextModelWithProjection)):
         change(model, "model_index.json", text_encoder=["transformers", name])
         kind.from_pretrained(model / "text_encoder").save_pretrained(model / "text_encoder")  # with a projection
-        plan = SimpleNamespace(base=script.recognise_model(args))
+        plan = SimpleNamespace(base=script.detect_model(args))
         encoder = script.load_text_encoder(args, plan, "bf16", device)
         assert not any(parameter.requires_grad for parameter in encoder.parameters())
         assert type(encoder) is kind and encoder.dtype == torch.bfloat16 and not encoder.training
     change(model, "model_index.json", text_encoder=["transformers", "NoSuchModel"])
-    with pytest.raises(InputError) as refusal:
-        script.load_text_encoder(args, SimpleNamespace(base=script.recognise_model(args)), "fp32", device)
+    with pytest.raises(UserError) as refusal:
+        script.load_text_encoder(args, SimpleNamespace(base=script.detect_model(args)), "fp32", device)
     named = "model_index.json names transformers.NoSuchModel as its text_encoder; no installed package has it."
     assert str(refusal.value) == named
 
 
 def test_no_other_module_is_imported_for_a_class():
     """An index may name anything."""
-    with pytest.raises(InputError, match=r"model_index\.json names this\.s as its vae; no installed package has it"):
+    with pytest.raises(UserError, match=r"model_index\.json names this\.s as its vae; no installed package has it"):
         model_files.component_class({"vae": ["this", "s"]}, "vae")
     assert "this" not in sys.modules
 
@@ -483,7 +488,7 @@ def test_a_class_that_diffusers_keeps_with_a_pipeline_is_found():
 
 def test_prompts_longer_than_the_text_encoder_takes_are_refused(script, parse, tiny):
     """--tokenizer_max_length ends where the text encoder's positions do."""
-    script.recognise_model(parse(tiny, "--tokenizer_max_length", "77"))
+    script.detect_model(parse(tiny, "--tokenizer_max_length", "77"))
     message = refuse(script, parse(tiny, "--tokenizer_max_length", "78"))
     assert message.endswith("\n--tokenizer_max_length 78: the text encoder takes 77.")
 
@@ -491,9 +496,9 @@ def test_prompts_longer_than_the_text_encoder_takes_are_refused(script, parse, t
 def test_another_tokenizer_can_be_named(script, parse, tiny, tmp_path):
     """--tokenizer_name replaces the model's own tokenizer, which is taken without it."""
     build_tokenizer(pad_token="!").save_pretrained(tmp_path / "tokenizer")
-    own = script.load_tokenizer(parse(tiny), script.recognise_model(parse(tiny)))
+    own = script.load_tokenizer(parse(tiny), script.detect_model(parse(tiny)))
     args = parse(tiny, "--tokenizer_name", str(tmp_path / "tokenizer"))
-    other = script.load_tokenizer(args, script.recognise_model(args))
+    other = script.load_tokenizer(args, script.detect_model(args))
     assert (own.pad_token, other.pad_token) == (END, "!")
     assert own("a photo of sks dog")["input_ids"] == other("a photo of sks dog")["input_ids"]
 

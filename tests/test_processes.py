@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.runs import SCRIPTS, Job, wait_until
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import launch
 
 ENDLESS = "--max_train_steps 100000 --train_batch_size 1"
@@ -88,7 +88,7 @@ def test_engines_and_compilers_are_named_together(monkeypatch):
         "ACCELERATE_DYNAMO_BACKEND": "inductor",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"^accelerate is set to Megatron-LM with torch\.compile by INDUCTOR, which"):
+    with pytest.raises(UserError, match=r"^accelerate is set to Megatron-LM with torch\.compile by INDUCTOR, which"):
         launch.check_engine()
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "false")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")

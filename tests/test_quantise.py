@@ -50,18 +50,18 @@ def make_layer(name: str) -> tuple[nn.Module, torch.Tensor]:
     return layer, torch.randn(shape)
 
 
-def quantised(layer: nn.Module, precision: str, device: torch.device = CPU) -> nn.Module:
-    """Return a layer's quantised copy."""
+def quantized(layer: nn.Module, precision: str, device: torch.device = CPU) -> nn.Module:
+    """Return a layer's quantized copy."""
     network = nn.Sequential(copy.deepcopy(layer))
-    quantize.quantise(network, precision, device)
+    quantize.quantize_layers(network, precision, device)
     assert type(network[0]) in quantize.KINDS.values()
     return network[0]
 
 
-def dequantised(layer: nn.Module, reduced: nn.Module) -> nn.Module:
-    """Return a copy of a layer with the weights that its quantised one computes with."""
+def dequantized(layer: nn.Module, reduced: nn.Module) -> nn.Module:
+    """Return a copy of a layer with the weights that its quantized one computes with."""
     reference = copy.deepcopy(layer)
-    reference.weight.data = reduced.dequantise()
+    reference.weight.data = reduced.dequantize()
     return reference
 
 
@@ -90,7 +90,7 @@ def build_unet(shape: str) -> UNet2DConditionModel:
 
 
 def build_adapted(shape: str, precision: str, seen: float = 0.0) -> UNet2DConditionModel:
-    """Build a U-Net with adapters, and quantise it.
+    """Build a U-Net with adapters, and quantize it.
 
     Args:
         seen: Deviation of the adapters' second weights; at 0 they change nothing.
@@ -101,7 +101,7 @@ def build_adapted(shape: str, precision: str, seen: float = 0.0) -> UNet2DCondit
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=seen)
-    quantize.quantise(unet.train(), precision, CPU)
+    quantize.quantize_layers(unet.train(), precision, CPU)
     return unet
 
 
@@ -128,7 +128,7 @@ def trained_step(unet: UNet2DConditionModel, is_mixed: bool) -> tuple[torch.Tens
 
 @pytest.fixture
 def all_layers(monkeypatch):
-    """Quantise a tiny network's layers as well, all but the smallest."""
+    """Quantize a tiny network's layers as well, all but the smallest."""
     monkeypatch.setattr(quantize, "FEWEST_WEIGHTS", 256)
 
 
@@ -138,10 +138,10 @@ def all_layers(monkeypatch):
 @every_layer
 @every_precision
 def test_outputs_are_near(precision, name):
-    """What a quantised layer computes differs from the original by what its precision costs."""
+    """What a quantized layer computes differs from the original by what its precision costs."""
     layer, inputs = make_layer(name)
-    reduced = quantised(layer, precision)
-    assert difference(reduced.dequantise(), layer.weight) < ERRORS[precision]
+    reduced = quantized(layer, precision)
+    assert difference(reduced.dequantize(), layer.weight) < ERRORS[precision]
     bias = 0 if layer.bias is None else layer.bias.view(-1, *[1] * (inputs.ndim - 2) if inputs.ndim == 4 else [])
     assert difference(reduced(inputs) - bias, layer(inputs) - bias) < ERRORS[precision]
 
@@ -151,8 +151,8 @@ def test_outputs_are_near(precision, name):
 def test_gradients_are_those_of_the_dequantised_weight(precision, name):
     """Forward and backward pass use one and the same weight, which gets no gradient; neither does the bias."""
     layer, inputs = make_layer(name)
-    reduced = quantised(layer, precision)
-    expected = gradient_of(dequantised(layer, reduced), inputs)
+    reduced = quantized(layer, precision)
+    expected = gradient_of(dequantized(layer, reduced), inputs)
     for found, wanted in zip(gradient_of(reduced, inputs), expected):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reduced.parameters())
@@ -164,11 +164,11 @@ def test_a_bias_may_train(name):
     layer, inputs = make_layer(name)
     layer.bias.requires_grad_()
     network = nn.Sequential(layer)
-    quantize.quantise(network, "nf4", CPU)
+    quantize.quantize_layers(network, "nf4", CPU)
     assert network[0].bias is layer.bias and type(network[0]) is not type(layer)
     network(inputs).pow(2).sum().backward()
     reference = copy.deepcopy(layer)
-    reference.weight.data, reference.bias.grad = network[0].dequantise(), None
+    reference.weight.data, reference.bias.grad = network[0].dequantize(), None
     reference(inputs).pow(2).sum().backward()
     torch.testing.assert_close(layer.bias.grad, reference.bias.grad, rtol=1e-5, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_a_bias_may_train(name):
 def test_autograd_keeps_what_is_stored_and_nothing_else(precision, name, is_mixed):
     """Between the passes, no unpacked weight is alive; nor are the inputs, but for what mirrors their edges."""
     layer, inputs = make_layer(name)
-    reduced, kept = quantised(layer, precision), []
+    reduced, kept = quantized(layer, precision), []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
@@ -197,13 +197,13 @@ def test_autograd_keeps_what_is_stored_and_nothing_else(precision, name, is_mixe
 def test_autocast_decides_the_dtype(precision, name, monkeypatch):
     """Under autocast a layer computes as with inputs in its dtype; the gradient comes back in the inputs' own."""
     layer, inputs = make_layer(name)
-    reduced, unpack, dtypes = quantised(layer, precision), quantize._unpack, []
+    reduced, unpack, dtypes = quantized(layer, precision), quantize._unpack, []
     with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
         patch.setattr(quantize, "_unpack", lambda *given: dtypes.append(given[-1]) or unpack(*given))
         outputs, gradient = gradient_of(reduced, inputs)
     assert dtypes == [torch.bfloat16] * 2  # in one go, without a copy of twice the size
     with torch.autocast("cpu", torch.bfloat16):
-        expected = dequantised(layer, reduced)(inputs)
+        expected = dequantized(layer, reduced)(inputs)
     assert outputs.dtype is torch.bfloat16 and gradient.dtype is torch.float32
     assert torch.equal(outputs, reduced(inputs.bfloat16()))
     assert difference(outputs, expected) < 0.005  # the unpacked weight is rounded once more
@@ -217,7 +217,7 @@ def test_autocast_decides_the_dtype(precision, name, monkeypatch):
 def test_bytes(precision, kind, sizes):
     """Layers of real size take the bytes that their precision promises, scales included."""
     layer = kind(*sizes, bias=False).requires_grad_(False)
-    reduced = quantised(layer, precision)
+    reduced = quantized(layer, precision)
     share = quantize.stored_bytes(reduced) / quantize.stored_bytes(layer)
     assert 0.8 * SHARES[precision] < share <= SHARES[precision]
     assert quantize.stored_bytes(layer) == 4 * sum(parameter.numel() for parameter in layer.parameters())
@@ -229,17 +229,17 @@ def test_zeros_stay_zeros(precision, dtype):
     """Blocks without any number but 0 make no NaN, wherever they are, and their neighbours do not suffer."""
     layer = nn.Linear(64, 64, dtype=dtype).requires_grad_(False)
     layer.weight[::2] = 0
-    weight = quantised(layer, precision).dequantise()
+    weight = quantized(layer, precision).dequantize()
     assert not weight[::2].any() and difference(weight, layer.weight) < ERRORS[precision]
     layer.weight.zero_()
-    assert not quantised(layer, precision).dequantise().any()
+    assert not quantized(layer, precision).dequantize().any()
 
 
 @every_precision
 def test_compiled_layers_compute_the_same(precision):
     """torch.compile traces layers whole, with and without gradients, under autocast and without it."""
     layers, inputs = zip(*map(make_layer, ("reflecting", "odd", "linear")))
-    for layer, given in zip([quantised(layer, precision) for layer in layers], inputs):
+    for layer, given in zip([quantized(layer, precision) for layer in layers], inputs):
         torch.compiler.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         for found, wanted in zip(gradient_of(compiled, given), gradient_of(layer, given)):
@@ -254,11 +254,11 @@ def test_compiled_layers_compute_the_same(precision):
 def test_gpu(precision, name):
     """A GPU stores the same, but for ties, and computes with what it stores."""
     layer, inputs = make_layer(name)
-    reduced = quantised(layer, precision, torch.device("cuda"))
+    reduced = quantized(layer, precision, torch.device("cuda"))
     assert {parameter.device.type for parameter in reduced.parameters()} == {"cuda"}
-    assert difference(reduced.dequantise().cpu(), quantised(layer, precision).dequantise()) < 0.002
-    assert difference(copy.deepcopy(reduced).cpu().dequantise(), reduced.dequantise().cpu()) < 1e-6
-    reference = dequantised(layer.cuda(), reduced)
+    assert difference(reduced.dequantize().cpu(), quantized(layer, precision).dequantize()) < 0.002
+    assert difference(copy.deepcopy(reduced).cpu().dequantize(), reduced.dequantize().cpu()) < 1e-6
+    reference = dequantized(layer.cuda(), reduced)
     for found, wanted in zip(gradient_of(reduced, inputs.cuda()), gradient_of(reference, inputs.cuda())):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # TF32 may be on
 
@@ -291,7 +291,7 @@ def test_only_large_frozen_layers_are_replaced(precision):
     """All other modules and parameters are the same objects as before; a layer with two names still has both."""
     network = Mixed().eval()
     modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    quantize.quantise(network, precision, CPU)
+    quantize.quantize_layers(network, precision, CPU)
     replaced = {name for name, module in network.named_modules() if modules[name] is not module}
     assert replaced == {"shared", "nested.0.0"} and network.shared is network.again
     assert not any(module.training for module in network.modules())
@@ -302,14 +302,14 @@ def test_only_large_frozen_layers_are_replaced(precision):
     assert (convolution.in_channels, convolution.kernel_size, convolution.stride) == (64, (1, 1), (1, 1))
     assert f"{precision}, weight=(64, 64)" in repr(network) and not list(network.buffers())
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    quantize.quantise(network, "nf4", CPU)  # again: nothing is left to do
+    quantize.quantize_layers(network, "nf4", CPU)  # again: nothing is left to do
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def test_no_change_moves_only():
     """All weights stay what and where they are, on another device."""
     network = Mixed()
-    quantize.quantise(network, "no_change", META)
+    quantize.quantize_layers(network, "no_change", META)
     assert {parameter.device for parameter in network.parameters()} == {META} and type(network.shared) is nn.Linear
 
 
@@ -319,7 +319,7 @@ def test_layers_are_let_go_one_by_one(precision, monkeypatch):
     network = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)]).requires_grad_(False)
     weights, counts = [weakref.ref(layer.weight) for layer in network], []
     monkeypatch.setattr(quantize, "_pack", functools.partial(pack_and_count, quantize._pack, weights, counts))
-    quantize.quantise(network, precision, CPU)
+    quantize.quantize_layers(network, precision, CPU)
     assert counts == [5, 4, 3, 2, 1] and not any(weight() is not None for weight in weights)
 
 
@@ -335,8 +335,8 @@ def test_meta_gives_the_sizes(precision, shape, all_layers):
     """A network without weights becomes one with the same tensors, by name, shape and dtype."""
     with_weights = build_unet(shape)
     without = copy.deepcopy(with_weights).to(META)
-    quantize.quantise(with_weights, precision, CPU)
-    quantize.quantise(without, precision, META)
+    quantize.quantize_layers(with_weights, precision, CPU)
+    quantize.quantize_layers(without, precision, META)
     found, wanted = (
         {name: (value.shape, value.dtype, value.requires_grad) for name, value in network.named_parameters()}
         for network in (without, with_weights)
@@ -355,7 +355,7 @@ def test_real_networks_are_covered(shape, gigabytes):
         unet = build_unet(shape).bfloat16()
     for precision, expected in zip(REDUCED, gigabytes):
         network = copy.deepcopy(unet)
-        quantize.quantise(network, precision, META)
+        quantize.quantize_layers(network, precision, META)
         assert quantize.stored_bytes(network) / 1e9 == pytest.approx(expected, abs=6e-4)
     left = [name for name, module in network.named_modules() if type(module) in quantize.KINDS]
     assert left == ["conv_in", "conv_out"]
@@ -370,13 +370,13 @@ def test_casts_and_copies_leave_what_is_stored(precision):
     """`to` casts what is left of a network, not what is packed; copies, pickles and states are whole."""
     layer, inputs = make_layer("convolution")
     network = nn.Sequential(layer, nn.GroupNorm(4, 48))
-    quantize.quantise(network, precision, CPU)
+    quantize.quantize_layers(network, precision, CPU)
     cast = copy.deepcopy(network).to(torch.bfloat16)
     assert cast[1].weight.dtype is cast[0].bias.dtype is cast(inputs.bfloat16()).dtype is torch.bfloat16
-    assert torch.equal(cast[0].dequantise(), network[0].dequantise())
+    assert torch.equal(cast[0].dequantize(), network[0].dequantize())
     other = nn.Sequential(make_layer("convolution")[0], nn.GroupNorm(4, 48))
     nn.init.zeros_(other[0].weight)
-    quantize.quantise(other, precision, CPU)
+    quantize.quantize_layers(other, precision, CPU)
     other.load_state_dict(network.state_dict())
     assert torch.equal(other(inputs), network(inputs))
 
@@ -385,7 +385,7 @@ def test_casts_and_copies_leave_what_is_stored(precision):
 def test_misuse_does_not_pass(precision):
     """Original weights do not load over packed ones, adapters are not merged into them, and they never train."""
     layer, _ = make_layer("convolution")
-    reduced = quantised(layer, precision)
+    reduced = quantized(layer, precision)
     with pytest.raises(RuntimeError, match="size mismatch"):
         reduced.load_state_dict(layer.state_dict(), strict=False)
     with pytest.raises(RuntimeError, match="floating point"):
@@ -403,16 +403,16 @@ def test_problems_are_named(monkeypatch):
     """An unknown precision and a missing package are errors, before anything is changed."""
     network = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     with pytest.raises(ValueError, match="'fp4' is none of the precisions no_change, bf16, int8, nf4"):
-        quantize.quantise(network, "fp4", CPU)
+        quantize.quantize_layers(network, "fp4", CPU)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="int8 need bitsandbytes: pip install bitsandbytes"):
-        quantize.quantise(network, "int8", CPU)
+        quantize.quantize_layers(network, "int8", CPU)
     assert type(network[0]) is nn.Linear
-    quantize.quantise(network, "bf16", CPU)
-    assert type(network[0]) is quantize.QuantisedLinear
+    quantize.quantize_layers(network, "bf16", CPU)
+    assert type(network[0]) is quantize.QuantizedLinear
 
 
-# Adapters on a quantised U-Net.
+# Adapters on a quantized U-Net.
 
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "autocast"])
@@ -436,9 +436,9 @@ def test_adapters_alone_get_gradients(precision, shape, is_mixed, all_layers):
 
 @every_precision
 def test_new_adapters_change_nothing(precision, all_layers):
-    """At step 0, adapters on a quantised base are the quantised base, bit for bit."""
+    """At step 0, adapters on a quantized base are the quantized base, bit for bit."""
     unet, plain = build_adapted("tiny", precision), build_unet("tiny")
-    quantize.quantise(plain, precision, CPU)
+    quantize.quantize_layers(plain, precision, CPU)
     inputs = feed(unet)
     with torch.no_grad():
         expected = plain(**inputs).sample
@@ -511,5 +511,5 @@ def test_each_weight_counts_once_however_it_is_stored(precision):
     """Codes that hold two weights, scales and levels are no weights."""
     layers = nn.Sequential(nn.Linear(96, 64), nn.Conv2d(32, 64, 3), nn.GroupNorm(4, 64)).requires_grad_(False)
     count = sum(weight.numel() for weight in layers.parameters())
-    quantize.quantise(layers, precision, torch.device("cpu"))
+    quantize.quantize_layers(layers, precision, torch.device("cpu"))
     assert quantize.count_frozen(layers) == count

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from utils import sample
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.make_model import make_model
 from utils.sampling import results
 
@@ -194,7 +194,7 @@ def test_bf16_reaches_every_network(outputs):
 
 def test_an_adapter_away_from_its_run_needs_its_base_model(outputs, adapter, base):
     """Without args.json the base model is named by hand, and gives the same picture."""
-    with pytest.raises(InputError, match=r"needs its base model, and no args.json names it"):
+    with pytest.raises(UserError, match=r"needs its base model, and no args.json names it"):
         sample.load_pipeline(adapter)
     assert np.array_equal(redraw(sample.load_pipeline(adapter, base)), previews_of(outputs["lora text"]))
 
@@ -230,7 +230,7 @@ def test_a_layer_that_the_model_lacks_is_an_error(adapter, base):
         key.replace("mid_block", "end_block"): value.clone() for key, value in state.items() if "mid_block" in key
     }
     safetensors.torch.save_file(state, path)
-    with pytest.raises(InputError, match=r"does not fit .*: it lacks \d+ of \d+ layers, the first being unet.end_blo"):
+    with pytest.raises(UserError, match=r"does not fit .*: it lacks \d+ of \d+ layers, the first being unet.end_blo"):
         sample.load_pipeline(adapter, base)
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_of_another_shape_is_an_error(adapter, base):
     state = safetensors.torch.load_file(path)
     state = {key: value if "lora_B" in key else torch.cat([value, value], 1) for key, value in state.items()}
     safetensors.torch.save_file(state, path)
-    with pytest.raises(InputError, match=r"does not fit the base model .*size mismatch"):
+    with pytest.raises(UserError, match=r"does not fit the base model .*size mismatch"):
         sample.load_pipeline(adapter, base)
 
 
@@ -255,7 +255,7 @@ def test_an_adapter_of_another_shape_is_an_error(adapter, base):
 )
 def test_flags_that_do_not_fit_are_errors(outputs, run, options, message):
     """What cannot be done or changes nothing is refused."""
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         sample.load_pipeline(outputs[run], **options)
 
 
@@ -263,7 +263,7 @@ def test_a_stopped_runs_folder_points_to_its_checkpoints(outputs, tmp_path):
     """A run without a result has checkpoints."""
     folder = shutil.copytree(outputs["lora"], tmp_path / "stopped")
     (folder / results.ADAPTER).unlink()
-    with pytest.raises(InputError, match=r"It has checkpoint-1, checkpoint-2: name one of them, as .*checkpoint-2"):
+    with pytest.raises(UserError, match=r"It has checkpoint-1, checkpoint-2: name one of them, as .*checkpoint-2"):
         sample.load_pipeline(folder)
 
 
@@ -289,5 +289,5 @@ def test_a_base_model_that_has_moved_is_told(outputs, tmp_path):
     """The args.json of a run may name a folder that is no longer there."""
     folder = shutil.copytree(outputs["lora"] / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     (folder.parent / "args.json").write_text(json.dumps({"pretrained_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(InputError, match=r"gone has no model_index.json .from its args.json: if it has moved"):
+    with pytest.raises(UserError, match=r"gone has no model_index.json .from its args.json: if it has moved"):
         sample.load_pipeline(folder)

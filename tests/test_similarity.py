@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from tests.conftest import draw_picture
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.evaluation import similarity
 from utils.evaluation.similarity import embed_pictures, embed_texts, estimate_diversity, read_prompts
 from utils.evaluation.standard_errors import Estimate
@@ -220,13 +220,13 @@ def test_loading_is_quiet_and_gives_frozen_networks_in_float32(damaged, caplog):
 
 def test_a_model_of_another_kind_is_an_error(folders, tmp_path):
     """Transformers would load it, with random weights and a warning."""
-    with pytest.raises(InputError, match=r"vit is a model of type vit, but clip is needed here. Name a CLIP, such as"):
+    with pytest.raises(UserError, match=r"vit is a model of type vit, but clip is needed here. Name a CLIP, such as"):
         similarity.load_clip(folders["vit"])
-    with pytest.raises(InputError, match=r"clip is a model of type clip, but vit or dinov2 is needed .* DINO, such"):
+    with pytest.raises(UserError, match=r"clip is a model of type clip, but vit or dinov2 is needed .* DINO, such"):
         similarity.load_dino(folders["clip"])
-    with pytest.raises(InputError, match=r"no/such is no folder here, and the Hub gave no such model with a readable"):
+    with pytest.raises(UserError, match=r"no/such is no folder here, and the Hub gave no such model with a readable"):
         similarity.load_dino("no/such")
-    with pytest.raises(InputError, match=r"is a folder without a readable config.json"):
+    with pytest.raises(UserError, match=r"is a folder without a readable config.json"):
         similarity.load_clip(tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_a_lacking_weight_is_an_error(damaged):
     state = safetensors.torch.load_file(path)
     del state["layernorm.weight"], state["embeddings.cls_token"]
     safetensors.torch.save_file(state, path, {"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks 2 weights, the first being embeddings.cls_token: they would be rand"):
+    with pytest.raises(UserError, match=r"lacks 2 weights, the first being embeddings.cls_token: they would be rand"):
         similarity.load_dino(damaged["vit"])
 
 
@@ -244,17 +244,17 @@ def test_a_lacking_tokenizer_is_an_error(damaged):
     """Transformers makes one that knows no words."""
     for path in damaged["clip"].glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(InputError, match=r"The tokenizer of .*clip has 2 tokens, its text encoder \d+: .* Add tok"):
+    with pytest.raises(UserError, match=r"The tokenizer of .*clip has 2 tokens, its text encoder \d+: .* Add tok"):
         similarity.load_clip(damaged["clip"])
 
 
 def test_a_broken_or_lacking_file_is_an_error(damaged):
     """Weights that are cut off, and a picture's preparation that nobody describes."""
     (damaged["vit"] / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(InputError, match=r"AutoModel cannot load .*vit: .* Download or export the model again"):
+    with pytest.raises(UserError, match=r"AutoModel cannot load .*vit: .* Download or export the model again"):
         similarity.load_dino(damaged["vit"])
     (damaged["dinov2"] / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match=r"AutoImageProcessor cannot load .*dinov2: .*preprocessor_config.json"):
+    with pytest.raises(UserError, match=r"AutoImageProcessor cannot load .*dinov2: .*preprocessor_config.json"):
         similarity.load_dino(damaged["dinov2"])
 
 
@@ -329,9 +329,9 @@ def test_what_cannot_be_measured_is_an_error(encoders, pictures):
         (one, [("a", one)], one, "One class picture has no diversity"),
     ]
     for photos, drawn, of_class, message in cases:
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             similarity.measure(clip, dino, photos, drawn, of_class)
-    with pytest.raises(InputError, match=r"vit reads no text: prompts are compared with pictures by a CLIP"):
+    with pytest.raises(UserError, match=r"vit reads no text: prompts are compared with pictures by a CLIP"):
         similarity.measure(dino, clip, one, [("a", one)])
 
 
@@ -379,7 +379,7 @@ def test_a_line_that_is_no_prompt_is_an_error(tmp_path, text, message):
     path = tmp_path / "prompts.txt"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         read_prompts(path)
 
 

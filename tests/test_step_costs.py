@@ -20,7 +20,7 @@ from utils.memory.memory_tracker import (
     REST,
     STATE,
     WEIGHTS,
-    Rehearsal,
+    MemoryTracker,
 )
 
 SIDE, ROWS = 1000, 500
@@ -32,7 +32,7 @@ def layers(count: int, **options) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False, device=META, **options) for _ in range(count)))
 
 
-def step(rehearsal: Rehearsal, network: nn.Module, optimizer=torch.optim.SGD, **options) -> dict[str, int]:
+def step(rehearsal: MemoryTracker, network: nn.Module, optimizer=torch.optim.SGD, **options) -> dict[str, int]:
     """Go through two steps of a network and return the memory at the peak, without the C library's holes."""
     with rehearsal.watching("training", [network]):
         rehearsal.wrap([network])
@@ -49,7 +49,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte():
     """AdamW has two moments of each weight that trains; a frozen one has no gradient either."""
     network = layers(3)
     network[1].requires_grad_(False)
-    found = step(Rehearsal("cpu", "no"), network, torch.optim.AdamW)
+    found = step(MemoryTracker("cpu", "no"), network, torch.optim.AdamW)
     assert found[WEIGHTS] == 2 * BYTES and found[FROZEN] == BYTES
     assert found[GRADIENTS] == 2 * BYTES and found[STATE] == 4 * BYTES
 
@@ -57,7 +57,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte():
 def test_the_peak_of_a_chain_is_where_it_is_by_hand():
     """All gradients are there by then; the peak is in the first layer."""
     network = layers(4).requires_grad_(False)
-    found = step(Rehearsal("cpu", "no"), network.requires_grad_(True))
+    found = step(MemoryTracker("cpu", "no"), network.requires_grad_(True))
     # In the first layer's backward: the gradients of all weights, and of its output; its input and its weight's copy.
     row = 4 * ROWS * SIDE
     assert found[WEIGHTS] == 4 * BYTES and found[GRADIENTS] + found[REST] >= 4 * BYTES + row
@@ -83,7 +83,7 @@ def test_checkpointing_keeps_less():
 
     peaks = []
     for checkpoints in (False, True):
-        rehearsal, blocks = Rehearsal("cpu", "bf16"), nn.ModuleList(Block() for _ in range(8))
+        rehearsal, blocks = MemoryTracker("cpu", "bf16"), nn.ModuleList(Block() for _ in range(8))
         with rehearsal.watching("training", [blocks]), rehearsal.autocast():
             rows = torch.empty(4096, 64, device=META)
             for block in blocks:
@@ -97,7 +97,7 @@ def test_checkpointing_keeps_less():
 
 def test_attention_never_holds_all_pairs():
     """Of 4096 places, the matrix of pairs would take 64 MB."""
-    rehearsal = Rehearsal("cuda", "no")
+    rehearsal = MemoryTracker("cuda", "no")
     with rehearsal.watching("training"):
         query = torch.empty(1, 1, 4096, 8, device=META, requires_grad=True)
         F.scaled_dot_product_attention(query, query, query, attn_mask=None).sum().backward()
@@ -107,7 +107,7 @@ def test_attention_never_holds_all_pairs():
 def test_a_gpu_normalises_in_float32_and_a_cpu_does_not():
     """Autocast's lists differ between the two."""
     for kind, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
-        rehearsal = Rehearsal(kind, "bf16")
+        rehearsal = MemoryTracker(kind, "bf16")
         with rehearsal.watching("training"), rehearsal.autocast():
             rows = F.linear(torch.empty(8, 8, device=META), torch.empty(8, 8, device=META))
             assert rows.dtype is torch.bfloat16
@@ -118,14 +118,14 @@ def test_a_gpu_normalises_in_float32_and_a_cpu_does_not():
 def test_adamw_without_a_fused_kernel_takes_all_weights_together():
     """It then needs as much again as the weights, for a moment; where there is a kernel, it does not."""
     kinds = ("cpu", "cuda", "hpu")
-    cpu, gpu, other = (sum(step(Rehearsal(kind, "no"), layers(8), torch.optim.AdamW).values()) for kind in kinds)
+    cpu, gpu, other = (sum(step(MemoryTracker(kind, "no"), layers(8), torch.optim.AdamW).values()) for kind in kinds)
     assert other - cpu > 5 * BYTES > gpu - cpu
 
 
 def test_a_convolution_on_a_cpu_has_copies():
     """As large as what it is given or makes, whichever is more; a GPU's has none."""
     for kind, expected in (("cpu", 4 * 2 * 64 * 64), ("cuda", 0)):
-        rehearsal = Rehearsal(kind, "no")
+        rehearsal = MemoryTracker(kind, "no")
         with rehearsal.watching("training"), torch.no_grad():
             F.conv2d(torch.empty(1, 1, 64, 64, device=META), torch.empty(2, 1, 3, 3, device=META), padding=1)
         assert rehearsal.costs().memory.get(COPIES, 0) == expected
@@ -134,7 +134,7 @@ def test_a_convolution_on_a_cpu_has_copies():
 def test_products_are_counted_and_timed():
     """One forward and two backward products of 2 × 500 × 1000 × 1000, less one gradient of the input."""
     rates = memory_tracker.Rates({("product", torch.float32): 1e9}, float("inf"), 0.0)
-    rehearsal = Rehearsal("cpu", "no", 1, rates)
+    rehearsal = MemoryTracker("cpu", "no", 1, rates)
     step(rehearsal, layers(1))
     costs = rehearsal.costs()
     assert costs.flops == 2 * 2 * ROWS * SIDE * SIDE

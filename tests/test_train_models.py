@@ -132,6 +132,6 @@ def test_stage_two_is_fed_what_the_scripts_feed_it():
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     timesteps, seeds = torch.tensor([0, 0]), [1, 2]
     inputs = train_dreambooth.stage_two_inputs(clean, timesteps, clean, seeds, scheduler, "noise_level")
-    drawn = train_dreambooth.draw_noise(clean.shape, seeds, 1000, 0.0, "low resolution ")
+    drawn = train_dreambooth.sample_noise(clean.shape, seeds, 1000, 0.0, "low resolution ")
     expected = scheduler.add_noise(train_models.enlarge(clean), *drawn)
     assert torch.allclose(inputs["sample"][:, 3:], expected, atol=1e-6)

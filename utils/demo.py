@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import launch
 from utils.evaluation import exam, shape_reader
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         train(photos, result, args.steps)
         torch.set_num_threads(1)
         before, after = (draw(model) for model in (MODEL, result))
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = args.output / "before-after.png"
@@ -87,10 +87,10 @@ def prepare(photos: Path, result: Path) -> None:
     """Write the photos and remove the result of an earlier demo, which the script would not overwrite.
 
     Raises:
-        InputError: The result would replace something that is not of this demo.
+        UserError: The result would replace something that is not of this demo.
     """
     if result.exists() and not photos.is_dir():
-        raise InputError(f"{result.parent} holds a folder lora that this demo did not write. Use another --output.")
+        raise UserError(f"{result.parent} holds a folder lora that this demo did not write. Use another --output.")
     shutil.rmtree(result, ignore_errors=True)
     shapes.write_photos(photos, SUBJECT)
 
@@ -99,7 +99,7 @@ def train(photos: Path, result: Path, steps: int | None) -> None:
     """Run the script as a person would.
 
     Raises:
-        InputError: It failed; it has said why.
+        UserError: It failed; it has said why.
     """
     flags = [
         f"--pretrained_model_name_or_path={MODEL}",
@@ -113,7 +113,7 @@ def train(photos: Path, result: Path, steps: int | None) -> None:
     command = launch.launch_command(ROOT / SCRIPT, flags)
     # On networks this small, one thread is quickest.
     if status := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-        raise InputError(f"{SCRIPT} ended with exit status {status}; its own message is above.")
+        raise UserError(f"{SCRIPT} ended with exit status {status}; its own message is above.")
 
 
 def draw(model: Path) -> list[list[Image.Image]]:

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     script = importlib.import_module(Path(args.script).stem)
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])
-        accelerator = script.start(given)
-        base = script.recognise_model(given)
+        accelerator = script.make_accelerator(given)
+        base = script.detect_model(given)
         plan = script.make_plan(given, accelerator, base, script.list_examples(given, base))
         costs = memory_estimate.foretell(script, vars(given), plan, accelerator, torch.device(args.device))
     run_summary.show_run(accelerator, f"{args.script} {' '.join(args.flags)}", costs)

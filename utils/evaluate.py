@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import launch
 from utils.evaluation import exam, similarity
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     launch.silence_libraries()
     try:
         scores, grid = evaluate_shapes(args) if args.subject else evaluate_photos(args)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     output = args.output or Path("evaluations", results.default_name(args.result))
@@ -127,7 +127,7 @@ def evaluate_shapes(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     origins = find_origins(args)
     kind = cascade.kind_of(origins[RESULT])
     if kind is UPSCALER:
-        raise InputError(f"{args.result} is an upscaler, which the scripts do not train.")
+        raise UserError(f"{args.result} is an upscaler, which the scripts do not train.")
     words = {BASE: "", RESULT: args.word}
     if kind is STAGE_TWO:
         drawn = {of: enlarge(origin, words[of], args) for of, origin in origins.items()}
@@ -143,13 +143,13 @@ def find_origins(args: argparse.Namespace) -> dict[str, Origin]:
     """Find the base model and the result.
 
     Raises:
-        InputError: One of them is missing.
+        UserError: One of them is missing.
     """
     found = results.recognise(args.result)
     is_whole = found.kind == results.PIPELINE
     base = args.base_model or found.settings.get("pretrained_model_name_or_path")
     if not base:
-        raise InputError(f"No args.json says what {args.result} was trained from. Name it by --base_model.")
+        raise UserError(f"No args.json says what {args.result} was trained from. Name it by --base_model.")
     of_base = {} if args.base_model else {name: found.settings.get(name) for name in ("revision", "variant")}
     return {
         BASE: results.locate(base, **of_base),
@@ -240,7 +240,7 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     for of, origin in find_origins(args).items():
         pipeline, kind = load(origin, args), cascade.kind_of(origin)
         if kind not in (cascade.STABLE_DIFFUSION, cascade.STAGE_ONE):
-            raise InputError(
+            raise UserError(
                 f"{origin.result.name} enlarges pictures; with photos, what draws from words is evaluated."
             )
         asked = [prompt.format(words[of]) for prompt in prompts]
@@ -256,13 +256,13 @@ def choose_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts of the chosen list of the file.
 
     Raises:
-        InputError: There are several lists, and none or an unknown one was chosen.
+        UserError: There are several lists, and none or an unknown one was chosen.
     """
     lists = similarity.read_prompts(args.prompts)
     if args.prompt_group is None and len(lists) == 1:
         return next(iter(lists.values()))
     if args.prompt_group not in lists:
-        raise InputError(f"{args.prompts} has lists for {', '.join(lists)}: choose one by --prompt_group.")
+        raise UserError(f"{args.prompts} has lists for {', '.join(lists)}: choose one by --prompt_group.")
     return lists[args.prompt_group]
 
 

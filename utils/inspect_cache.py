@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.core.errors import InputError, exit_status
+from utils.core.errors import UserError, exit_status
 from utils.data.tensor_cache import ENTRY, KINDS, LEFTOVER, WRITING, DamagedEntry, default_folder, read_entry
 from utils.flags.flag_checks import find_out_of_range
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Show or prune the cache, and return the exit status."""
     args = parse_args(argv)
     if args.cache_dir and not args.cache_dir.is_dir():  # an empty list would hide the slip
-        raise InputError(f"--cache_dir {args.cache_dir} is no folder. Give the one that the training command names.")
+        raise UserError(f"--cache_dir {args.cache_dir} is no folder. Give the one that the training command names.")
     folder = args.cache_dir or default_folder()
     narrows = bool(conditions(args))
     # Whoever prunes by time or size alone need not wait until every file is read.
@@ -137,7 +137,7 @@ def list_names(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"The cache {folder} cannot be listed: {error.strerror}. Give --cache_dir.") from error
+        raise UserError(f"The cache {folder} cannot be listed: {error.strerror}. Give --cache_dir.") from error
 
 
 def is_ours(name: str) -> bool:

@@ -28,10 +28,10 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils.core.errors import InputError, exit_status, naming_what_cannot_be_written
+from utils.core.errors import UserError, exit_status, explain_write_errors
 from utils.data import images
 from utils.devices.launch import silence_libraries
-from utils.flags.flag_checks import find_out_of_range, problems_that_hold
+from utils.flags.flag_checks import find_out_of_range, messages_if
 from utils.models import model_files
 from utils.sampling import image_grid
 
@@ -77,7 +77,7 @@ class Segmenter(NamedTuple):
     """A network that finds what a text says, and what it is given."""
 
     network: transformers.CLIPSegForImageSegmentation
-    text: dict[str, torch.Tensor]  # the tokenised prompt
+    text: dict[str, torch.Tensor]  # the tokenized prompt
     size: tuple[int, int]  # (width, height) in pixels of what the network sees
     resample: int
     mean: list[float]  # of each colour channel in [0, 1]
@@ -133,7 +133,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sheet", type=Path, metavar="PNG", help="picture of all photos and masks; default: OUT-sheet.png beside OUT")
     args = parser.parse_args(argv)
     problems = find_out_of_range(vars(args), dict.fromkeys(("padding", "feather", "threshold"), "in [0, 1)"))
-    problems += problems_that_hold(
+    problems += messages_if(
         (args.model and not (args.prompt or "").strip(), "--model needs --prompt, the words for what it looks for."),
         (args.prompt and not args.model, "--prompt needs --model, the network that reads it."),
     )
@@ -167,10 +167,10 @@ def report_unfound(unfound: list[Job], count: int) -> None:
 
 
 def check_folders(photos: Path, masks: Path, sheet: Path) -> None:
-    """Raise InputError if masks or their sheet would be taken for photos, or the sheet for a mask."""
+    """Raise UserError if masks or their sheet would be taken for photos, or the sheet for a mask."""
     source, target, drawn = photos.resolve(), masks.resolve(), sheet.resolve()
     below = "all pictures below the folder of photos count as photos"
-    problems = problems_that_hold(
+    problems = messages_if(
         (target.is_relative_to(source), f"OUT {masks} lies in IN {photos}: {below}. Use a folder beside it."),
         (
             source != target and source.is_relative_to(target),
@@ -185,20 +185,20 @@ def check_folders(photos: Path, masks: Path, sheet: Path) -> None:
         (sheet.is_dir(), f"--sheet {sheet} is a folder. Name a file."),
     )
     if problems:
-        raise InputError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def list_jobs(photos: Path, masks: Path, overwrite: bool) -> list[Job]:
     """List the photos of a folder, each with the path of its mask.
 
     Raises:
-        InputError: There are no photos, some cannot be read, two would have the same mask, or a mask that is there
+        UserError: There are no photos, some cannot be read, two would have the same mask, or a mask that is there
             cannot be read or is in the way.
     """
     inspection = images.inspect_folder(photos, "IN", skip_bad=True)
     if inspection.unreadable:
         lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
-        raise InputError("\n".join([f"{len(lines)} photos cannot be read:", *lines, "Mend or remove them."]))
+        raise UserError("\n".join([f"{len(lines)} photos cannot be read:", *lines, "Mend or remove them."]))
     there, jobs, clashes = list_masks(masks), {}, []
     for path in inspection.sizes:
         name = path.relative_to(photos)
@@ -208,10 +208,10 @@ def list_jobs(photos: Path, masks: Path, overwrite: bool) -> list[Job]:
         mask = there.get(stem, masks / stem.with_name(f"{stem.name}.png"))
         jobs[stem] = Job(name.as_posix(), path, mask, stem in there)
     if clashes:
-        raise InputError("\n".join(["These photos would have the same mask:", *clashes, "Rename one of each pair."]))
+        raise UserError("\n".join(["These photos would have the same mask:", *clashes, "Rename one of each pair."]))
     others = [f"  {job.mask}" for job in jobs.values() if job.mask.suffix.lower() != ".png"]
     if overwrite and others:
-        raise InputError("\n".join(["--overwrite writes PNG files; these masks are others:", *others, "Remove them."]))
+        raise UserError("\n".join(["--overwrite writes PNG files; these masks are others:", *others, "Remove them."]))
     return list(jobs.values())
 
 
@@ -219,7 +219,7 @@ def list_masks(folder: Path) -> dict[Path, Path]:
     """Return the masks that are there, each under its path below the folder without the suffix.
 
     Raises:
-        InputError: One cannot be read, or two have the same name.
+        UserError: One cannot be read, or two have the same name.
     """
     paths = images.list_images(folder).images if folder.is_dir() else ()
     problems = [f"  {path}: {reason}" for path, reason in images.inspect_images(paths).unreadable.items()]
@@ -228,13 +228,13 @@ def list_masks(folder: Path) -> dict[Path, Path]:
         if (first := masks.setdefault(path.relative_to(folder).with_suffix(""), path)) != path:
             problems.append(f"  {path}: {first.name} has the same name")
     if problems:
-        raise InputError("\n".join([f"Masks in OUT {folder} cannot be kept:", *problems, "Remove them."]))
+        raise UserError("\n".join([f"Masks in OUT {folder} cannot be kept:", *problems, "Remove them."]))
     return masks
 
 
 def write(image: Image.Image, path: Path) -> None:
     """Write a PNG file, and the folders that it lies in."""
-    with naming_what_cannot_be_written(path):
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(image, path)
 
@@ -388,24 +388,22 @@ def load_segmenter(model: str, prompt: str) -> Segmenter:
     """Load a CLIPSeg model and prepare its prompt.
 
     Raises:
-        InputError: There is no such folder, or it holds another model, or a part of it is broken or missing.
+        UserError: There is no such folder, or it holds another model, or a part of it is broken or missing.
     """
     if not Path(model).is_dir():
-        raise InputError(
-            f"--model {model} is no folder. Download a model of CLIPSeg, such as {KNOWN_MODEL}, into one."
-        )
+        raise UserError(f"--model {model} is no folder. Download a model of CLIPSeg, such as {KNOWN_MODEL}, into one.")
     kind = model_files.read_config(model, "config.json").get("model_type")
     if kind != "clipseg":
-        raise InputError(f"--model {model} is of type {kind!r}, not 'clipseg'. Use a model such as {KNOWN_MODEL}.")
+        raise UserError(f"--model {model} is of type {kind!r}, not 'clipseg'. Use a model such as {KNOWN_MODEL}.")
     pixels, name = model_files.read_config(model, PREPROCESSING), f"{model}/{PREPROCESSING}"
     try:
         size = pixels["size"]  # one number in older files
         width, height = (size["width"], size["height"]) if isinstance(size, dict) else (size, size)
         mean, std = pixels["image_mean"], pixels["image_std"]
     except KeyError as error:
-        raise InputError(f"{name} lacks {error}. Download the model again, or use another.") from error
+        raise UserError(f"{name} lacks {error}. Download the model again, or use another.") from error
     if width != height:
-        raise InputError(f"{name} gives a size of {width}x{height}, and CLIPSeg takes squares. Use another model.")
+        raise UserError(f"{name} gives a size of {width}x{height}, and CLIPSeg takes squares. Use another model.")
     network = model_files.load(transformers.CLIPSegForImageSegmentation, model, None).eval()
     tokenizer = model_files.load(transformers.AutoTokenizer, model, None)
     text = tokenizer([prompt], truncation=True, return_tensors="pt")

@@ -32,7 +32,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.core.seeds import derive_seed
 from utils.synthetic import shapes
 from utils.synthetic.small_tokenizers import END, WORDS, build_t5_tokenizer, build_tokenizer, write_t5_tokenizer
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {"variant": args.variant, "configs_only": args.configs_only, "full_text_encoder": args.full_text_encoder}
     try:
         make_model(args.out, args.shape, args.prediction_type, args.seed, DTYPES[args.dtype], **options)
-    except InputError as error:
+    except UserError as error:
         parser.error(str(error))
     megabytes = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file()) / 1e6
     weights = "no weights" if args.configs_only else "random weights"
@@ -281,15 +281,15 @@ def make_model(
         The folder.
 
     Raises:
-        InputError: The folder already holds files, or the shape has no large text encoder.
+        UserError: The folder already holds files, or the shape has no large text encoder.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already exists and is not an empty folder. Name another one or remove it.")
+        raise UserError(f"{folder} already exists and is not an empty folder. Name another one or remove it.")
     recipe = SHAPES[shape]
     has_large_text_encoder = recipe["text"] is T5_XXL
     if full_text_encoder and not has_large_text_encoder:
-        raise InputError(f"--full_text_encoder is for if1-* and if2-*, not for --shape {shape}. Leave it out.")
+        raise UserError(f"--full_text_encoder is for if1-* and if2-*, not for --shape {shape}. Leave it out.")
     if has_large_text_encoder and not full_text_encoder:
         recipe = {**recipe, "text": T5_THIN}
     with torch.device("meta") if configs_only else contextlib.nullcontext():

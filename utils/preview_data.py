@@ -64,10 +64,10 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
         args: Its flags.
         count: Pictures; a batch is drawn whole.
     """
-    accelerator = script.start(args)
-    base = script.recognise_model(args)
+    accelerator = script.make_accelerator(args)
+    base = script.detect_model(args)
     plan = script.make_plan(args, accelerator, base, script.list_examples(args, base))
-    prompts = script.tokenise_prompts(args, plan, torch.device("cpu"))
+    prompts = script.tokenize_prompts(args, plan, torch.device("cpu"))
     dataset = script.DreamBoothDataset(args, plan, prompts)
     begun = plan.first_step * args.gradient_accumulation_steps
     pictures, labels = [], []
@@ -115,7 +115,7 @@ def describe(dataset: Any, texts: list[str], draw: Any, cleans: bool) -> tuple[I
         picture = Image.composite(picture, hidden, light.resize(picture.size, Image.Resampling.NEAREST))
     caption = texts[item["prompt_rows"]]
     caption = prompt_cleaning.clean(caption) if cleans else caption
-    seen = f", seen {draw.visit}x" if draw.visit else ""
+    seen = f", seen {draw.earlier_visits}x" if draw.earlier_visits else ""
     return picture, f"{example.path.name}, {draw.size} px{seen}: {caption or '(no caption)'}"
 
 

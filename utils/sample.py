@@ -25,7 +25,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.data.geometry import Size
 from utils.devices.launch import silence_libraries
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         folders, count = draw_to_folder(args)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     *earlier, last = folders
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     problems = find_out_of_range(vars(args), RANGES)
     problems += [f"--seed {seed} is negative." for seed in args.seed if seed < 0]
-    if problems := problems + find_idle_flags(vars(args)):
+    if problems := problems + find_unused_flags(vars(args)):
         parser.error(" ".join(problems))
     return args
 
@@ -132,7 +132,7 @@ def add_cascade_args(group) -> None:
     )
 
 
-def find_idle_flags(values: dict) -> list[str]:
+def find_unused_flags(values: dict) -> list[str]:
     """Return a sentence for each flag of a stage that the command does not have."""
     return [
         f"--{name} has no effect without --{model}."
@@ -207,7 +207,7 @@ def list_stages(args: argparse.Namespace, rows: int) -> list[Stage]:
     """Recognise RESULT and the stages after it.
 
     Raises:
-        InputError: They do not follow each other, or a flag is not for them.
+        UserError: They do not follow each other, or a flag is not for them.
     """
     chain = [make_stage(args, "", spread(args.prompt, rows, "--prompt"))]
     for prefix, flag in list(MODEL_FLAGS.items())[1:]:
@@ -223,7 +223,7 @@ def make_stage(args: argparse.Namespace, prefix: str, prompts: list[str]) -> Sta
     """Gather the flags of a stage, which start with its prefix, and what is usual for its kind.
 
     Raises:
-        InputError: It is of another kind than its flag is for.
+        UserError: It is of another kind than its flag is for.
     """
     own = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     flag, wanted = MODEL_FLAGS[prefix], KINDS.get(prefix)
@@ -232,11 +232,11 @@ def make_stage(args: argparse.Namespace, prefix: str, prompts: list[str]) -> Sta
         # Stage I has the text encoder for stage II.
         origin = results.locate(vars(args)[flag], **where, reads_text=wanted is not STAGE_TWO)
         results.check_strength(origin.result, 1.0 if own.get("lora_scale") is None else own["lora_scale"])
-    except InputError as error:
-        raise InputError(re.sub("--(base_model|lora_scale)", rf"--{prefix}\1", str(error))) from error
+    except UserError as error:
+        raise UserError(re.sub("--(base_model|lora_scale)", rf"--{prefix}\1", str(error))) from error
     kind = cascade.kind_of(origin)
     if wanted not in (None, kind):
-        raise InputError(f"--{flag} {origin.result.name} is {kind.name}, not {wanted.name}.")
+        raise UserError(f"--{flag} {origin.result.name} is {kind.name}, not {wanted.name}.")
     given = {name: own.get(name) for name in ("num_inference_steps", "guidance_scale", "scheduler", "lora_scale")}
     given["noise_level"] = vars(args).get(NOISE_LEVELS.get(kind))
     chosen = {name: getattr(kind, name) if value is None else value for name, value in given.items()}
@@ -244,28 +244,26 @@ def make_stage(args: argparse.Namespace, prefix: str, prompts: list[str]) -> Sta
 
 
 def check_order(args: argparse.Namespace, chain: Sequence[Stage]) -> None:
-    """Raise InputError if RESULT is of the wrong kind for what comes before or after it, or a flag has no stage."""
+    """Raise UserError if RESULT is of the wrong kind for what comes before or after it, or a flag has no stage."""
     name, kind = chain[0].name, chain[0].kind
     if args.stage_two and kind is not STAGE_ONE:
-        raise InputError(f"--stage_two enlarges what {STAGE_ONE.name} draws, and {name} is {kind.name}.")
+        raise UserError(f"--stage_two enlarges what {STAGE_ONE.name} draws, and {name} is {kind.name}.")
     if args.upscaler and kind is UPSCALER:
-        raise InputError(f"{name} is {kind.name} itself: leave out --upscaler.")
+        raise UserError(f"{name} is {kind.name} itself: leave out --upscaler.")
     if kind.noise_level is None and args.images:
-        raise InputError(f"--images are for models that enlarge: {name} is {kind.name}, which draws from noise.")
+        raise UserError(f"--images are for models that enlarge: {name} is {kind.name}, which draws from noise.")
     if kind.noise_level is not None and not args.images:
         hint = f", or draw by a stage I as RESULT with --stage_two {name}" if kind is STAGE_TWO else ""
-        raise InputError(f"{name} is {kind.name}, which enlarges pictures: give them by --images{hint}.")
+        raise UserError(f"{name} is {kind.name}, which enlarges pictures: give them by --images{hint}.")
     for enlarger, flag in NOISE_LEVELS.items():
         if vars(args)[flag] is not None and enlarger not in [stage.kind for stage in chain]:
-            raise InputError(f"--{flag} has no effect without {enlarger.name}.")
+            raise UserError(f"--{flag} has no effect without {enlarger.name}.")
 
 
 def spread(values: Sequence, rows: int, flag: str) -> list:
     """Return a value for each row of pictures: the values themselves, or the only one again and again."""
     if len(values) not in (1, rows):
-        raise InputError(
-            f"{flag} has {len(values)} values for {rows} rows of pictures: give one, or one for each row."
-        )
+        raise UserError(f"{flag} has {len(values)} values for {rows} rows of pictures: give one, or one for each row.")
     return list(values) * (rows // len(values))
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.flags.command_line import say_without_tokens
 from utils.hub import publish
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if not publish.result_files(args.output_dir):
-            raise InputError(
+            raise UserError(
                 f"{args.output_dir} holds no result (neither {publish.PIPELINE} nor {publish.ADAPTER}). Name the "
                 "--output_dir of a run that has ended; a stopped one goes on with --resume_from_checkpoint latest."
             )
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         private = saved.get("hub_private_repo", False) if args.hub_private_repo is None else args.hub_private_repo
         repository = publish.prepare_repository(name, args.output_dir, args.hub_token, private)
         print(publish.upload_result(args.output_dir, repository, args.hub_token))
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -65,7 +65,7 @@ def read_saved_args(folder: Path) -> dict:
     """Read the flags of the run from its args.json; empty if there is none.
 
     Raises:
-        InputError: The file cannot be read.
+        UserError: The file cannot be read.
     """
     path = folder / "args.json"
     if not path.exists():
@@ -73,7 +73,7 @@ def read_saved_args(folder: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Repair it or move it away.") from error
+        raise UserError(f"{path} cannot be read: {error}. Repair it or move it away.") from error
 
 
 if __name__ == "__main__":

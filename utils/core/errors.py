@@ -19,7 +19,7 @@ OF_THE_DISK = (
 SHOWN = 10  # entries of a list in a message
 
 
-class InputError(ValueError):
+class UserError(ValueError):
     """Bad data, a bad model folder or a service's refusal; the message says what, why and what to do."""
 
 
@@ -38,14 +38,14 @@ def cannot_write(path: Path, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def naming_what_cannot_be_written(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn the system's OSErrors, which have a number, into InputErrors that name the file and the room there is."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        raise InputError(cannot_write(path, error)) from error
+        raise UserError(cannot_write(path, error)) from error
 
 
 def exit_status(main: Callable[[], int]) -> int:
@@ -58,7 +58,7 @@ def exit_status(main: Callable[[], int]) -> int:
         return main()
     except KeyboardInterrupt:
         message, status = "stopped before anything was begun.", 130
-    except (InputError, ImportError, OSError) as error:
+    except (UserError, ImportError, OSError) as error:
         message, status = explain(error), 1
         if not message:
             raise
@@ -108,6 +108,6 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         words = f"A file of the run could not be written: {error.strerror}."
         return cannot_write(Path(error.filename), error) if error.filename else words
-    if isinstance(error, (InputError, ImportError)):
-        return str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2]  # of a data worker's
+    if isinstance(error, (UserError, ImportError)):
+        return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]  # of a data worker's
     return ""

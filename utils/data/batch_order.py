@@ -13,14 +13,14 @@ class Visit(NamedTuple):
     """An example's index, and how often it was visited before."""
 
     example: int
-    before: int
+    earlier_visits: int
 
 
 class Pair(NamedTuple):
     """A photo, the class image beside it, if there is one, and the size in pixels that both are cut to."""
 
     photo: Visit
-    beside: Visit | None
+    class_image: Visit | None
     size: Size
 
 
@@ -118,7 +118,7 @@ class BatchOrder:
         return Pair(photo, beside, example.size)
 
 
-def share_out(count: int, rank: int, processes: int) -> tuple[range, float]:
+def split_batch(count: int, rank: int, processes: int) -> tuple[range, float]:
     """Return which places of a batch are a process's own, and the part of each in the mean of its losses.
 
     As processes average their gradients, each counts its own pictures `processes / count` times. Where there are

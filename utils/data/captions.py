@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.core.errors import InputError, list_first
+from utils.core.errors import UserError, list_first
 
 STRATEGIES = ("instanceprompt", "textfile", "filename", "metadata")
 METADATA_FILE = "metadata.jsonl"
@@ -27,7 +27,7 @@ def find_captions(
         prepend: Begin each caption with the instance prompt and a space.
 
     Raises:
-        InputError: Photos lack a caption (all are listed), or captions cannot be read.
+        UserError: Photos lack a caption (all are listed), or captions cannot be read.
     """
     if strategy == "instanceprompt":
         return dict.fromkeys(paths, (prompt,))
@@ -38,7 +38,7 @@ def find_captions(
     }[strategy](folder, paths)
     if lacking := [path for path in paths if not found.get(path)]:
         where = {"textfile": "a text file beside them", "metadata": f"a line in {folder / METADATA_FILE}"}
-        raise InputError(
+        raise UserError(
             f"{len(lacking)} of {len(paths)} photos have no caption: {list_first(lacking)}. "
             f"--caption_strategy {strategy} wants {where.get(strategy, 'words in their names')} for each."
         )
@@ -56,7 +56,7 @@ def _read_text_files(folder: Path, paths: Sequence[Path]) -> dict[Path, list[str
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise InputError(f"The captions in {beside} cannot be read: {error}. Save it again as UTF-8.") from error
+            raise UserError(f"The captions in {beside} cannot be read: {error}. Save it again as UTF-8.") from error
         found[path] = [line.strip() for line in text.splitlines() if line.strip()]
     return found
 
@@ -74,7 +74,7 @@ def _read_metadata(folder: Path, paths: Sequence[Path]) -> dict[Path, list[str]]
         # Not `splitlines`, which ends a line at signs that a caption may hold, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}. --caption_strategy metadata needs it.") from error
+        raise UserError(f"{path} cannot be read: {error}. --caption_strategy metadata needs it.") from error
     known = {_composed(photo.relative_to(folder).as_posix()): photo for photo in paths}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -82,10 +82,10 @@ def _read_metadata(folder: Path, paths: Sequence[Path]) -> dict[Path, list[str]]
         name, texts = _read_line(f"{path}, line {number}", line)
         photo = known.get(_composed(name))
         if photo in found:
-            raise InputError(f"{path}, line {number}: {name!r} has a line already. Put both captions into one list.")
+            raise UserError(f"{path}, line {number}: {name!r} has a line already. Put both captions into one list.")
         if photo is None and not (_is_below(name) and (folder / name).is_file()):
             why = "is not in that folder" if _is_below(name) else "leaves the folder"
-            raise InputError(f"{path}, line {number}: {name!r} {why}. Mend or remove the line.")
+            raise UserError(f"{path}, line {number}: {name!r} {why}. Mend or remove the line.")
         if photo is not None:
             found[photo] = texts
     return found
@@ -101,13 +101,13 @@ def _read_line(place: str, line: str) -> tuple[str, list[str]]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is no valid JSON: {error}.") from error
+        raise UserError(f"{place} is no valid JSON: {error}.") from error
     texts = entry.get("text") if isinstance(entry, dict) else None
     texts = [texts] if isinstance(texts, str) else texts
     name = entry.get("file_name") if isinstance(entry, dict) else None
     is_right = isinstance(name, str) and isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if not is_right:
-        raise InputError(f'{place} must be an object like {{"file_name": "dog.jpg", "text": "a dog on grass"}}.')
+        raise UserError(f'{place} must be an object like {{"file_name": "dog.jpg", "text": "a dog on grass"}}.')
     return name, [text.strip() for text in texts if text.strip()]
 
 

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.captions import STRATEGIES
 from utils.data.geometry import CROP_STYLES, Size, find_size_problems, find_step_problems
-from utils.flags.flag_checks import find_idle, find_out_of_range, is_text, problems_that_hold
+from utils.flags.flag_checks import find_out_of_range, find_unused, is_text, messages_if
 
 FLAG = "--concepts_list"
 SPELLINGS = {"is_regularization_data": "is_regularisation_data"}
@@ -48,11 +48,11 @@ class Concept(NamedTuple):
     is_regularisation_data: bool = False  # its photos show a class, and count as class images
     number: int = 0  # in the list, from 1; 0: there is no list
 
-    def weigh(self, is_prior: bool) -> float:
+    def loss_weight_of(self, is_prior: bool) -> float:
         """Return the weight of an example's loss."""
         return self.loss_weight * (self.prior_loss_weight if is_prior else 1.0)
 
-    def call(self, key: str) -> str:
+    def flag_name(self, key: str) -> str:
         """Return what a message calls one of its flags or keys."""
         return f"{FLAG}, concept {self.number}: {key}" if self.number else f"--{key}"
 
@@ -70,7 +70,7 @@ def read_concepts(flags: dict[str, Any]) -> list[Concept]:
         flags: All flags by name.
 
     Raises:
-        InputError: The list cannot be read, or its objects have wrong keys or values; all are named.
+        UserError: The list cannot be read, or its objects have wrong keys or values; all are named.
     """
     usual = {key: flags[key] for key in Concept._fields if key in flags}
     usual["crop_style"] = "center" if flags["center_crop"] else flags["crop_style"] or "random"
@@ -98,7 +98,7 @@ def find_concept_problems(flags: dict[str, Any]) -> list[str]:
     problems = [f"{name} excludes {FLAG}: each concept names its own." for name in given]
     try:
         concepts = read_concepts(flags)
-    except InputError as error:
+    except UserError as error:
         return [*problems, *str(error).split("\n")]
     pool = any(concept.is_regularisation_data for concept in concepts)
     if all(concept.is_regularisation_data for concept in concepts):
@@ -114,7 +114,7 @@ def find_uneven(flags: dict[str, Any], resolution: Size, factor: int) -> list[st
         resolution: Of the run.
         factor: What the model's edges must be multiples of.
     """
-    own = {one.call("resolution"): one.resolution for one in read_concepts(flags)}
+    own = {one.flag_name("resolution"): one.resolution for one in read_concepts(flags)}
     sizes = {key: Size.parse(size) for key, size in own.items() if size not in (None, flags["resolution"])}
     uneven = [f"{key} {size}" for key, size in sizes.items() if any(edge % factor for edge in size)]
     step = flags["bucket_step"] if flags["crop_aspect"] == "preserve" else None
@@ -122,7 +122,7 @@ def find_uneven(flags: dict[str, Any], resolution: Size, factor: int) -> list[st
     return found + find_step_problems(resolution, step, factor, flags["resolution_type"])
 
 
-def find_idle_keys(flags: dict[str, Any]) -> list[str]:
+def find_unused_keys(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag or key of the subjects that changes nothing in this run."""
     by_column = flags["caption_column"] or flags["concepts_list"]
     if flags["prepend_instance_prompt"] and flags["caption_strategy"] == STRATEGIES[0] and not by_column:
@@ -136,7 +136,7 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
         names = ("class_prompt", "class_data_dir", "class_guidance_scale", "prior_target base_prediction")
         needs = dict.fromkeys(names, "with_prior_preservation")
         needs |= {} if flags["image_column"] == "image" else {"image_column": "dataset_name"}
-        return find_idle(flags, needs)
+        return find_unused(flags, needs)
     given, concepts = _read_list(flags["concepts_list"]), read_concepts(flags)
     has_priors = any(concept.class_data_dir or concept.is_regularisation_data for concept in concepts)
     idle = flags["prior_target"] == "base_prediction" and not has_priors
@@ -149,13 +149,13 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
             why = "regularisation data shows the class itself"
         else:
             why = "it needs --with_prior_preservation and a class_prompt"
-        notes += [f"{concept.call(key)} has no effect: {why}." for key in keys]
+        notes += [f"{concept.flag_name(key)} has no effect: {why}." for key in keys]
     return notes
 
 
 def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
     """Return a sentence for each thing that a concept lacks, or has too much of."""
-    call, by_column = concept.call, concept.dataset_name and concept.caption_column
+    call, by_column = concept.flag_name, concept.dataset_name and concept.caption_column
     dash = "" if concept.number else "--"
     wants_prompt = concept.prepend_instance_prompt or (not by_column and concept.caption_strategy == "instanceprompt")
     lacks_prompt = wants_prompt and not (concept.instance_prompt or "").strip()
@@ -164,7 +164,7 @@ def _find_lacks(concept: Concept, needs_class: bool) -> list[str]:
         instead = f", or {dash}caption_column"
     lacks_class = needs_class and not (concept.class_prompt or "").strip()
     asking = "--with_prior_preservation needs --class_prompt" if not concept.number else call("class_prompt is needed")
-    return problems_that_hold(
+    return messages_if(
         (not (concept.instance_data_dir or concept.dataset_name), f"{call('instance_data_dir')} is required."),
         (
             concept.instance_data_dir and concept.dataset_name,
@@ -187,13 +187,13 @@ def _read_list(name: str) -> list[dict[str, Any]]:
         entries = json.loads(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"it is no valid JSON ({error})"
-        raise InputError(f"{FLAG} {name} cannot be read: {reason}.") from error
+        raise UserError(f"{FLAG} {name} cannot be read: {reason}.") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         example = '[{"instance_data_dir": "dog", "instance_prompt": "a photo of sks dog"}, …]'
-        raise InputError(f"{FLAG} {name} must hold a list of objects such as {example}.")
+        raise UserError(f"{FLAG} {name} must hold a list of objects such as {example}.")
     wrong = [problem for number, entry in enumerate(entries, start=1) for problem in _find_wrong(number, entry)]
     if wrong:
-        raise InputError("\n".join(wrong))
+        raise UserError("\n".join(wrong))
     return [{SPELLINGS.get(key, key): value for key, value in entry.items() if value is not None} for entry in entries]
 
 

@@ -184,7 +184,7 @@ def choose_bucket(size: tuple[int, int], buckets: Sequence[Size], target: Size) 
 CROP_STYLES = ("random", "center", "shifted_center")
 
 
-class Cut(NamedTuple):
+class Crop(NamedTuple):
     """How a picture becomes what a model is given: scaled, cut, and perhaps mirrored."""
 
     scaled: tuple[int, int]  # width and height

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from utils.core.errors import InputError, naming_what_cannot_be_written
-from utils.data.geometry import Cut, Size, measure
+from utils.core.errors import UserError, explain_write_errors
+from utils.data.geometry import Crop, Size, measure
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
@@ -91,7 +91,7 @@ def list_images(folder: Path) -> Listing:
         Paths that begin with `folder`: the images and everything that was skipped.
 
     Raises:
-        InputError: `folder` or a folder below it cannot be read.
+        UserError: `folder` or a folder below it cannot be read.
     """
     folder = Path(folder)
     images, skipped = [], []
@@ -125,7 +125,7 @@ def open_rgb(path: Path) -> Image.Image:
         A mode "RGB" image that holds no metadata and no open file.
 
     Raises:
-        InputError: the file is missing, cut off, corrupt, suspiciously large, or of a kind that cannot become RGB.
+        UserError: the file is missing, cut off, corrupt, suspiciously large, or of a kind that cannot become RGB.
     """
     rgb, alpha = _open_parts(path)
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
@@ -135,7 +135,7 @@ def open_light(path: Path) -> Image.Image:
     """Open an image as mode "L", upright: how light it is or, if parts are transparent, how opaque.
 
     Raises:
-        InputError: as of `open_rgb`.
+        UserError: as of `open_rgb`.
     """
     rgb, alpha = _open_parts(path)
     return alpha if alpha is not None and alpha.getextrema()[0] < 255 else rgb.convert("L")
@@ -159,14 +159,14 @@ def _open_parts(path: Path) -> tuple[Image.Image, Image.Image | None]:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Return the (width, height) that `open_rgb` gives an image, or raise InputError as it does."""
+    """Return the (width, height) that `open_rgb` gives an image, or raise UserError as it does."""
     try:
         return _look(path)[0]
     except Exception as error:  # see open_rgb
         raise _unreadable(path, error) from error
 
 
-class Remembered:
+class ByteLimitedCache:
     """A function that returns a picture, and its last results, as many as take `BUDGET` bytes at most.
 
     A number of pictures would be no limit: 256 of 2,000 px take 4 GB, in each process that loads pictures.
@@ -195,7 +195,7 @@ def _count_bytes(image: Image.Image) -> int:
     return image.width * image.height * (1 if image.mode == "L" else 4)
 
 
-@Remembered
+@ByteLimitedCache
 def open_scaled(path: Path, size: tuple[int, int], resample: Image.Resampling, stepwise: bool = False) -> Image.Image:
     """Open a picture and resize it by antialiased filters; the last ones are remembered.
 
@@ -227,10 +227,10 @@ def inspect_images(paths: Iterable[Path]) -> Inspection:
     return Inspection(sizes, unreadable, tuple(transparent))
 
 
-def cut(image: Image.Image, cut: Cut) -> Image.Image:
+def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
     """Return what is left of a picture that was scaled."""
-    image = image.crop(cut.box)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if cut.is_flipped else image
+    image = image.crop(crop.box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.is_flipped else image
 
 
 def leave_out_small(sizes: dict[Path, tuple[int, int]], minimum: int | None, unit: str) -> dict[Path, tuple[int, int]]:
@@ -240,12 +240,12 @@ def leave_out_small(sizes: dict[Path, tuple[int, int]], minimum: int | None, uni
         unit: What `geometry.measure` goes by.
 
     Raises:
-        InputError: None is that large.
+        UserError: None is that large.
     """
     kept = {path: size for path, size in sizes.items() if measure(size, unit) >= (minimum or 0)}
     left_out = [f"{path} ({size[0]}x{size[1]})" for path, size in sizes.items() if path not in kept]
     if not kept:
-        raise InputError(f"All {len(sizes)} photos are smaller than --minimum_image_size {minimum}: {left_out[0]} …")
+        raise UserError(f"All {len(sizes)} photos are smaller than --minimum_image_size {minimum}: {left_out[0]} …")
     if left_out:
         logger.warning("%d of %d photos are too small, left out: %s", len(left_out), len(sizes), ", ".join(left_out))
     return kept
@@ -258,9 +258,9 @@ def warn_of_enlarging(found: dict[Path, tuple[int, int]], sizes: dict[Path, Size
 
 
 def check_presence(paths: Iterable[Path]) -> None:
-    """Raise InputError if class images that other processes have drawn are not here."""
+    """Raise UserError if class images that other processes have drawn are not here."""
     if elsewhere := [str(path) for path in paths if not path.exists()]:
-        raise InputError(
+        raise UserError(
             f"{len(elsewhere)} class images are on another machine, as {elsewhere[0]}: share their folder."
         )
 
@@ -278,14 +278,14 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
         skip_bad: Go on without unreadable images instead of raising.
 
     Raises:
-        InputError: The folder holds no images, or unreadable ones (all are listed).
+        UserError: The folder holds no images, or unreadable ones (all are listed).
     """
     listing = list_images(folder)
     left_out = ", ".join(str(path.relative_to(folder)) for path in listing.skipped[:10])
     left_out += f" and {len(listing.skipped) - 10} more" if len(listing.skipped) > 10 else ""
     if not listing.images:
         found = f"Found: {left_out}." if left_out else "It is empty."
-        raise InputError(f"{flag} {folder} holds no images (looked for {' '.join(IMAGE_SUFFIXES)}). {found}")
+        raise UserError(f"{flag} {folder} holds no images (looked for {' '.join(IMAGE_SUFFIXES)}). {found}")
     inspection = inspect_images(listing.images)
     notes = [f"Not read as images in {folder}: {left_out}."] if left_out else []
     if inspection.unreadable:
@@ -293,7 +293,7 @@ def inspect_folder(folder: Path, flag: str, skip_bad: bool) -> Inspection:
         head = f"{len(lines)} of {len(listing.images)} images in {flag} {folder} cannot be read:"
         if not skip_bad or not inspection.sizes:
             advice = "Mend or remove them" + ("." if skip_bad else ", or go on without them by --skip_bad_images.")
-            raise InputError("\n".join([head, *lines, advice]))
+            raise UserError("\n".join([head, *lines, advice]))
         notes.append("\n".join([head, *lines]))
     if inspection.transparent:
         notes.append(f"{len(inspection.transparent)} images in {folder} are transparent in parts: put on white.")
@@ -325,13 +325,13 @@ def save_class_images(concept: Any, numbers: Iterable[int], pictures: list[Image
             save_png(picture, path)
 
 
-def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -> tuple[list[Path], set[Path]]:
+def find_class_images(folder: Path, prompt: str, guidance: float | None, wanted: int) -> tuple[list[Path], set[Path]]:
     """Return the paths of as many images as are wanted, and those among them that are still to be drawn.
 
     Pictures that are there and can be decoded come first; `00000.png`, `00001.png`, … fill up.
 
     Raises:
-        InputError: What is there was drawn from another prompt, or with another guidance (None: the pipeline's own).
+        UserError: What is there was drawn from another prompt, or with another guidance (None: the pipeline's own).
     """
     check_source(folder, prompt, guidance)
     inspection = inspect_images(list_images(folder).images if folder.is_dir() else [])
@@ -347,10 +347,10 @@ def find_drawn(folder: Path, prompt: str, guidance: float | None, wanted: int) -
     return sorted({*present[:wanted], *missing}), missing
 
 
-def refuse_missing(folder: Path, missing: int, wanted: int) -> None:
-    """Raise InputError if class images are missing that nothing can draw, as stage II has nothing to enlarge."""
+def raise_if_missing(folder: Path, missing: int, wanted: int) -> None:
+    """Raise UserError if class images are missing that nothing can draw, as stage II has nothing to enlarge."""
     if missing:
-        raise InputError(
+        raise UserError(
             f"{folder} lacks {missing} of {wanted} class images, and stage II cannot draw from words alone. "
             "Give --class_data_dir with enough of them, or --stage_one_model_name_or_path."
         )
@@ -380,14 +380,14 @@ def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
 
 
 def check_source(folder: Path, prompt: str, guidance: float | None) -> None:
-    """Raise InputError if a folder's images were drawn from another prompt or with another guidance."""
+    """Raise UserError if a folder's images were drawn from another prompt or with another guidance."""
     path, source = folder / PROMPT_FILE, describe_source(prompt, guidance)
     try:
         drawn_from = path.read_text(encoding="utf-8") if path.is_file() else source
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Use another folder.") from error
+        raise UserError(f"{path} cannot be read: {error}. Use another folder.") from error
     if drawn_from != source:
-        raise InputError(f"The images in {folder} were drawn from {drawn_from!r}, not {source!r}. Use another folder.")
+        raise UserError(f"The images in {folder} were drawn from {drawn_from!r}, not {source!r}. Use another folder.")
 
 
 def describe_source(prompt: str, guidance: float | None) -> str:
@@ -401,7 +401,7 @@ def save_png(image: Image.Image, path: Path) -> None:
     # Hidden, so that list_images never takes it; in the same folder, because only there a rename is atomic.
     partial = path.with_name(f".{secrets.token_hex(8)}.png.partial")
     try:
-        with naming_what_cannot_be_written(path):
+        with explain_write_errors(path):
             with partial.open("xb") as file:
                 image.save(file, format="PNG")
                 file.flush()
@@ -412,12 +412,12 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """List a folder's direct entries by name, or raise an `InputError`."""
+    """List a folder's direct entries by name, or raise an `UserError`."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
         message = f"The image folder {folder} cannot be listed: {_reason(error)}. Name a folder that you may read."
-        raise InputError(message) from error
+        raise UserError(message) from error
 
 
 def _sort_key(folder: Path, path: Path) -> tuple[str, str]:
@@ -430,24 +430,24 @@ def _open(path: Path) -> Image.Image:
     """Open an image file by its content without decoding it."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
-        raise InputError("it is no file")
+        raise UserError("it is no file")
     with Path(path).open("rb") as file:
         head = file.read(64)
     if not head:
-        raise InputError("the file is empty")
+        raise UserError("the file is empty")
     if head[4:8] != b"ftyp" or b"avif" in head or not any(brand in head for brand in _HEIC_BRANDS):
         return Image.open(path, formats=_FORMATS)
     try:
         import pillow_heif
     except ImportError as error:
-        raise InputError("it is a HEIC photo, which needs `pip install pillow-heif`") from error
+        raise UserError("it is a HEIC photo, which needs `pip install pillow-heif`") from error
     pillow_heif.register_heif_opener()
     return Image.open(path, formats=("HEIF",))
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path, error: Exception) -> UserError:
     """Return the error of a file that cannot be read as an image."""
-    return InputError(f"{path} cannot be read as an image: {_reason(error)}. Export it again, or remove it.")
+    return UserError(f"{path} cannot be read as an image: {_reason(error)}. Export it again, or remove it.")
 
 
 def _reason(error: Exception) -> str:
@@ -455,7 +455,7 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return "it is damaged, or in no format that is read here (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC)"
-    if isinstance(error, (InputError, Image.DecompressionBombError, MemoryError)):
+    if isinstance(error, (UserError, Image.DecompressionBombError, MemoryError)):
         return text
     return getattr(error, "strerror", None) or f"it is cut off or damaged ({text})"
 
@@ -491,7 +491,7 @@ def _inspect(path: Path, _size: int, _time: int) -> tuple[tuple[int, int], bool]
         if _turn(image) in _QUARTER_TURNS:
             width, height = height, width
         if max(width, height) > _LARGEST_RATIO * min(width, height):
-            raise InputError(f"it is {width} x {height} pixels, more than {_LARGEST_RATIO} times as long as wide")
+            raise UserError(f"it is {width} x {height} pixels, more than {_LARGEST_RATIO} times as long as wide")
         alpha = _split_alpha(image, raw_mode)[1]
         return (width, height), alpha is not None and alpha.getextrema()[0] < 255
 
@@ -501,7 +501,7 @@ def _split_alpha(image: Image.Image, raw_mode: str) -> tuple[Image.Image, Image.
     if image.mode.startswith("I"):
         return _split_alpha_of_deep_grey(image, raw_mode)
     if image.mode not in _MODES_8BIT:
-        raise InputError(f"its pixels are of mode {image.mode}, without a fixed range; save it with 8 bits per colour")
+        raise UserError(f"its pixels are of mode {image.mode}, without a fixed range; save it with 8 bits per colour")
     if not image.has_transparency_data:
         grey_or_rgb = "L" if image.mode in _GREY_MODES else "RGB"
         return image.convert("CMYK" if image.mode == "CMYK" else grey_or_rgb), None
@@ -519,7 +519,7 @@ def _split_alpha_of_deep_grey(image: Image.Image, raw_mode: str) -> tuple[Image.
     values = np.asarray(image).astype(np.int32)
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
-        raise InputError(f"its grey values run from {low} to {high}, not from 0 to 65535; save it with 8 or 16 bits")
+        raise UserError(f"its grey values run from {low} to {high}, not from 0 to 65535; save it with 8 or 16 bits")
     key = image.info.get("transparency")
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     bits = 12 if raw_mode == "I;12" else 16

@@ -13,7 +13,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.images import READING
 from utils.data.tensor_cache import TensorCache, circumstances, default_folder, model_identity
 
@@ -49,7 +49,7 @@ class LatentCache:
             Whether it could be written. If not, the first time also logs a warning, and the caller can go on.
 
         Raises:
-            InputError: A number is NaN or infinite.
+            UserError: A number is NaN or infinite.
             ValueError: It is another shape, or no standard deviation.
         """
         moments = moments.detach().cpu()
@@ -57,7 +57,7 @@ class LatentCache:
             words = f"{tuple(moments.shape)} {moments.dtype}"
             raise ValueError(f"moments are {words}, not (2, C, h, w) of floats: a picture's mean and deviation.")
         if wrong := int((~moments.isfinite()).sum()):
-            raise InputError(
+            raise UserError(
                 f"{wrong} of the {moments.numel()} numbers that the VAE makes of {label} are NaN or infinite, in "
                 f"{moments.dtype}: choose another precision (float16 overflows in many VAEs) or another VAE."
             )

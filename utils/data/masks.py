@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.core.errors import InputError, list_first
+from utils.core.errors import UserError, list_first
 from utils.data import images
-from utils.data.geometry import Cut, Size
-from utils.flags.flag_checks import problems_that_hold
+from utils.data.geometry import Crop, Size
+from utils.flags.flag_checks import messages_if
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
         flag: What that is called in messages.
 
     Raises:
-        InputError: No photo has a mask, two masks have one name, or masks are unreadable, wholly black or of another
+        UserError: No photo has a mask, two masks have one name, or masks are unreadable, wholly black or of another
             shape than their photo; all are listed.
     """
     if masks is None:
@@ -43,14 +43,14 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
         by_name.setdefault(_name(masks, path), []).append(path)
     pairs = {photo: by_name[_name(folder, photo)][0] for photo in sizes if _name(folder, photo) in by_name}
     if not pairs:
-        raise InputError(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
+        raise UserError(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
     problems = [f"{list_first(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
     found = images.inspect_images(pairs.values())
     problems += [f"{path} cannot be read: {reason}." for path, reason in found.unreadable.items()]
     for photo, path in pairs.items():
         problems += _find_misfit(photo, sizes[photo], path, found.sizes[path]) if path in found.sizes else []
     if problems:
-        raise InputError("\n".join([f"The masks in {flag} {masks} cannot be used:", *problems]))
+        raise UserError("\n".join([f"The masks in {flag} {masks} cannot be used:", *problems]))
     if lacking := [photo for photo in sizes if photo not in pairs]:
         logger.warning(
             "%d of %d photos have no mask and count wholly: %s", len(lacking), len(sizes), list_first(lacking)
@@ -71,16 +71,18 @@ def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tupl
     # What a segmenter writes as its number of a thing looks black.
     dark += f" Its lightest place is {most} of 255, which should be white." if 0 < most < FAINT else ""
     differs = abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height)
-    return problems_that_hold((differs, shape), (light < LEAST_LIGHT, dark))
+    return messages_if((differs, shape), (light < LEAST_LIGHT, dark))
 
 
-@images.Remembered
+@images.ByteLimitedCache
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """Open a mask as mode "L", upright, white where the loss counts, scaled to a size; the last are remembered."""
     return images.open_light(path).resize(size, Image.Resampling.BILINEAR)
 
 
-def meet(path: Path | None, scaled: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def move_crop_onto_mask(
+    path: Path | None, scaled: tuple[int, int], box: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
     """Return a crop's (left, top, right, bottom), moved if it all but misses what is light.
 
     A crop that holds less than a tenth of the light that one of its size can hold is moved to where that is.
@@ -109,7 +111,7 @@ def _find_brightest(
     return (left, top, left + width, top + height), int(light.max())
 
 
-def weight_map(mask: Path | None, cut: Cut, size: Size, factor: int) -> Tensor:
+def weight_map(mask: Path | None, cut: Crop, size: Size, factor: int) -> Tensor:
     """Return how much each place of a cut counts in the loss: its part of the mask, or 1 without one.
 
     Args:
@@ -121,7 +123,7 @@ def weight_map(mask: Path | None, cut: Cut, size: Size, factor: int) -> Tensor:
     """
     if mask is None:
         return torch.ones(1, size.height // factor, size.width // factor)
-    light = images.cut(open_mask(mask, cut.scaled), cut)
+    light = images.crop_image(open_mask(mask, cut.scaled), cut)
     return F.avg_pool2d(torch.from_numpy(np.array(light))[None].float() / 255, factor)
 
 

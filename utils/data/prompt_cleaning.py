@@ -18,7 +18,7 @@ from typing import Any
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def find_undecodable(flags: dict[str, Any]) -> list[str]:
 
 
 def check_tokenizer(tokenizer, length: int, vocabulary: int | None) -> None:
-    """Raise InputError if a tokenizer does not say how long prompts are, or knows words that a text encoder does not.
+    """Raise UserError if a tokenizer does not say how long prompts are, or knows words that a text encoder does not.
 
     Args:
         length: Tokens per prompt, of a flag or of the tokenizer.
@@ -79,11 +79,11 @@ def check_tokenizer(tokenizer, length: int, vocabulary: int | None) -> None:
     """
     name = tokenizer.name_or_path
     if length > 10**6:  # transformers writes 10^30 where a tokenizer says nothing
-        raise InputError(
+        raise UserError(
             f"The tokenizer of {name} does not say how many tokens a prompt may have: give --tokenizer_max_length."
         )
     if vocabulary and len(tokenizer) > vocabulary:
-        raise InputError(
+        raise UserError(
             f"The tokenizer of {name} has {len(tokenizer)} words, the text encoder {vocabulary}. Use another."
         )
 
@@ -101,7 +101,7 @@ def lost_words(text: str) -> list[str]:
     return [_without_punctuation(word) for index, word in enumerate(words) if index not in kept]
 
 
-def tokenise(tokenizer, texts: list[str], length: int, cleans: bool) -> tuple[Tensor, Tensor]:
+def tokenize_texts(tokenizer, texts: list[str], length: int, cleans: bool) -> tuple[Tensor, Tensor]:
     """Return the tokens of prompts and their attention mask, (N, L) int64 each; words that a model loses are told.
 
     Args:

@@ -26,7 +26,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def model_identity(model: str, revision: str | None, parts: tuple[str, ...], tok
         parts: Subfolders of the model; on the Hub each has a config.json.
 
     Raises:
-        InputError: The Hub gave none of the model's files, and there is no local copy.
+        UserError: The Hub gave none of the model's files, and there is no local copy.
     """
     if Path(model).is_dir():
         folder = Path(model).resolve()
@@ -194,9 +194,7 @@ def model_identity(model: str, revision: str | None, parts: tuple[str, ...], tok
             for part in parts
         ]
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(
-            f"The model {model} is no folder here, and the Hub gave none of its files: {error}"
-        ) from error
+        raise UserError(f"The model {model} is no folder here, and the Hub gave none of its files: {error}") from error
     # …/snapshots/COMMIT/PART/config.json
     return {"model": model, "commits": [[part, Path(path).parents[1].name] for part, path in zip(parts, paths)]}
 
@@ -215,13 +213,13 @@ def default_folder() -> Path:
     """Return where caches of this project belong for this user; need not exist.
 
     Raises:
-        InputError: The user has no home.
+        UserError: The user has no home.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # as its standard says, a relative path does not count
     try:
         return (base if base.is_absolute() else Path.home() / ".cache") / "dreambooth"
     except RuntimeError as error:  # as in a container whose user is a number without a name
-        raise InputError("This user has no home folder for a cache: give --cache_dir, or set HOME.") from error
+        raise UserError("This user has no home folder for a cache: give --cache_dir, or set HOME.") from error
 
 
 def _parse(content: bytes, key: str) -> Entry:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.flags.flag_checks import is_given, is_installed, problems_that_hold
+from utils.flags.flag_checks import is_given, is_installed, messages_if
 from utils.models.quantize import count_frozen
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available() and not told_to_use_cpu
 
 
-def set_arithmetic(deterministic: bool, allow_tf32: bool) -> None:
+def set_determinism_and_tf32(deterministic: bool, allow_tf32: bool) -> None:
     """Choose between exact repetition and speed on GPUs; must come before CUDA starts."""
     if deterministic:
         # cuBLAS reads this once, when CUDA starts.
@@ -111,7 +111,7 @@ def find_slow_arithmetic(flags: dict[str, Any]) -> list[str]:
     card, precision = torch.cuda.get_device_name(), precision_of(flags)
     is_ampere = torch.cuda.get_device_capability() >= (8, 0)
     exact = precision == "no" and not flags["allow_tf32"]
-    return problems_that_hold(
+    return messages_if(
         (is_ampere and exact, f"{card} computes faster with --mixed_precision bf16, or in float32 with --allow_tf32."),
         (is_ampere and precision == "fp16", f"{card} knows bf16: as fast as fp16, and it does not overflow."),
         (not is_ampere and precision == "bf16", f"{card} computes slowly in bf16: use --mixed_precision fp16."),
@@ -154,7 +154,7 @@ def moved_to(device: torch.device, network: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def going_on_without_memory(what: str) -> Iterator[None]:
+def skip_if_out_of_memory(what: str) -> Iterator[None]:
     """Make running out of memory a warning that `what` did so, and give back what memory is not used."""
     try:
         yield

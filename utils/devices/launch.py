@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import shards
 
 # The launcher's variables, which come before accelerate's own state: of that, some ask for packages.
@@ -32,7 +32,7 @@ def launch_command(script: Path, flags: Sequence[str]) -> list[str]:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable, *arguments) -> Any:
-    """Call a function in the main process and return its answer, or raise its InputError, in every process.
+    """Call a function in the main process and return its answer, or raise its UserError, in every process.
 
     So that a refusal ends all of them, and none waits for the others for ever.
     """
@@ -40,11 +40,11 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments) ->
     if accelerator.is_main_process:
         try:
             answer[0] = function(*arguments)
-        except InputError as error:
+        except UserError as error:
             answer[1] = str(error)
     value, refusal = broadcast_object_list(answer)
     if refusal is not None:
-        raise InputError(refusal)
+        raise UserError(refusal)
     return value
 
 
@@ -66,7 +66,7 @@ def connect(precision: str | None, accumulation: int, trackers: list[str], outpu
         # One process may load or write gigabytes, or draw a picture more, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
     )
-    shards.switch_on(accelerator, plugin)
+    shards.enable_on_cpu(accelerator, plugin)
     set_up_logging(accelerator)
     return accelerator
 
@@ -90,7 +90,7 @@ def silence_libraries() -> None:
 
 
 def check_engine() -> None:
-    """Raise InputError if accelerate is set to an engine that was not tried here, or to compile."""
+    """Raise UserError if accelerate is set to an engine that was not tried here, or to compile."""
     asked = [name for variable, name in ENGINES.items() if os.environ.get(variable, "").lower() in ("true", "1")]
     uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     if uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
@@ -99,7 +99,7 @@ def check_engine() -> None:
     if compiler != "NO":
         asked.append(f"torch.compile by {compiler}")
     if asked:
-        raise InputError(
+        raise UserError(
             f"accelerate is set to {' with '.join(asked)}, which this script does not support: it runs in one "
             "process, in plain data parallelism, under FSDP 2 or DeepSpeed, not compiled. Launch with a file of "
             "configs/, as by `accelerate launch --config_file configs/ddp.yaml`."

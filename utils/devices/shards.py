@@ -21,7 +21,7 @@ from utils.flags.flag_checks import is_given
 from utils.optim.optimizers import OPTIMIZERS, set_state
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-UNFIT = {  # flags, or flags and their values, of what accelerate, or the optimizer, cannot do with networks in parts
+UNSUPPORTED = {  # flags, or flags and values, that accelerate or the optimizer cannot combine with sharded networks
     "train_text_encoder": "accelerate shares out one network, and the text encoder would be a second one",
     "use_8bit_adam": "bitsandbytes takes whole weights only",
     "use_bitfit": "the weights that do not train would be missing from the result",
@@ -40,13 +40,13 @@ def is_asked_for(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true")
 
 
-def find_unfit(flags: dict[str, Any]) -> list[str]:
+def find_unsupported(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag that does not go with networks in parts, if accelerate is set to these."""
     if not is_asked_for("FSDP") and not is_asked_for("DEEPSPEED"):
         return []
-    unfit = {f"--{words}": why for words, why in UNFIT.items() if is_given(flags, words)}
+    unfit = {f"--{words}": why for words, why in UNSUPPORTED.items() if is_given(flags, words)}
     problems = [f"{flag} cannot be used under FSDP or DeepSpeed: {why}." for flag, why in unfit.items()]
-    return problems + (zero_stages.find_unfit(flags) if is_asked_for("DEEPSPEED") else [])
+    return problems + (zero_stages.find_unsupported(flags) if is_asked_for("DEEPSPEED") else [])
 
 
 class Plugin(FullyShardedDataParallelPlugin):
@@ -73,7 +73,7 @@ def make_plugin(precision: str | None) -> Plugin | None:
     return Plugin(mixed_precision_policy=halves if precision in PRECISIONS else None)
 
 
-def switch_on(accelerator: Accelerator, plugin: Plugin | None) -> None:
+def enable_on_cpu(accelerator: Accelerator, plugin: Plugin | None) -> None:
     """Let accelerate use FSDP or DeepSpeed on CPUs, too, where it would pass over them without a word."""
     engine = DistributedType.DEEPSPEED if is_asked_for("DEEPSPEED") else DistributedType.FSDP if plugin else None
     if engine and accelerator.distributed_type is DistributedType.MULTI_CPU:
@@ -93,7 +93,7 @@ def are_used(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def whole(accelerator: Accelerator, trained: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def gather_weights(accelerator: Accelerator, trained: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return networks unwrapped; of those in parts, the main process gets copies on the CPU, and all must call this.
 
     A copy has those weights that train, and empty ones ("meta") for the others.
@@ -119,10 +119,10 @@ def _copy(accelerator: Accelerator, network: nn.Module) -> nn.Module | None:
     return copy
 
 
-def whole_state(accelerator: Accelerator, optimizer: Any) -> dict:
+def gather_optimizer_state(accelerator: Accelerator, optimizer: Any) -> dict:
     """Return an optimizer's state as it would be in one process, to the main process; all must call this."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        return zero_stages.whole_state(accelerator, optimizer)
+        return zero_stages.gather_optimizer_state(accelerator, optimizer)
     state = optimizer.state_dict()
     values = {
         index: {name: _gather(accelerator, value) for name, value in entry.items()}
@@ -143,7 +143,7 @@ def _gather(accelerator: Accelerator, value: Any) -> Any:
 
 
 def load_state(optimizer: Any, state: dict) -> None:
-    """Give an optimizer the state that `whole_state` returned, or of it what belongs to this process's parts."""
+    """Load what `gather_optimizer_state` returned, or the part of it that belongs to this process."""
     if is_asked_for("DEEPSPEED") and zero_stages.load_state(optimizer, state):
         return
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -163,7 +163,7 @@ def _part(value: Any, weight: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def together(networks: Iterable[nn.Module]) -> Iterator[None]:
+def unsharded(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Hold networks whole in each process for a while: each may then use them as often as it likes, without gradients.
 
     That takes their whole size in memory. All processes must enter.

@@ -16,7 +16,7 @@ from utils.flags.flag_checks import is_installed
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, a tensor for each weight
 
 
-def find_unfit(flags: dict[str, Any]) -> list[str]:
+def find_unsupported(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag that does not go with DeepSpeed as accelerate is set."""
     limit = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "1.0")
     problems = [] if is_installed("deepspeed") else ["accelerate is set to DeepSpeed: pip install deepspeed."]
@@ -62,7 +62,7 @@ def whole_weight(accelerator: Accelerator, weight: Tensor) -> Tensor | None:
     return whole.cpu() if accelerator.is_main_process else None
 
 
-def whole_state(accelerator: Accelerator, optimizer: Any) -> dict:
+def gather_optimizer_state(accelerator: Accelerator, optimizer: Any) -> dict:
     """Return the state of AdamW as it would be in one process, to the main process; all must call this."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -78,7 +78,7 @@ def whole_state(accelerator: Accelerator, optimizer: Any) -> dict:
 
 
 def load_state(optimizer: Any, state: dict) -> bool:
-    """Give AdamW the state that `whole_state` returned; return False if it does not run under DeepSpeed."""
+    """Give AdamW the state that `gather_optimizer_state` returned; return False if it does not run under DeepSpeed."""
     engine_optimizer = optimizer.optimizer
     if not hasattr(engine_optimizer, "optimizer"):
         return False

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, PreTrainedModel
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.evaluation.standard_errors import Estimate, mean_of
 from utils.models import model_files
 
@@ -56,7 +56,7 @@ def load_clip(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """Load a CLIP in float32, from a folder or the Hub, such as openai/clip-vit-base-patch32.
 
     Raises:
-        InputError: It is no CLIP, or not all of one.
+        UserError: It is no CLIP, or not all of one.
     """
     name = str(name)
     options = find_options(name, CLIP, "CLIP, such as openai/clip-vit-base-patch32")
@@ -64,7 +64,7 @@ def load_clip(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
     tokenizer = load_part(AutoTokenizer, name)
     known, expected = len(tokenizer), network.config.text_config.vocab_size
     if known != expected:  # without its files, transformers makes a tokenizer of two tokens and says nothing
-        raise InputError(
+        raise UserError(
             f"The tokenizer of {name} has {known} tokens, its text encoder {expected}: files are missing or belong to "
             "another model. Add tokenizer.json, or vocab.json and merges.txt, of this CLIP."
         )
@@ -75,7 +75,7 @@ def load_dino(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """Load a DINO or DINOv2 in float32, from a folder or the Hub; facebook/dino-vits16 is the paper's.
 
     Raises:
-        InputError: It is no vision transformer, or not all of one.
+        UserError: It is no vision transformer, or not all of one.
     """
     name = str(name)
     options = find_options(name, DINO, "DINO, such as facebook/dino-vits16")
@@ -86,13 +86,11 @@ def find_options(name: str, kinds: dict[str, dict], wanted: str) -> dict:
     """Return what a model's class is loaded with, after its own config.json.
 
     Raises:
-        InputError: There is no such model, or it is of another kind; transformers would fill it with random weights.
+        UserError: There is no such model, or it is of another kind; transformers would fill it with random weights.
     """
     kind = model_files.read_config(name, "config.json").get("model_type")
     if kind not in kinds:
-        raise InputError(
-            f"{name} is a model of type {kind}, but {' or '.join(kinds)} is needed here. Name a {wanted}."
-        )
+        raise UserError(f"{name} is a model of type {kind}, but {' or '.join(kinds)} is needed here. Name a {wanted}.")
     return kinds[kind]
 
 
@@ -100,11 +98,11 @@ def load_network(kind: type, name: str, device: torch.device | str, options: dic
     """Load a network in float32, for evaluation, and make sure that none of its weights is made up.
 
     Raises:
-        InputError: Files or weights are missing or broken.
+        UserError: Files or weights are missing or broken.
     """
     network, report = load_part(kind, name, dtype=torch.float32, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
-        raise InputError(
+        raise UserError(
             f"{name} lacks {len(missing)} weights, the first being {missing[0]}: they would be random. Download or "
             "export the model again."
         )
@@ -127,15 +125,13 @@ def load_part(kind: type, name: str, **options) -> Any:
         options: Of its `from_pretrained`.
 
     Raises:
-        InputError: Files are missing or broken.
+        UserError: Files are missing or broken.
     """
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 600, placeholder=" …")
-        raise InputError(
-            f"{kind.__name__} cannot load {name}: {reason} Download or export the model again."
-        ) from error
+        raise UserError(f"{kind.__name__} cannot load {name}: {reason} Download or export the model again.") from error
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -170,11 +166,11 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int = BATCH_
         (N, D) float32, each row of length 1, on the CPU.
 
     Raises:
-        InputError: The encoder reads no text.
+        UserError: The encoder reads no text.
     """
     network, tokenizer = encoder.network, encoder.tokenizer
     if tokenizer is None:
-        raise InputError(f"{encoder.name} reads no text: prompts are compared with pictures by a CLIP.")
+        raise UserError(f"{encoder.name} reads no text: prompts are compared with pictures by a CLIP.")
     length = network.config.text_config.max_position_embeddings
     too_long = [text for text in texts if len(tokenizer(text, verbose=False)["input_ids"]) > length]
     if too_long:
@@ -212,7 +208,7 @@ def measure(
         has become the subject; and DIV-DINO, higher is better (see `estimate_diversity`). Errors are over seeds.
 
     Raises:
-        InputError: There is nothing to measure, or prompts have unequal numbers of pictures.
+        UserError: There is nothing to measure, or prompts have unequal numbers of pictures.
     """
     check_counts(photos, drawn, class_pictures)
     prompts, pictures = [text for text, _ in drawn], [picture for _, group in drawn for picture in group]
@@ -235,20 +231,20 @@ def measure(
 
 
 def check_counts(photos: Sequence, drawn: Sequence[tuple[str, Sequence]], class_pictures: Sequence) -> None:
-    """Raise InputError if there are too few pictures for a measure, or not as many for each prompt."""
+    """Raise UserError if there are too few pictures for a measure, or not as many for each prompt."""
     if not photos:
-        raise InputError("There are no photos of the subject to compare with: give at least one.")
+        raise UserError("There are no photos of the subject to compare with: give at least one.")
     if not drawn or not drawn[0][1]:
-        raise InputError("There are no drawn pictures to measure: give at least one prompt with one picture.")
+        raise UserError("There are no drawn pictures to measure: give at least one prompt with one picture.")
     expected = len(drawn[0][1])
     for prompt, pictures in drawn:
         if len(pictures) != expected:
-            raise InputError(
+            raise UserError(
                 f"The prompt {prompt!r} has {len(pictures)} pictures, {drawn[0][0]!r} has {expected}: results are "
                 "averaged seed by seed, so every prompt needs a picture of each seed. Draw those that are missing."
             )
     if len(class_pictures) == 1:
-        raise InputError("One class picture has no diversity: draw at least two, or give none.")
+        raise UserError("One class picture has no diversity: draw at least two, or give none.")
 
 
 def compare(pictures: Tensor, photos: Tensor) -> Tensor:
@@ -298,18 +294,18 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
         The data set's "object" and "live subject", or "prompts" alone.
 
     Raises:
-        InputError: The file cannot be read, or one of its lines is no such prompt.
+        UserError: The file cannot be read, or one of its lines is no such prompt.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The prompts {path} cannot be read as text in UTF-8: {error}.") from error
+        raise UserError(f"The prompts {path} cannot be read as text in UTF-8: {error}.") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     is_plain = not any(_START.fullmatch(line) for _, line in lines)
     lists = {PLAIN: lines} if is_plain else find_lists(lines, path)
     for name, entries in lists.items():
         if not entries:
-            raise InputError(f"{path} has no prompts{'' if is_plain else f' for {name}'}: write one on each line.")
+            raise UserError(f"{path} has no prompts{'' if is_plain else f' for {name}'}: write one on each line.")
         for number, prompt in entries:
             check_prompt(prompt, f"{path}, line {number}")
     return {name: [prompt for _, prompt in entries] for name, entries in lists.items()}
@@ -322,7 +318,7 @@ def find_lists(lines: list[tuple[int, str]], path: str | Path) -> dict[str, list
         lines: The file's, numbered, without empty ones.
 
     Raises:
-        InputError: A list has no end, or a line that is no prompt.
+        UserError: A list has no end, or a line that is no prompt.
     """
     lists, name, is_open = {}, PLAIN, False
     for number, line in lines:
@@ -331,18 +327,18 @@ def find_lists(lines: list[tuple[int, str]], path: str | Path) -> dict[str, list
             lists[name].append((number, entry["prompt"].replace("{0} {1}", "{}")))
         elif is_open and line != "]":
             expected = "'a {0} {1} ….'.format(unique_token, class_token), or the list's ]"
-            raise InputError(f"{path}, line {number}: {line!r} is not {expected}. Download the file again.")
+            raise UserError(f"{path}, line {number}: {line!r} is not {expected}. Download the file again.")
         elif _START.fullmatch(line):
             is_open = True
             lists.setdefault(name, [])
         else:
             is_open, name = False, line.removesuffix("Prompts").strip().lower()
     if is_open:
-        raise InputError(f"{path} ends at line {lines[-1][0]} within a list: ] is missing. Download the file again.")
+        raise UserError(f"{path} ends at line {lines[-1][0]} within a list: ] is missing. Download the file again.")
     return lists
 
 
 def check_prompt(prompt: str, place: str) -> None:
-    """Raise InputError unless a prompt has one {} and no other braces."""
+    """Raise UserError unless a prompt has one {} and no other braces."""
     if prompt.count("{}") != 1 or set("{}") & set(prompt.replace("{}", "")):
-        raise InputError(f"{place}: {prompt!r} needs one {{}} for the subject and no other braces: 'a {{}} at night'.")
+        raise UserError(f"{place}: {prompt!r} needs one {{}} for the subject and no other braces: 'a {{}} at night'.")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 
 def make_grouped_parser(doc: str, groups: Sequence[Callable]) -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def _parse_over_file(parser, path: str, argv: list[str]) -> Any:
     lists = {action.dest for action in known if action.nargs == "+"}
     try:
         return parser.parse_args([*read_flags(path, switches, lists), *argv])
-    except InputError as error:
+    except UserError as error:
         return parser.error(str(error))
 
 
@@ -74,14 +74,14 @@ def read_flags(path: str, switches: dict[str, bool], lists: set[str]) -> list[st
         lists: Those flags that take several values, as a list.
 
     Raises:
-        InputError: The file cannot be read, holds no object, has an unknown key, or a value of the wrong type.
+        UserError: The file cannot be read, holds no object, has an unknown key, or a value of the wrong type.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--config {path} cannot be read: {error}") from error
+        raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"--config {path} holds no JSON object of flags and values.")
+        raise UserError(f"--config {path} holds no JSON object of flags and values.")
     return [word for key, value in values.items() for word in _words(path, key, value, switches, lists)]
 
 
@@ -89,13 +89,13 @@ def _words(path: str, key: str, value: object, switches: dict[str, bool], lists:
     """Return the words that set one flag."""
     if key not in switches:
         near = difflib.get_close_matches(key, switches, n=1)
-        raise InputError(f"--config {path} has the unknown key {key!r}." + (f" Meant: {near[0]!r}?" if near else ""))
+        raise UserError(f"--config {path} has the unknown key {key!r}." + (f" Meant: {near[0]!r}?" if near else ""))
     if value is None:
         return []
     values = value if isinstance(value, list) and key in lists else [value]
     if any(switches[key] != isinstance(one, bool) or isinstance(one, dict | list) for one in values):
         wanted = "true or false" if switches[key] else "a list of values" if key in lists else "a value"
-        raise InputError(f"--config {path} has {key!r}: {json.dumps(value)}, but that flag takes {wanted}.")
+        raise UserError(f"--config {path} has {key!r}: {json.dumps(value)}, but that flag takes {wanted}.")
     if isinstance(value, bool):
         return [f"--{key}" if value else f"--no-{key}"]
     if isinstance(value, list):

@@ -40,7 +40,7 @@ def ranges_of(flags: dict[str, Any]) -> dict[str, str]:
     return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()} | RANGES_OF
 
 
-def find_idle(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:
+def find_unused(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:
     """Return a sentence for each flag that is given without another that it needs.
 
     Args:
@@ -59,7 +59,7 @@ def is_given(flags: dict[str, Any], words: str) -> bool:
     return str(flags.get(name)) == value if value else bool(flags.get(name))
 
 
-def problems_that_hold(*checks: tuple[Any, str]) -> list[str]:
+def messages_if(*checks: tuple[Any, str]) -> list[str]:
     """Return the sentences of those (condition, sentence) pairs whose condition is true."""
     return [sentence for condition, sentence in checks if condition]
 

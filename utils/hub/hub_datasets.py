@@ -34,12 +34,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from tqdm.auto import tqdm
 
-from utils.core.errors import OF_THE_DISK, InputError, cannot_write, list_first, naming_what_cannot_be_written
+from utils.core.errors import OF_THE_DISK, UserError, cannot_write, explain_write_errors, list_first
 from utils.data.captions import METADATA_FILE
 from utils.data.images import list_images
 from utils.data.tensor_cache import default_folder
 from utils.flags.flag_checks import is_installed
-from utils.hub.hub_requests import BROKEN, FAILURES, answers_within, persist, reason_of
+from utils.hub.hub_requests import BROKEN, FAILURES, reason_of, request_timeout, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def export_dataset(
 
     Raises:
         ImportError: The package `datasets` is missing.
-        InputError: There is no such dataset, split or column, or rows lack a picture or a caption.
+        UserError: There is no such dataset, split or column, or rows lack a picture or a caption.
     """
     if not is_installed("datasets"):
         raise ImportError(f"--dataset_name {name} needs datasets: pip install datasets.")
@@ -112,7 +112,7 @@ def export_dataset(
     if _is_complete(place):
         logger.info(f"The pictures of {name} lie in {place}.")
         return place
-    with naming_what_cannot_be_written(root):
+    with explain_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=root, ignore_cleanup_errors=True) as work:
@@ -131,15 +131,15 @@ def _find_source(name: str, root: Path, token: str | None) -> tuple[Path, list]:
         return folder, [name, folder.name]  # …/snapshots/COMMIT
     path = Path(name).resolve()
     if path.is_file() and path.suffix.lower() != ".parquet":
-        raise InputError(f"--dataset_name {name} is a file, but no parquet file. Give a .parquet file, or a folder.")
+        raise UserError(f"--dataset_name {name} is a file, but no parquet file. Give a .parquet file, or a folder.")
     if root.resolve().is_relative_to(path):
-        raise InputError(
+        raise UserError(
             f"--dataset_name {name} is a folder around --cache_dir {root.parent}. Use another --cache_dir."
         )
     try:
         return path, [str(path), _list_files(path)]
     except OSError as error:
-        raise InputError(_cannot_read(name, path, error)) from error
+        raise UserError(_cannot_read(name, path, error)) from error
 
 
 def _list_files(path: Path) -> list[list]:
@@ -167,33 +167,33 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-@answers_within(_PATIENCE)
+@request_timeout(_PATIENCE)
 def _download(name: str, folder: Path, token: str | None) -> Path:
     """Download a dataset, unless all its files are here, and return its folder; offline, the last one that was whole.
 
     Raises:
-        InputError: There is none that this login may read, or the Hub cannot be reached.
+        UserError: There is none that this login may read, or the Hub cannot be reached.
     """
     missing = f"--dataset_name {name!r} is no file or folder here"
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"{missing}, and no dataset's name on the Hub: {error} Check it.") from None
+        raise UserError(f"{missing}, and no dataset's name on the Hub: {error} Check it.") from None
     try:
         secret = (token or "").strip() or huggingface_hub.get_token()
     except FAILURES as error:
-        raise InputError(f"The environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
+        raise UserError(f"The environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
     if secret and not (secret.isascii() and secret.isprintable() and " " not in secret):
         # Must come before the first request, because the HTTP client's error would quote the token.
-        raise InputError("The token has spaces or signs in it that no token has. Copy it again, the whole of it.")
+        raise UserError("The token has spaces or signs in it that no token has. Copy it again, the whole of it.")
     ask = functools.partial(huggingface_hub.snapshot_download, name, repo_type="dataset", cache_dir=folder)
     try:
         with contextlib.nullcontext() if _is_watched() else disable_progress_bars():
-            return Path(persist(functools.partial(ask, token=secret or False), BROKEN))
+            return Path(with_retries(functools.partial(ask, token=secret or False), BROKEN))
     except Exception as error:  # hf_xet's errors and those of download threads have no base class in common
         if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-            raise InputError(cannot_write(Path(error.filename or folder), error)) from None
-        raise InputError(f"{missing}, and {_explain(name, error, secret)}") from None
+            raise UserError(cannot_write(Path(error.filename or folder), error)) from None
+        raise UserError(f"{missing}, and {_explain(name, error, secret)}") from None
 
 
 def _explain(name: str, error: Exception, token: str | None) -> str:
@@ -217,7 +217,7 @@ def _write(name: str, source: Path, folder: Path, image_column: str, caption_col
     """Write a file for each row, the captions, and a list of it all into an empty folder; return how many rows.
 
     Raises:
-        InputError: The dataset cannot be read, lacks a column, or has rows that cannot be used.
+        UserError: The dataset cannot be read, lacks a column, or has rows that cannot be used.
     """
     lines, bad, used, number = [], [], set(), -1
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as locks:
@@ -229,7 +229,7 @@ def _write(name: str, source: Path, folder: Path, image_column: str, caption_col
                 file = folder / f"{number:06d}{_suffix_of(content, path)}"
                 if caption_column is not None:
                     lines.append({"file_name": file.name, "text": _read_caption(row[caption_column])})
-            except InputError as error:
+            except UserError as error:
                 bad.append(f"row {number} ({error})")
                 continue
             file.write_bytes(content)
@@ -240,9 +240,7 @@ def _write(name: str, source: Path, folder: Path, image_column: str, caption_col
             if bad
             else "it has no rows"
         )
-        raise InputError(
-            f"--dataset_name {name}, split {split}: {what}. Mend the dataset, or use a copy without them."
-        )
+        raise UserError(f"--dataset_name {name}, split {split}: {what}. Mend the dataset, or use a copy without them.")
     if builder.name == "imagefolder":
         _warn_of_unused(name, source, builder, split, used)
     if caption_column is not None:
@@ -268,15 +266,15 @@ def _open(
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # errors become messages here
     if signs := " ".join(_PATTERN_SIGNS.findall(str(source))):
-        raise InputError(
+        raise UserError(
             f"--dataset_name {name}: the package datasets misreads {signs} in {source}. Rename the folder."
         )
     try:
         builder = _make_builder(source, locks)
     except Exception as error:  # broken files and lists raise nearly every type
-        raise InputError(_cannot_read(name, source, error)) from error
+        raise UserError(_cannot_read(name, source, error)) from error
     if builder.name not in KINDS:
-        raise InputError(
+        raise UserError(
             f"--dataset_name {name} is, by most of its files, a dataset of kind {builder.name}, and none of pictures. "
             "Give a folder of pictures or of parquet files; photos of your own are those of --instance_data_dir."
         )
@@ -285,7 +283,7 @@ def _open(
     try:
         rows = builder.as_streaming_dataset(split)  # not `as_dataset`, which would first copy all pictures
     except Exception as error:
-        raise InputError(_cannot_read(name, source, error)) from error
+        raise UserError(_cannot_read(name, source, error)) from error
     _check_columns(name, rows.features, *columns)
     wanted = [column for column in columns if column is not None]
     if builder.name == "parquet":
@@ -324,34 +322,34 @@ def _choose_split(name: str, builder: Any) -> str:
     splits = [str(split) for split in builder.config.data_files or {}]
     if "train" not in splits and len(splits) != 1:
         found = ", ".join(splits) or "none"
-        raise InputError(f"--dataset_name {name} has no split train. It has: {found}. Give the folder of one of them.")
+        raise UserError(f"--dataset_name {name} has no split train. It has: {found}. Give the folder of one of them.")
     return "train" if "train" in splits else splits[0]
 
 
 def _check_places(name: str, source: Path, builder: Any) -> None:
-    """Raise InputError if a split has files outside of its dataset, as its README.md can tell `datasets`."""
+    """Raise UserError if a split has files outside of its dataset, as its README.md can tell `datasets`."""
     files = [str(file) for files in builder.config.data_files.values() for file in files]
     if outside := [file for file in files if "://" in file or not Path(os.path.abspath(file)).is_relative_to(source)]:
-        raise InputError(
+        raise UserError(
             f"--dataset_name {name} names files that are not its own: {list_first(outside)}. Mend its README.md."
         )
 
 
 def _check_columns(name: str, features: dict[str, Any], image_column: str, caption_column: str | None) -> None:
-    """Raise InputError if a column is missing or of a type that is not read."""
+    """Raise UserError if a column is missing or of a type that is not read."""
     found = list_first([f"{column} ({_describe(feature)})" for column, feature in features.items()])
     wanted = {"--image_column": image_column, "--caption_column": caption_column}
     for flag, column in wanted.items():
         if column is not None and column not in features:
-            raise InputError(
+            raise UserError(
                 f"{flag} {column} is no column of --dataset_name {name}. It has: {found}. Name one of them."
             )
     if not _is_picture(features[image_column]):
         held = _describe(features[image_column])
-        raise InputError(f"--image_column {image_column} of {name} holds {held}, no pictures. Its columns: {found}.")
+        raise UserError(f"--image_column {image_column} of {name} holds {held}, no pictures. Its columns: {found}.")
     if caption_column is not None and _describe(features[caption_column]).removeprefix("list of ") != "string":
         held = _describe(features[caption_column])
-        raise InputError(f"--caption_column {caption_column} of {name} holds {held}, no texts. Its columns: {found}.")
+        raise UserError(f"--caption_column {caption_column} of {name} holds {held}, no texts. Its columns: {found}.")
 
 
 def _describe(feature: Any) -> str:
@@ -379,7 +377,7 @@ def _watch(name: str, source: Path, rows: Iterable[dict[str, Any]]) -> Iterator[
     try:
         yield from rows
     except Exception as error:  # damaged files raise nearly every type
-        raise InputError(_cannot_read(name, source, error)) from error
+        raise UserError(_cannot_read(name, source, error)) from error
 
 
 def _cannot_read(name: str, source: Path, error: Exception) -> str:
@@ -394,31 +392,31 @@ def _read_picture(value: Any, source: Path) -> tuple[bytes, str]:
     """Return the bytes of a row's picture, and the path of the file that holds it, "" if the row itself does.
 
     Raises:
-        InputError: There is none, or none in the dataset.
+        UserError: There is none, or none in the dataset.
     """
     value = {"path": value} if isinstance(value, str) else value
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if content and isinstance(content, bytes):
         return content, ""
     if content is not None or not path:
-        raise InputError("no picture")
+        raise UserError("no picture")
     inner, _, outer = path.rpartition("::")  # zip://dog.jpg::/photos/train.zip
     file = Path(os.path.abspath(source / outer))
     if not file.is_relative_to(source):
-        raise InputError(f"{path} lies outside of the dataset")
+        raise UserError(f"{path} lies outside of the dataset")
     if not os.path.isfile(file):  # a pipe would be waited for
-        raise InputError(f"{path} is no file of the dataset")
+        raise UserError(f"{path} is no file of the dataset")
     try:
         if not inner:
             return file.read_bytes(), str(file)
         with zipfile.ZipFile(file) as archive:
             return archive.read(inner.removeprefix("zip://")), path
     except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _suffix_of(content: bytes, path: str) -> str:
-    """Return the suffix of a picture's format, or raise InputError if it is none that is read."""
+    """Return the suffix of a picture's format, or raise UserError if it is none that is read."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return ".webp"
     if content[4:8] == b"ftyp":
@@ -427,17 +425,17 @@ def _suffix_of(content: bytes, path: str) -> str:
     else:
         found = [suffix for beginning, suffix in _BEGINNINGS.items() if content.startswith(beginning)]
     if not found:
-        raise InputError(f"{path or 'its content'} is no JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC")
+        raise UserError(f"{path or 'its content'} is no JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC")
     return found[0]
 
 
 def _read_caption(value: Any) -> str | list[str]:
-    """Return a row's caption or captions, or raise InputError if there is none."""
+    """Return a row's caption or captions, or raise UserError if there is none."""
     texts = [
         text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()
     ]
     if not texts:
-        raise InputError("no caption")
+        raise UserError("no caption")
     return texts if isinstance(value, list) else value
 
 

@@ -31,7 +31,7 @@ LONGEST_PAUSE = 60  # a Hub that asks for more has refused
 
 
 @contextlib.contextmanager
-def answers_within(seconds: float) -> Iterator[None]:
+def request_timeout(seconds: float) -> Iterator[None]:
     """Let the client give up requests of which nothing comes for some time, and those that are to wait for long."""
     set_client_factory(functools.partial(_make_client, seconds))
     try:
@@ -61,7 +61,7 @@ def _refuse_endless_waits(response: httpx2.Response) -> None:
         hf_raise_for_status(response)
 
 
-def persist(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = ()) -> Any:
+def with_retries(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = ()) -> Any:
     """Ask the Hub, and again after a while when it is busy or the connection breaks.
 
     Args:

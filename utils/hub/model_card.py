@@ -90,7 +90,7 @@ def _pipeline_snippet(flags: dict[str, Any], base: Any, name: str, prompt: str) 
     encoder_from = flags["pretrained_model_name_or_path"] if lacks_encoder else None
     is_masked = encoder_from and flags["text_encoder_use_attention_mask"] and not base.is_if
     places = (encoder_from, flags["revision"], flags["variant"], reading_lines(None, is_masked))
-    picture = Picture(base.resolution, base.enlarges_from, base.is_if)
+    picture = Picture(base.resolution, base.low_res_size, base.is_if)
     return pipeline_snippet(name, prompt, *places, base.index["text_encoder"][1], picture)
 
 
@@ -100,7 +100,7 @@ def _adapter_snippet(flags: dict[str, Any], base: Any, name: str, prompt: str) -
     reading = () if base.is_if else reading_lines(max_length, flags["text_encoder_use_attention_mask"])
     places = (flags["pretrained_model_name_or_path"], flags["revision"], flags["variant"], reading)
     has_scheduler = base.learns_variance and not flags["train_variance"]
-    picture = Picture(base.resolution, base.enlarges_from, base.is_if)
+    picture = Picture(base.resolution, base.low_res_size, base.is_if)
     return lora_snippet(name, prompt, *places, has_scheduler, picture)
 
 

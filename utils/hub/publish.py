@@ -12,8 +12,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.core.errors import InputError
-from utils.hub.hub_requests import BROKEN, FAILURES, answers_within, persist, reason_of, status_of
+from utils.core.errors import UserError
+from utils.hub.hub_requests import BROKEN, FAILURES, reason_of, request_timeout, status_of, with_retries
 
 PIPELINE = "model_index.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -22,7 +22,7 @@ PATIENCE = constants.HF_HUB_ETAG_TIMEOUT  # 10 s, unless the environment sets it
 NEW_TOKEN = "Make a token with write role at https://huggingface.co/settings/tokens and log in: `hf auth login`"
 
 
-@answers_within(3 * PATIENCE)
+@request_timeout(3 * PATIENCE)
 def prepare_repository(name: str | None, output_dir: Path, token: str | None, private: bool) -> str:
     """Create the model repository unless it exists, and check that the login may write to it.
 
@@ -36,7 +36,7 @@ def prepare_repository(name: str | None, output_dir: Path, token: str | None, pr
         The full id, `owner/name`.
 
     Raises:
-        InputError: There is no login, the Hub refuses it, the id or the rights, or does not answer.
+        UserError: There is no login, the Hub refuses it, the id or the rights, or does not answer.
     """
     token = _find_token(token)
     api = HfApi(token=token)
@@ -47,20 +47,20 @@ def prepare_repository(name: str | None, output_dir: Path, token: str | None, pr
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(f"{repository!r} cannot be a repository: {error} Set another --hub_model_id.") from None
+        raise UserError(f"{repository!r} cannot be a repository: {error} Set another --hub_model_id.") from None
     try:
         # None, not False: an organisation may have made private its default.
-        persist(functools.partial(api.create_repo, repository, private=private or None, exist_ok=True))
-        persist(functools.partial(api.auth_check, repository, write=True))
-        is_exposed = private and not persist(functools.partial(api.model_info, repository)).private
+        with_retries(functools.partial(api.create_repo, repository, private=private or None, exist_ok=True))
+        with_retries(functools.partial(api.auth_check, repository, write=True))
+        is_exposed = private and not with_retries(functools.partial(api.model_info, repository)).private
     except FAILURES as error:
         reason = reason_of(error, token)
         if status_of(error) in (401, 402, 403, 404):
             advice = f"{NEW_TOKEN}, or set another --hub_model_id"
-            raise InputError(f"{user} may not write to the repository {repository}: {reason}. {advice}.") from None
-        raise InputError(f"the repository {repository} was not prepared: {reason}. {_detour(api)}") from None
+            raise UserError(f"{user} may not write to the repository {repository}: {reason}. {advice}.") from None
+        raise UserError(f"the repository {repository} was not prepared: {reason}. {_detour(api)}") from None
     if is_exposed:
-        raise InputError(
+        raise UserError(
             f"--hub_private_repo is set, but the repository {repository} exists and is public. Make it private at "
             f"{api.endpoint}/{repository}/settings, set another --hub_model_id, or use --no-hub_private_repo."
         )
@@ -82,7 +82,7 @@ def result_files(folder: Path) -> list[Path]:
     """List the files of the pipeline and of the adapter in an output folder; empty before training has ended.
 
     Raises:
-        InputError: model_index.json cannot be read.
+        UserError: model_index.json cannot be read.
     """
     files, parts = [], set()
     if (folder / PIPELINE).is_file():
@@ -96,20 +96,20 @@ def result_files(folder: Path) -> list[Path]:
     return files + [path for part in sorted(parts) for path in (folder / part).rglob("*") if path.is_file()]
 
 
-@answers_within(6 * PATIENCE)  # a commit of many files takes the Hub a while
+@request_timeout(6 * PATIENCE)  # a commit of many files takes the Hub a while
 def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
     """Upload in one commit what `files_to_upload` lists, and return the repository's URL.
 
     Raises:
-        InputError: It failed for whatever reason; the message has the command that tries again.
+        UserError: It failed for whatever reason; the message has the command that tries again.
     """
     try:
         token = _find_token(token)
         api = HfApi(token=token)
-        persist(functools.partial(_commit, api, folder, repo_id), BROKEN)
+        with_retries(functools.partial(_commit, api, folder, repo_id), BROKEN)
     except Exception as error:  # hf_xet's errors and those of upload threads have no base class in common
         way = say_how_to_upload(folder, repo_id)
-        raise InputError(f"the upload to {repo_id} failed: {reason_of(error, token)}. {way}") from None
+        raise UserError(f"the upload to {repo_id} failed: {reason_of(error, token)}. {way}") from None
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -132,27 +132,27 @@ def _find_token(token: str | None) -> str:
     try:
         token = (token or "").strip() or get_token()
     except FAILURES as error:
-        raise InputError(f"the environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
+        raise UserError(f"the environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
     if token is None:
-        raise InputError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
+        raise UserError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
     if not (token.isascii() and token.isprintable() and " " not in token):
         # Must come before the first request, because the HTTP client's error would quote the token.
-        raise InputError("the token has spaces or signs in it that no token has. Copy it again, the whole of it.")
+        raise UserError("the token has spaces or signs in it that no token has. Copy it again, the whole of it.")
     return token
 
 
 def _check_login(api: HfApi) -> str:
-    """Return the user's name, or raise an `InputError` if the Hub refuses the token or lets it only read."""
+    """Return the user's name, or raise an `UserError` if the Hub refuses the token or lets it only read."""
     try:
-        account = persist(api.whoami)
+        account = with_retries(api.whoami)
         user, access = account["name"], account.get("auth", {}).get("accessToken", {})
     except FAILURES as error:
         reason = reason_of(error, api.token)
         if status_of(error) in (401, 403):
-            raise InputError(f"the Hub refuses the token: {reason}. {NEW_TOKEN}.") from None
-        raise InputError(f"the login cannot be checked: {reason}. {_detour(api)}") from None
+            raise UserError(f"the Hub refuses the token: {reason}. {NEW_TOKEN}.") from None
+        raise UserError(f"the login cannot be checked: {reason}. {_detour(api)}") from None
     if access.get("role") == "read":
-        raise InputError(f"the token of {user} can only read. {NEW_TOKEN}.")
+        raise UserError(f"the token of {user} can only read. {NEW_TOKEN}.")
     return user
 
 
@@ -169,9 +169,9 @@ def _read_index(path: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Save the pipeline again.") from error
+        raise UserError(f"{path} cannot be read: {error}. Save the pipeline again.") from error
     if not isinstance(index, dict):
-        raise InputError(f"{path} holds no JSON object of components. Save the pipeline again.")
+        raise UserError(f"{path} holds no JSON object of components. Save the pipeline again.")
     return index
 
 

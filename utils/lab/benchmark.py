@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import device_memory, launch
 from utils.lab.step_timing import PARTS
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folders = prepare(args.output, args.shape)
         measured, table, more = compare(args, folders) if args.against else survey(args, folders)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     machine = describe_machine(more["threads"])
@@ -278,9 +278,9 @@ class Run:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     def finish(self, process: subprocess.Popen) -> None:
-        """Wait for the end; raise InputError if it is not a good one."""
+        """Wait for the end; raise UserError if it is not a good one."""
         if status := process.wait():
-            raise InputError(f"exit status {status}: {find_reason(self.log)}")
+            raise UserError(f"exit status {status}: {find_reason(self.log)}")
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -350,7 +350,7 @@ def measure_device(folders: dict[str, Path], precisions: set[str]) -> dict:
         command = launch.launch_command(TIMING, ["peak", str(run.found), *sorted(precisions)])
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status:
-        raise InputError(f"The device could not be measured: exit status {status}: {find_reason(run.log)}")
+        raise UserError(f"The device could not be measured: exit status {status}: {find_reason(run.log)}")
     found = json.loads(run.found.read_text(encoding="utf-8"))
     run.clean()
     return found
@@ -384,7 +384,7 @@ def measure(name: str, script: str, own: list[str], folders: dict[str, Path], ar
         steps = json.loads(run.found.read_text(encoding="utf-8"))[WARM_UP:]
         parts = {part: statistics.mean(step[part] for step in steps) for part in PARTS}
         return dataclasses.replace(measurement, parts=parts)
-    except InputError as error:
+    except UserError as error:
         what = "its parts: " if measurement.seconds else ""
         return dataclasses.replace(measurement, problem=f"{what}{error}")
     finally:
@@ -395,7 +395,7 @@ def time_run(measurement: Measurement, run: Run, script: Path, flags: list[str])
     """Run a configuration as it is.
 
     Raises:
-        InputError: It failed.
+        UserError: It failed.
     """
     began = time.perf_counter()
     process, metrics = run.start(script, flags), run.output / "metrics.jsonl"
@@ -449,7 +449,7 @@ def count_flops(script: str, own: list[str], folders: dict[str, Path], args: arg
     try:
         run.finish(run.start(ROOT / SCRIPTS[script], flags_of(args, folders, run, own), "flops"))
         return json.loads(run.found.read_text(encoding="utf-8"))
-    except InputError as error:
+    except UserError as error:
         return str(error)
     finally:
         run.clean()
@@ -543,7 +543,7 @@ def compare_work(work: str, args: argparse.Namespace, folders: dict[str, Path]) 
         run = Run(folders, f"{work} {OURS if side == OURS_AGAIN else side}", has_caches=side == OURS_AGAIN)
         try:
             runs[side].append(time_from_outside(run, *sides[side], folders, args.steps, keep_caches=side == OURS))
-        except InputError as error:
+        except UserError as error:
             problems[side] = str(error)
     batch = int(flags.partition("=")[2])
     return [summarise(Comparison(work, side), batch, runs[side], problems[side]) for side in sides]
@@ -555,7 +555,7 @@ def time_from_outside(
     """Run a script of either side; return its numbers.
 
     Raises:
-        InputError: It failed, or took other steps than it was told.
+        UserError: It failed, or took other steps than it was told.
     """
     caches = [f"--cache_dir={run.caches / 'tensors'}"] if knows(script, "--cache_dir") else []
     try:
@@ -567,7 +567,7 @@ def time_from_outside(
     # An optimizer that is called for each weight, as in a fused backward pass, leaves so many stamps in each step.
     calls, rest = divmod(len(stamps), steps)
     if calls == 0 or rest:
-        raise InputError(f"{script.name} took {len(stamps)} steps instead of {steps}")
+        raise UserError(f"{script.name} took {len(stamps)} steps instead of {steps}")
     stamps = stamps[calls - 1 :: calls]
     times = [one["at"] for one in stamps]
     return {

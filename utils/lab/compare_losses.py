@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
 from utils.demo import CLASS, MODEL, SUBJECT, WORD
 from utils.devices import launch
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{script}, {name} …", file=sys.stderr, flush=True)
             try:
                 losses[name] = train(script, name, flags, args)
-            except InputError as error:
+            except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed = True
         if PLAIN in losses:
@@ -123,7 +123,7 @@ def train(script: str, name: str, flags: str, args: argparse.Namespace) -> list[
     """Train with an option and return the loss of each step.
 
     Raises:
-        InputError: The run failed.
+        UserError: The run failed.
     """
     run = args.output / "runs" / f"{script}-{'-'.join(name.split())}"
     words = [
@@ -142,7 +142,7 @@ def train(script: str, name: str, flags: str, args: argparse.Namespace) -> list[
             command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
         ).returncode
     if status:
-        raise InputError(f"{script}, {name}, ended with exit status {status}: see {log}.")
+        raise UserError(f"{script}, {name}, ended with exit status {status}: see {log}.")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

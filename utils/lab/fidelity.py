@@ -4,8 +4,8 @@
 
 Every run is one of the two scripts, started as a person would start it, on five photos of a subject. Then
 `utils.evaluation.exam` asks its questions. A line of the table is the mean over all subjects and seeds, with its
-standard error over them. What is measured is kept in the output folder, and a run is not repeated unless its flags, its
-model, the exam or the code has changed since.
+standard error over them. What is measured is kept in the output folder, and a run is not repeated unless its flags,
+its model, the exam or the code has changed since.
 
 To add a line, add a recipe to `RECIPES`.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_models(args)
         records = run_all(args)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tables = "\n\n".join(make_tables(records))
@@ -222,10 +222,10 @@ def chosen(args: argparse.Namespace) -> list[str]:
 
 
 def check_models(args: argparse.Namespace) -> None:
-    """Raise InputError if a model of a chosen recipe is missing."""
+    """Raise UserError if a model of a chosen recipe is missing."""
     needed = dict.fromkeys(RECIPES[name].model for name in chosen(args))
     if missing := [model for model in needed if not (args.models / model / "model_index.json").is_file()]:
-        raise InputError(
+        raise UserError(
             f"{args.models} lacks {', '.join(missing)}. Train them (python -m utils.lab.train_models --only "
             f"{' '.join(missing)}), or choose other recipes by --only."
         )
@@ -251,7 +251,7 @@ def run_all(args: argparse.Namespace) -> list[Record]:
     Networks this small are quickest on one thread, so several processes run at a time.
 
     Raises:
-        InputError: A run failed.
+        UserError: A run failed.
     """
     models = dict.fromkeys(RECIPES[name].model for name in chosen(args))
     lanes = [(subject, model, args) for subject in args.subjects for model in models]
@@ -265,7 +265,7 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     """Train a model on a subject by every recipe and from every seed; return what was measured, the base model first.
 
     Raises:
-        InputError: A run failed.
+        UserError: A run failed.
     """
     launch.silence_libraries()
     torch.set_num_threads(1)
@@ -322,7 +322,7 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
     """Run a script; return its result and how many seconds it took.
 
     Raises:
-        InputError: It failed.
+        UserError: It failed.
     """
     recipe, shape = RECIPES[name], SUBJECTS[subject].shape
     photos = args.output / "photos" / slug(subject)
@@ -348,7 +348,7 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
     with log.open("w", encoding="utf-8") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment()).returncode
     if status:
-        raise InputError(f"{name} on the {subject}: exit status {status}: {find_reason(log)} (see {log})")
+        raise UserError(f"{name} on the {subject}: exit status {status}: {find_reason(log)} (see {log})")
     return result, time.perf_counter() - began
 
 

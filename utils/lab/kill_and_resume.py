@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices import launch
 from utils.flags.flag_checks import find_out_of_range
 from utils.make_model import make_model
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             tally = torture(args, script, random.Random(f"{script} {args.seed}"))
             print(tell(script, tally), flush=True)
             failed |= bool(tally.differences)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return int(failed)
@@ -97,10 +97,10 @@ def prepare(output: Path) -> None:
     """Write the model and the photos, and import what the runs need, so that each of them starts quickly.
 
     Raises:
-        InputError: The folder holds something already.
+        UserError: The folder holds something already.
     """
     if output.exists() and any(output.iterdir()):
-        raise InputError(f"--output {output} is not empty. Remove it, or use another folder.")
+        raise UserError(f"--output {output} is not empty. Remove it, or use another folder.")
     launch.import_what_is_imported_late()
     make_model(output / "model", "tiny")
     shapes.write_photos(output / "photos", SUBJECT)
@@ -111,7 +111,7 @@ def torture(args: argparse.Namespace, script: str, chance: random.Random) -> Tal
     """Kill runs of a script as often as asked for, and compare each that comes to its end.
 
     Raises:
-        InputError: A run ended by itself, but not well.
+        UserError: A run ended by itself, but not well.
     """
     calm, tally = args.output / f"{script}-calm", Tally()
     began = time.monotonic()
@@ -173,7 +173,7 @@ def strike(child: int, out: Path, chance: random.Random, seconds: float) -> bool
         seconds: How long a run takes that is left alone.
 
     Raises:
-        InputError: It had ended, but not well.
+        UserError: It had ended, but not well.
     """
     pattern, _ = chance.choices(list(AIMS.values()), weights=[weight for _, weight in AIMS.values()])[0]
     if pattern is None:
@@ -186,7 +186,7 @@ def strike(child: int, out: Path, chance: random.Random, seconds: float) -> bool
     os.killpg(child, signal.SIGKILL)  # a number is kept until it is waited for, so this is no other's
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status not in (0, -signal.SIGKILL):
-        raise InputError(f"A run ended with exit status {status}: see {out.with_suffix('.log')}.")
+        raise UserError(f"A run ended with exit status {status}: see {out.with_suffix('.log')}.")
     return status != 0
 
 
@@ -207,7 +207,7 @@ def finish(child: int, out: Path) -> None:
     """Let a run come to its end.
 
     Raises:
-        InputError: It does not, or not well.
+        UserError: It does not, or not well.
     """
     end = time.monotonic() + PATIENCE
     while not has_ended(child) and time.monotonic() < end:
@@ -215,7 +215,7 @@ def finish(child: int, out: Path) -> None:
     if not has_ended(child):
         os.killpg(child, signal.SIGKILL)
     if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        raise InputError(f"A run that was left alone ended with exit status {status}: see {out.with_suffix('.log')}.")
+        raise UserError(f"A run that was left alone ended with exit status {status}: see {out.with_suffix('.log')}.")
 
 
 def find_half_done(out: Path) -> str:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("data", "encode", "forward", "backward", "optimizer", "other")
 # Functions of the scripts, and methods of the accelerator and the optimizer, by the part that they are.
-ENCODING = ("to_model_space", "embed_prompts")
+ENCODING = ("latents_or_pixels", "embed_prompts")
 METHODS = {
     "accelerator": {"backward": "backward", "clip_grad_norm_": "optimizer"},
     "optimizer": {"step": "optimizer", "zero_grad": "optimizer"},

@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.core.seeds import derive_seed, generator
 from utils.devices import launch
 from utils.make_model import BUILDERS, SHAPES
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in args.only:
             train_model(name, args.output, args.seed)
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -119,14 +119,14 @@ def train_model(name: str, output: Path, seed: int) -> None:
     """Train one model and write it as a pipeline folder.
 
     Raises:
-        InputError: The folder exists, or the model that it starts from does not.
+        UserError: The folder exists, or the model that it starts from does not.
     """
     recipe, folder = RECIPES[name], output / name
     if folder.exists():
-        raise InputError(f"{folder} exists. Remove it, or name another --output.")
+        raise UserError(f"{folder} exists. Remove it, or name another --output.")
     source = output / recipe.starts_from if recipe.starts_from else None
     if source and not (source / "model_index.json").is_file():
-        raise InputError(f"{source} is missing, from which this model starts. Train it first.")
+        raise UserError(f"{source} is missing, from which this model starts. Train it first.")
     began = time.monotonic()
     shape = SHAPES[recipe.shape]
     pipeline = BUILDERS[shape["family"]](shape, recipe.prediction_type, seed)
@@ -145,7 +145,7 @@ def train_model(name: str, output: Path, seed: int) -> None:
             report(name, began, "VAE")
             train_decoder(pipeline.vae, pictures, recipe, seed)
             report(name, began, "decoder")
-        examples = encode_pictures(pipeline.vae, pictures)
+        examples = cache_latents(pipeline.vae, pictures)
     else:
         examples = to_tensor(pictures)
     train_unet(pipeline, examples, is_latent, embeds, recipe, seed, lambda text: report(name, began, text))
@@ -286,7 +286,7 @@ def train_vae(vae: AutoencoderKL, pictures: np.ndarray, recipe: Recipe, seed: in
         if step % 250 == 0:
             print(f"    VAE step {step}, squared error {F.mse_loss(restored, clean).item():.5f}", flush=True)
     vae.eval().requires_grad_(False)
-    moments = encode_pictures(vae, pictures[:2000])
+    moments = cache_latents(vae, pictures[:2000])
     vae.register_to_config(scaling_factor=round(1 / sample_latents(moments).std().item(), 5))
 
 
@@ -294,7 +294,7 @@ def train_decoder(vae: AutoencoderKL, pictures: np.ndarray, recipe: Recipe, seed
     """Train the decoder alone, which changes no latents, above all on patches: fine patterns are what it blurs."""
     torch.manual_seed(derive_seed(seed, "decoder"))
     pictures = np.concatenate([pictures[:8000], draw_patchworks(2 * len(pictures[:8000]), recipe.pixels, seed)])
-    examples, moments = to_tensor(pictures), encode_pictures(vae, pictures)
+    examples, moments = to_tensor(pictures), cache_latents(vae, pictures)
     for part in (vae.post_quant_conv, vae.decoder):
         part.requires_grad_(True)
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -331,7 +331,7 @@ def draw_patchwork(pixels: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
+def cache_latents(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     """Return the means and log variances of the latents, (B, 8, h, w) float32."""
     chunks = torch.split(to_tensor(pictures), 128)
     return torch.cat([vae.encode(chunk).latent_dist.parameters for chunk in chunks])

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.memory import memory_tracker
 from utils.optim.optimizers import on_each_gradient
 from utils.run import run_summary
@@ -26,7 +26,7 @@ def show_costs(script: ModuleType, flags: dict[str, Any], plan: Any, accelerator
         return
     try:
         costs = foretell(script, flags, plan, accelerator, accelerator.device)
-    except (InputError, RuntimeError, TypeError, ValueError) as error:  # a library that cannot do without content
+    except (UserError, RuntimeError, TypeError, ValueError) as error:  # a library that cannot do without content
         costs = {"peak memory": f"not known: {error}"}
     run_summary.show_run(accelerator, "What it would cost, at most and about", costs)
 
@@ -42,39 +42,40 @@ def foretell(
 
 
 def go_through(
-    script: ModuleType, flags: dict[str, Any], planned: Any, changes: dict, rehearsal: memory_tracker.Rehearsal
+    script: ModuleType, flags: dict[str, Any], planned: Any, changes: dict, rehearsal: memory_tracker.MemoryTracker
 ) -> None:
     """Go through what needs much memory in a run, some flags changed: prompts, latents, and two steps.
 
     Raises:
-        InputError: The script would refuse these changes.
+        UserError: The script would refuse these changes.
     """
     if changes and (problems := script.find_problems(SimpleNamespace(**flags | changes))):
-        raise InputError(problems[0])
+        raise UserError(problems[0])
     first = planned.examples[0].path  # which stands in for class images that are still to be drawn
     examples = [one._replace(path=first) if one.is_missing else one for one in planned.examples]
     given = SimpleNamespace(**flags | changes | {"seed": planned.seed, "resume_from_checkpoint": None})
-    plan = script.make_plan(given, rehearsal, script.recognise_model(given), examples)
-    prompts = script.tokenise_prompts(given, plan, rehearsal.device)
+    plan = script.make_plan(given, rehearsal, script.detect_model(given), examples)
+    prompts = script.tokenize_prompts(given, plan, rehearsal.device)
     if plan.base.precomputes_text:
         encode_prompts(script, given, plan, prompts, rehearsal)
     dataset = script.DreamBoothDataset(given, plan, prompts)
-    draws, latents = next(iter(script.StepSampler(plan, 0, 1, 0))), None
-    if script.list_cuts(given, plan, dataset):
+    visits, latents = next(iter(script.StepSampler(plan, 0, 1, 0))), None
+    if script.count_crops(given, plan, dataset):
         vae = script.load_vae(given, plan, rehearsal.device)
         with rehearsal.watching("caching latents", [vae]):
-            moments = script.encode(vae, torch.empty(1, 3, *reversed(draws[0].size), device=rehearsal.device))[0]
-        cuts = [(dataset.examples[draw.example].path, dataset.cut(draw)) for draw in draws]
+            pixels = torch.empty(1, 3, *reversed(visits[0].size), device=rehearsal.device)
+            moments = script.encode_images(vae, pixels)[0]
+        cuts = [(dataset.examples[visit.example].path, dataset.crop(visit)) for visit in visits]
         dataset.latents = latents = dict.fromkeys(cuts, torch.zeros(moments.shape))
         del vae
     models = script.load_models(given, plan, prompts, rehearsal.device, latents)
     script.prepare_training(given, plan, models, rehearsal.device)
     models.vae = models.vae if latents is None else None  # one for previews waits on the CPU
-    train(script, given, plan, models, script.collate([dataset[draw] for draw in draws]), rehearsal)
+    train(script, given, plan, models, script.collate([dataset[visit] for visit in visits]), rehearsal)
 
 
 def encode_prompts(
-    script: ModuleType, given: SimpleNamespace, plan: Any, prompts: Any, rehearsal: memory_tracker.Rehearsal
+    script: ModuleType, given: SimpleNamespace, plan: Any, prompts: Any, rehearsal: memory_tracker.MemoryTracker
 ) -> None:
     """Encode one prompt, and let it stand for all."""
     precision = given.text_encoder_precision or rehearsal.mixed_precision
@@ -99,7 +100,7 @@ def train(
     plan: Any,
     models: Any,
     batch: dict[str, Any],
-    rehearsal: memory_tracker.Rehearsal,
+    rehearsal: memory_tracker.MemoryTracker,
 ) -> None:
     """Take two steps: the optimizer has its state from the first one on, and the second one needs the most."""
     networks, norms = [models.unet, models.vae, models.text_encoder, *models.copies.values()], []

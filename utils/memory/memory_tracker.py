@@ -1,6 +1,6 @@
 """What training will cost, before any weight is read: memory by what it is for, and seconds a step.
 
-A `Rehearsal` goes through a script's own steps with networks on the meta device: their tensors have shapes, but no
+A `MemoryTracker` goes through a script's own steps with networks on the meta device: their tensors have shapes, but no
 content. It watches every operation, follows each tensor from its making to its end, and counts products.
 
 What real devices do and tensors without content do not is added by rules, each measured by itself (torch 2.13):
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices.device_memory import EIGHT_BIT, peak_memory_gb
 from utils.flags.flag_checks import is_given, is_installed
 from utils.optim.optimizers import FUSED_ON, optimizer_of
@@ -80,7 +80,7 @@ class Costs:
         return sum(self.memory.values())
 
 
-class Rehearsal(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Watches steps that compute nothing; stands where accelerate's `Accelerator` stands in a real run.
 
     Attributes:
@@ -311,7 +311,7 @@ class _Functions(DeviceContext):
 
     __enter__, __exit__ = TorchFunctionMode.__enter__, TorchFunctionMode.__exit__
 
-    def __init__(self, rehearsal: Rehearsal):
+    def __init__(self, rehearsal: MemoryTracker):
         """Serve a rehearsal."""
         super().__init__(META)
         self.rehearsal = rehearsal
@@ -374,7 +374,7 @@ WORTHWHILE = 0.02  # of the peak; a change that saves less is not named
 
 
 def describe_costs(
-    go: Callable[[dict, Rehearsal], None],
+    go: Callable[[dict, MemoryTracker], None],
     flags: dict[str, Any],
     device: torch.device,
     processes: int,
@@ -400,12 +400,12 @@ def describe_costs(
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # all has been said of the run itself
     try:
-        costs = rehearse({}, go, Rehearsal(device.type, precision, processes, rates))
+        costs = rehearse({}, go, MemoryTracker(device.type, precision, processes, rates))
         savings = []
         for change, changed in list_changes(flags):
-            rehearsal = Rehearsal(device.type, changed.get("mixed_precision", precision), processes)
+            rehearsal = MemoryTracker(device.type, changed.get("mixed_precision", precision), processes)
             with contextlib.suppress(
-                InputError, RuntimeError, TypeError, ValueError
+                UserError, RuntimeError, TypeError, ValueError
             ):  # what does not go cannot be advised
                 savings.append((costs.peak - rehearse(changed, go, rehearsal).peak, change))
     finally:
@@ -424,7 +424,7 @@ def describe_costs(
     }
 
 
-def rehearse(changes: dict, go: Callable[[dict, Rehearsal], None], rehearsal: Rehearsal) -> Costs:
+def rehearse(changes: dict, go: Callable[[dict, MemoryTracker], None], rehearsal: MemoryTracker) -> Costs:
     """Go through a run with some flags changed and return what it costs."""
     go(changes, rehearsal)
     return rehearsal.costs()

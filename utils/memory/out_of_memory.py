@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.devices.device_memory import is_out_of_memory, peak_memory_gb
 from utils.optim.optimizers import STATE_BYTES, optimizer_of
 
@@ -28,8 +28,8 @@ class Saving(NamedTuple):
 
 
 @contextlib.contextmanager
-def explaining_running_out(accelerator: Accelerator, flags: dict[str, Any]) -> Iterator[weakref.WeakSet]:
-    """Turn running out of memory into an InputError with the peak and the flags that would lower it.
+def explain_out_of_memory(accelerator: Accelerator, flags: dict[str, Any]) -> Iterator[weakref.WeakSet]:
+    """Turn running out of memory into an UserError with the peak and the flags that would lower it.
 
     Yields:
         A set for the networks of training, to be filled once they are loaded; it keeps none of them in memory.
@@ -45,7 +45,7 @@ def explaining_running_out(accelerator: Accelerator, flags: dict[str, Any]) -> I
         lines = [f"  {change}" + (f" (about {gain:.1f} GB)" if gain else "") for change, gain in savings]
         advice = ["Less is needed with, the largest saving first:", *lines] if lines else ["Use a larger device."]
         head = f"Memory ran out on {accelerator.device}: at most {peak:.1f} GB were in use."
-        raise InputError("\n".join([head, *advice, f"What was asked for: {str(error).strip()}"])) from error
+        raise UserError("\n".join([head, *advice, f"What was asked for: {str(error).strip()}"])) from error
 
 
 def find_savings(flags: dict[str, Any], networks: Iterable[nn.Module], peak: float) -> list[Saving]:

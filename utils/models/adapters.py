@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 
 def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = torch.float32, **config) -> None:
@@ -24,16 +24,16 @@ def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = tor
         config: Of `peft.LoraConfig`.
 
     Raises:
-        InputError: A name occurs in none of the network's layers, or in some that take no adapter.
+        UserError: A name occurs in none of the network's layers, or in some that take no adapter.
     """
     there = [f".{name}" for name, _ in model.named_modules()]
     if missing := [name for name in layers if not any(path.endswith(f".{name}") for path in there)]:
-        raise InputError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See {flag}.")
+        raise UserError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See {flag}.")
     try:
         with _not_looking_for_bitsandbytes():
             model.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", target_modules=list(layers), **config))
     except ValueError as error:
-        raise InputError(f"{flag} {','.join(layers)}: {error}") from error
+        raise UserError(f"{flag} {','.join(layers)}: {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # whatever precision the frozen layers are in
@@ -88,7 +88,7 @@ def load(path: Path, models: dict[str, nn.Module]) -> None:
     """Read what `save` wrote into the adapters of the same models.
 
     Raises:
-        InputError: The file's tensors are not those of the adapters.
+        UserError: The file's tensors are not those of the adapters.
     """
     state = safetensors.torch.load_file(path)
     for name, model in models.items():
@@ -96,7 +96,7 @@ def load(path: Path, models: dict[str, nn.Module]) -> None:
         if not hasattr(model, "text_model"):
             weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
         if weights.keys() != tensors(model).keys():
-            raise InputError(f"{path} holds other layers of the {name} than this run adapts.")
+            raise UserError(f"{path} holds other layers of the {name} than this run adapts.")
         peft.set_peft_model_state_dict(model, weights)
 
 

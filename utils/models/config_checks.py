@@ -7,7 +7,7 @@ import diffusers
 import transformers
 from torch import nn
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 PARTS = {  # of a model that runs read, and what their classes must be
     "unet": nn.Module,
@@ -59,7 +59,7 @@ def check_index(path: str, index: dict) -> None:
         path: Of the file, for messages.
 
     Raises:
-        InputError: A component is no pair of library and class, is no folder's name, or does not come with diffusers
+        UserError: A component is no pair of library and class, is no folder's name, or does not come with diffusers
             or transformers; or see `check_config`.
     """
     check_config(path, "index", index)
@@ -69,11 +69,11 @@ def check_index(path: str, index: dict) -> None:
             continue
         is_component = is_pair and all(isinstance(text, str) for text in value)
         if name in PARTS and not is_component:
-            raise InputError(f'{path} has "{name}": {json.dumps(value)}; it must be a library and a class.')
+            raise UserError(f'{path} has "{name}": {json.dumps(value)}; it must be a library and a class.')
         if is_component and not name.isidentifier():
-            raise InputError(f"{path} has a component {name!r}; it must be the name of a folder of the model.")
+            raise UserError(f"{path} has a component {name!r}; it must be the name of a folder of the model.")
         if is_component and not _comes_installed(value[0]):
-            raise InputError(
+            raise UserError(
                 f'{path} has "{name}": {json.dumps(value)}; only classes of diffusers and transformers are loaded, '
                 "and no code that comes with a model."
             )
@@ -87,16 +87,16 @@ def check_config(path: str, part: str, config: dict) -> None:
         part: Its folder, or "index" for model_index.json.
 
     Raises:
-        InputError: It names code of the model's own, lacks a value or has one of the wrong type.
+        UserError: It names code of the model's own, lacks a value or has one of the wrong type.
     """
     if "auto_map" in config:
-        raise InputError(f"{path} has an auto_map, so it needs code that comes with the model: none is ever run.")
+        raise UserError(f"{path} has an auto_map, so it needs code that comes with the model: none is ever run.")
     for key, kind in _EXPECTED[part].items():
         if config.get(key) is not None and not _KINDS[kind](config[key]):
-            raise InputError(f'{path} has "{key}": {json.dumps(config[key])}; it must be {kind}.')
+            raise UserError(f'{path} has "{key}": {json.dumps(config[key])}; it must be {kind}.')
     lacking = [key for key in _NEEDED.get(config.get("_class_name"), ()) if config.get(key) is None]
     if lacking:
-        raise InputError(f"{path} has no {' and no '.join(lacking)}. Download the model again, or use another.")
+        raise UserError(f"{path} has no {' and no '.join(lacking)}. Download the model again, or use another.")
 
 
 def has_part(index: dict, part: str) -> bool:

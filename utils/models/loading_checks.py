@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +19,13 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def check_presence(name: str, folder: Path, variant: str | None) -> None:
-    """Raise InputError if a folder holds no weights of a variant, or with None no weights of none."""
+    """Raise UserError if a folder holds no weights of a variant, or with None no weights of none."""
     if _list_weights(folder, variant):
         return
     others = ", ".join(path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES)
     held = f"{others}: see --variant" if others else f"neither {' nor '.join(WEIGHT_SUFFIXES)} files"
     of_variant = f" of variant {variant}" if variant else ""
-    raise InputError(f"{name} has no weights{of_variant}: {folder} holds {held}.")
+    raise UserError(f"{name} has no weights{of_variant}: {folder} holds {held}.")
 
 
 def are_pickles(name: str, folder: Path, variant: str | None) -> bool:
@@ -38,19 +38,19 @@ def are_pickles(name: str, folder: Path, variant: str | None) -> bool:
 
 
 def check_completeness(name: str, info: dict) -> None:
-    """Raise InputError if weights lack layers of the network, which would be random, or have them in other shapes.
+    """Raise UserError if weights lack layers of the network, which would be random, or have them in other shapes.
 
     Args:
         info: What `from_pretrained` returns of a network for `output_loading_info`.
     """
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{name} lacks weights of {_first_of(missing)}. Download the model again, or use another.")
+        raise UserError(f"{name} lacks weights of {_first_of(missing)}. Download the model again, or use another.")
     if mismatched := sorted(f"{key} {tuple(found)}, not {tuple(own)}" for key, found, own in info["mismatched_keys"]):
-        raise InputError(f"{name} has weights of other shapes than its config says: {_first_of(mismatched)}.")
+        raise UserError(f"{name} has weights of other shapes than its config says: {_first_of(mismatched)}.")
 
 
 def check_loaded(name: str, loaded: Any) -> None:
-    """Raise InputError if a loaded network, one of a loaded pipeline, or a tokenizer is of no use."""
+    """Raise UserError if a loaded network, one of a loaded pipeline, or a tokenizer is of no use."""
     parts = loaded.components if isinstance(loaded, diffusers.DiffusionPipeline) else {"": loaded}
     for key, part in parts.items():
         named = f"{name}, {key}," if key else name
@@ -91,21 +91,21 @@ def _warn_of_pickles(name: str) -> None:
 
 
 def _check_numbers(name: str, network: nn.Module) -> None:
-    """Raise InputError if a network's weights are not all finite: nothing could be learned or drawn with them."""
+    """Raise UserError if a network's weights are not all finite: nothing could be learned or drawn with them."""
     named = [(layer, weights.detach()) for layer, weights in network.named_parameters() if weights.is_floating_point()]
     # The sum takes one pass and no memory, and is finite only if all are; it may overflow where all are.
     if bad := [layer for layer, weights in named if not weights.sum().isfinite() and not weights.isfinite().all()]:
         why = "it is damaged, was saved by a run that diverged, or is too large for this precision"
-        raise InputError(f"{name} holds numbers that are not finite in {_first_of(bad)}: {why}. Use another model.")
+        raise UserError(f"{name} holds numbers that are not finite in {_first_of(bad)}: {why}. Use another model.")
 
 
 def _check_tokenizer(name: str, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Raise InputError if a tokenizer needs code of the model's own, or knows no words."""
+    """Raise UserError if a tokenizer needs code of the model's own, or knows no words."""
     if "auto_map" in tokenizer.init_kwargs:
-        raise InputError(f"{name} needs code that comes with the model (auto_map), and none is ever run.")
+        raise UserError(f"{name} needs code that comes with the model (auto_map), and none is ever run.")
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         files = ", ".join(sorted(tokenizer.vocab_files_names.values()))
-        raise InputError(f"{name} knows no words: it lacks its files ({files}). Download the model again.")
+        raise UserError(f"{name} knows no words: it lacks its files ({files}). Download the model again.")
 
 
 def _first_of(names: list[str]) -> str:

@@ -18,11 +18,11 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.geometry import Size
 from utils.data.tensor_cache import read_samples
 from utils.devices.device_memory import is_out_of_memory
-from utils.flags.flag_checks import problems_that_hold
+from utils.flags.flag_checks import messages_if
 from utils.models import loading_checks
 from utils.models.config_checks import PARTS, check_config, check_index, has_part
 
@@ -43,7 +43,7 @@ def read_configs(model: str, revision: str | None = None, token: str | None = No
     """Read what a model's own files say of it.
 
     Raises:
-        InputError: There is no such model or no config that its index promises, or one names code of the model's own,
+        UserError: There is no such model or no config that its index promises, or one names code of the model's own,
             lacks a value or has one of the wrong type.
     """
     index = read_config(model, "model_index.json", revision, token)
@@ -61,10 +61,10 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
     """Read one JSON file of a model, of a folder's or a Hub repository's.
 
     Raises:
-        InputError: There is no such model or file, or it is no JSON.
+        UserError: There is no such model or file, or it is no JSON.
     """
     if os.path.isfile(model):
-        raise InputError(
+        raise UserError(
             f"The model {model} is a single file. Turn it into a folder with a model_index.json by diffusers' script "
             "convert_original_stable_diffusion_to_diffusers.py."
         )
@@ -83,13 +83,13 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
         # A careless answer repeats the token; `from None`, because trackers print the whole chain of errors.
         secret = None if is_folder else token or huggingface_hub.get_token()
         reason = str(error).replace(secret, "<token>") if secret else error
-        raise InputError(f"The model {model}{at} {what} a readable {filename}: {reason}") from None
+        raise UserError(f"The model {model}{at} {what} a readable {filename}: {reason}") from None
 
 
 def check_supported(
     model: str, configs: Configs, is_known: bool, prediction_types: tuple[str, ...], supported: list[str]
 ) -> None:
-    """Raise InputError if a script cannot train a checkpoint.
+    """Raise UserError if a script cannot train a checkpoint.
 
     Args:
         is_known: Whether the script knows a kind of such channels, VAE and class embedding.
@@ -98,7 +98,7 @@ def check_supported(
     """
     if reason := _why_unsupported(configs, is_known, prediction_types):
         words = f"not supported. Supported: {', '.join(supported)}."
-        raise InputError(f"--pretrained_model_name_or_path {model} is {reason}: {words}")
+        raise UserError(f"--pretrained_model_name_or_path {model} is {reason}: {words}")
     _check_parts(configs)
 
 
@@ -109,13 +109,13 @@ def _why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[s
     pipeline = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     is_xl = "text_encoder_2" in index or unet.get("addition_embed_type") == "text_time"
     how = " (add the base model's, if this is a result of --skip_save_text_encoder)"
-    lacking = problems_that_hold(
+    lacking = messages_if(
         (not configs.text_encoder, f"text encoder{how}"),
         (not has_part(index, "tokenizer"), "tokenizer"),
     )
     embedding, prediction_type = unet.get("class_embed_type"), configs.scheduler.get("prediction_type", "epsilon")
     other = f"{pipeline} with a {unet.get('_class_name')}, {channels} input channels, class embedding {embedding}, and"
-    reasons = problems_that_hold(
+    reasons = messages_if(
         (not unet, f"{pipeline} without a U-Net"),
         (is_xl, "a Stable Diffusion XL checkpoint"),
         (channels == 9, "an inpainting checkpoint (9 input channels)"),
@@ -130,7 +130,7 @@ def _why_unsupported(configs: Configs, is_known: bool, prediction_types: tuple[s
 
 
 def _check_parts(configs: Configs) -> None:
-    """Raise InputError if a part is of no installed class, or a scheduler says no noise levels."""
+    """Raise UserError if a part is of no installed class, or a scheduler says no noise levels."""
     for part in PARTS:
         if has_part(configs.index, part):
             component_class(configs.index, part)  # the result is put together from it, hours later
@@ -145,7 +145,7 @@ def component_class(index: dict, component: str) -> type:
         index: The content of model_index.json.
 
     Raises:
-        InputError: The installed packages have no such class, or it is one of something else.
+        UserError: The installed packages have no such class, or it is one of something else.
     """
     library, name = index[component]
     own = [f"diffusers.pipelines.{library}", f"diffusers.pipelines.deprecated.{library}"]
@@ -156,17 +156,17 @@ def component_class(index: dict, component: str) -> type:
             continue
         if isinstance(found, type) and issubclass(found, PARTS.get(component, object)):
             return found
-        raise InputError(f"model_index.json names {library}.{name} as its {component}, which it is not.")
-    raise InputError(f"model_index.json names {library}.{name} as its {component}; no installed package has it.")
+        raise UserError(f"model_index.json names {library}.{name} as its {component}, which it is not.")
+    raise UserError(f"model_index.json names {library}.{name} as its {component}; no installed package has it.")
 
 
 def _check_noise(part: str, config: dict) -> None:
-    """Raise InputError if a scheduler's config says no noise levels."""
+    """Raise UserError if a scheduler's config says no noise levels."""
     try:
         diffusers.DDPMScheduler.from_config(config)
     except Exception as error:  # whatever a wrong type or name ends in
         reason = loading_checks.explain(error)
-        raise InputError(f"The model's {part}/scheduler_config.json says no noise levels: {reason}") from error
+        raise UserError(f"The model's {part}/scheduler_config.json says no noise levels: {reason}") from error
 
 
 def find_stage_one_problems(model: str | None, token: str | None, stage_two: Configs, sizes: list[Size]) -> list[str]:
@@ -178,7 +178,7 @@ def find_stage_one_problems(model: str | None, token: str | None, stage_two: Con
         sizes: In pixels, that stage I is to draw besides its own.
 
     Raises:
-        InputError: There is no such model.
+        UserError: There is no such model.
     """
     if not model or stage_two.unet.get("in_channels") != 6:
         return []
@@ -189,7 +189,7 @@ def find_stage_one_problems(model: str | None, token: str | None, stage_two: Con
     widths = [one.get("encoder_hid_dim") or one.get("cross_attention_dim") for one in (unet, stage_two.unet)]
     factor = 2 ** (len(unet["block_out_channels"]) - 1)
     uneven = ", ".join(str(size) for size in sizes if any(edge % factor for edge in size))
-    return problems_that_hold(
+    return messages_if(
         (widths[0] != widths[1], f"{flag} reads embeddings of width {widths[0]}, this model of width {widths[1]}."),
         (uneven, f"{flag} draws multiples of {factor} px; a quarter of the previews' size is {uneven}."),
     )
@@ -204,7 +204,7 @@ def load(kind: type, model: str, part: str | None, device: torch.device | None =
         options: Of its `from_pretrained`.
 
     Raises:
-        InputError: Files are missing or broken, need code of the model's own, or hold no usable weights.
+        UserError: Files are missing or broken, need code of the model's own, or hold no usable weights.
     """
     name = f"The {part or ('tokenizer' if kind is transformers.AutoTokenizer else 'model')} of {model}"
     folder, is_network = Path(model, part or ""), issubclass(kind, nn.Module)
@@ -223,7 +223,7 @@ def load(kind: type, model: str, part: str | None, device: torch.device | None =
         if isinstance(error, ImportError) or is_out_of_memory(error):
             raise
         why = f"{loading_checks.explain(error)} {_advice(is_here, options)}"
-        raise InputError(f"{name} cannot be loaded: {why}") from error
+        raise UserError(f"{name} cannot be loaded: {why}") from error
     if is_network:
         loaded, info = loaded
         loading_checks.check_completeness(name, info)
@@ -271,7 +271,7 @@ def _warn_of_downloaded_pickles(name: str, model: str, options: dict) -> None:
         loading_checks.are_pickles(name, Path(config).parent, options.get("variant"))
 
 
-def fits_of_model(model: str, revision: str | None, token: str | None) -> dict[str, str]:
+def resume_keys_of_model(model: str, revision: str | None, token: str | None) -> dict[str, str]:
     """Return what a checkpoint's run and the one that resumes it must have in common as to the base model."""
     return {"base model": public_name(model), "content of the base model": fingerprint(model, revision, token)}
 

@@ -31,10 +31,10 @@ LEVELS = 256  # values of a byte
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
+def quantize_layers(network: nn.Module, precision: str, device: torch.device) -> None:
     """Store the frozen weights of the layers inside a network in fewer bits, and move all of it to a device.
 
-    Layers are moved one by one, quantised there, and let go, so the device never holds the network as it was. Adapters
+    Layers are moved one by one, quantized there, and let go, so the device never holds the network as it was. Adapters
     must be there already; they, trainable weights, norms, embeddings, biases and small layers stay as they are.
 
     Args:
@@ -53,9 +53,9 @@ def quantise(network: nn.Module, precision: str, device: torch.device) -> None:
     leaves_a_file = bool(layers) and device.type == "cpu"
     while layers:
         layer, paths = layers.popitem()
-        quantised = KINDS[type(layer)](layer, precision, device)
+        quantized = KINDS[type(layer)](layer, precision, device)
         for path in paths:
-            network.set_submodule(path, quantised)
+            network.set_submodule(path, quantized)
         del layer  # the last that holds it
     network.to(device)
     for tensor in [*network.parameters(), *network.buffers()] if leaves_a_file else ():
@@ -113,7 +113,7 @@ class _FrozenLayer(nn.Module):
         """Return the weight as it is stored."""
         return _Stored(self.weight, self.constants, self.scales)
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the layer computes with, in its original shape."""
         return _unpack(self.stored, self.form, dtype)
 
@@ -127,7 +127,7 @@ class _FrozenLayer(nn.Module):
             TypeError: The inputs are something else, as when they were cast to the stored weight's dtype.
         """
         if inputs.dtype not in COMPUTABLE:
-            raise TypeError(f"A quantised layer computes in 16 or 32 bits; its inputs are {inputs.dtype}.")
+            raise TypeError(f"A quantized layer computes in 16 or 32 bits; its inputs are {inputs.dtype}.")
         kind = inputs.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             inputs = inputs.to(torch.get_autocast_dtype(kind))
@@ -143,11 +143,11 @@ class _FrozenLayer(nn.Module):
         return None
 
 
-class QuantisedLinear(_FrozenLayer):
+class QuantizedLinear(_FrozenLayer):
     """What `nn.Linear` computes, with a frozen weight in fewer bits."""
 
 
-class QuantisedConv2d(_FrozenLayer):
+class QuantizedConv2d(_FrozenLayer):
     """What `nn.Conv2d` computes, with a frozen weight in fewer bits."""
 
     def __init__(self, layer: nn.Conv2d, precision: str, device: torch.device):
@@ -170,7 +170,7 @@ class QuantisedConv2d(_FrozenLayer):
         return self.padding_mode != "zeros" or isinstance(self.padding, str)
 
 
-KINDS = {nn.Linear: QuantisedLinear, nn.Conv2d: QuantisedConv2d}  # exactly these: others may use their weight directly
+KINDS = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}  # exactly these: others may use their weight directly
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -211,7 +211,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _find_layers(network: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return the layers that `quantise` replaces, with their paths: some have two."""
+    """Return the layers that `quantize_layers` replaces, with their paths: some have two."""
     found = defaultdict(list)
     for path, module in network.named_modules(remove_duplicate=False):
         if path and _is_worthwhile(path, module):

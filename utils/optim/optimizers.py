@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from utils.devices.device_memory import precision_of
-from utils.flags.flag_checks import is_installed, problems_that_hold
+from utils.flags.flag_checks import is_installed, messages_if
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
 NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy")))
@@ -38,7 +38,7 @@ def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
     low = f"--optimizer prodigy multiplies the rate that it finds by --learning_rate: give 1, not {rate:g}."
     own_rate = flags["text_encoder_lr"] not in (None, rate)
     missing = "--optimizer prodigy needs prodigyopt: pip install prodigyopt."
-    return problems_that_hold(
+    return messages_if(
         (fused and steps > 1, waits),
         (fused and longest > 0, clips),
         (fused and precision == "fp16", scales),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from utils.core.errors import InputError, cannot_write
+from utils.core.errors import UserError, cannot_write
 from utils.devices import shards
 from utils.devices.device_memory import is_out_of_memory
 
@@ -98,7 +98,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         The folder; None for "latest" when there is no complete checkpoint.
 
     Raises:
-        InputError: The named folder does not exist or is incomplete.
+        UserError: The named folder does not exist or is incomplete.
     """
     if wanted == "latest":
         return _find_latest(output_dir)
@@ -107,11 +107,11 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     problem = why_incomplete(folder) if os.path.exists(folder) else "does not exist"
     if problem:
         names = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
-        raise InputError(f"The checkpoint {wanted} {problem}. Complete checkpoints in {output_dir}: {names}.")
+        raise UserError(f"The checkpoint {wanted} {problem}. Complete checkpoints in {output_dir}: {names}.")
     return folder
 
 
-def is_of(output_dir: Path, wanted: str | None) -> bool:
+def resumes_own_run(output_dir: Path, wanted: str | None) -> bool:
     """Say whether a checkpoint that a person asked for is one of an output folder's own."""
     if wanted in (None, "latest"):
         return wanted is not None and bool(list_checkpoints(output_dir))
@@ -127,25 +127,23 @@ def open_folder(output_dir: Path, flags: dict, step: int, resume_from: Path | No
         step: At which the run begins; checkpoints beyond it are of another one, and set aside.
 
     Raises:
-        InputError: It cannot be made or written, or another run is at work in it.
+        UserError: It cannot be made or written, or another run is at work in it.
     """
     announce_changes(resume_from, step, flags)
     path = output_dir / ARGS_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _claim(path)
+        _lock_file(path)
         remove_leftovers(output_dir)
         _set_aside_newer(output_dir, step)
-        atomic_write_text(path, json.dumps(flags, indent=2) + "\n", _claim)
+        atomic_write_text(path, json.dumps(flags, indent=2) + "\n", _lock_file)
     except BlockingIOError as error:
-        raise InputError(
-            f"--output_dir {output_dir} is in use by another run. Wait, or use another folder."
-        ) from error
+        raise UserError(f"--output_dir {output_dir} is in use by another run. Wait, or use another folder.") from error
     except OSError as error:
-        raise InputError(f"--output_dir {output_dir} cannot be used: {error.strerror}. Use another folder.") from error
+        raise UserError(f"--output_dir {output_dir} cannot be used: {error.strerror}. Use another folder.") from error
 
 
-def _claim(path: Path) -> None:
+def _lock_file(path: Path) -> None:
     """Lock a file, made if need be, for the life of this process; forks of it, like data workers, hold no lock.
 
     This process must not open the file again: the lock would go with the first handle that is closed.
@@ -185,14 +183,14 @@ def write_state(folder: Path, step: int, fits: dict) -> None:
 
 @contextlib.contextmanager
 def explaining_damage(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure to read a checkpoint's files into an InputError that names it and the others."""
+    """Turn a failure to read a checkpoint's files into an UserError that names it and the others."""
     try:
         yield
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         others = [path.name for path in list_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
-        raise InputError(
+        raise UserError(
             f"{checkpoint} cannot be read, so it is damaged or was not written by this script: {error}\nOther "
             f"checkpoints there: {', '.join(others) or 'none'}."
         ) from error
@@ -207,7 +205,7 @@ def find_state(output_dir: Path, wanted: str | None) -> tuple[Path | None, dict]
     """Return the checkpoint to go on from and what it says of its run, or None and the state of a run's start.
 
     Raises:
-        InputError: The checkpoint that a person asked for does not exist or is incomplete.
+        UserError: The checkpoint that a person asked for does not exist or is incomplete.
     """
     checkpoint = find_checkpoint(output_dir, wanted) if wanted else None
     if checkpoint is not None:
@@ -305,8 +303,8 @@ def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def or_else(save: Callable[[], None], step: int, at_once: bool = False) -> Iterator[None]:
-    """Save a checkpoint if what is within, the saving of a result, ends in an InputError; it is raised all the same.
+def checkpoint_if_saving_fails(save: Callable[[], None], step: int, at_once: bool = False) -> Iterator[None]:
+    """Save a checkpoint if what is within, the saving of a result, ends in an UserError; it is raised all the same.
 
     Args:
         save: Writes the checkpoint; may fail for the same reason.
@@ -317,14 +315,14 @@ def or_else(save: Callable[[], None], step: int, at_once: bool = False) -> Itera
         save()
     try:
         yield
-    except InputError as error:
+    except UserError as error:
         try:
             if not at_once:
                 save()
-        except InputError:
+        except UserError:
             raise error from None
         way = f"What was learned is in checkpoint-{step}: once that is mended, resume from it to save the result."
-        raise InputError(f"{error} {way}") from error
+        raise UserError(f"{error} {way}") from error
 
 
 @contextlib.contextmanager
@@ -343,7 +341,7 @@ def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
             raise
         way = "once that is mended, go on with --resume_from_checkpoint latest"
         way = way if list_checkpoints(temporary.parent) else "there was no checkpoint yet"
-        raise InputError(f"{cannot_write(final, error)} What was saved before is as it was: {way}.") from error
+        raise UserError(f"{cannot_write(final, error)} What was saved before is as it was: {way}.") from error
     finally:
         _delete(temporary)
 

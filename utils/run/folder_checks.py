@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data.concepts import Concept, read_concepts
 from utils.data.images import describe_source
-from utils.flags.flag_checks import is_text, problems_that_hold
+from utils.flags.flag_checks import is_text, messages_if
 from utils.hub import publish
 from utils.run import checkpoints
 
@@ -22,10 +22,10 @@ def find_folder_problems(flags: dict[str, Any]) -> list[str]:
     output, resume_from = Path(flags["output_dir"]), flags["resume_from_checkpoint"]
     try:
         subjects = read_concepts(flags)
-    except InputError:  # which is said by the check of the concepts
+    except UserError:  # which is said by the check of the concepts
         subjects = []
     photos, masks, classes = (
-        {one.call(key): Path(folder) for one in subjects if (folder := getattr(one, key))}
+        {one.flag_name(key): Path(folder) for one in subjects if (folder := getattr(one, key))}
         for key in ("instance_data_dir", "mask_data_dir", "class_data_dir")
     )
     given = photos | masks | {"--output_dir": output} | classes
@@ -33,12 +33,12 @@ def find_folder_problems(flags: dict[str, Any]) -> list[str]:
     if any(reasons.values()):
         return [f"{flag} {given[flag]} cannot be used: {why}. Use another." for flag, why in reasons.items() if why]
     saved = checkpoints.list_checkpoints(output)
-    left = [] if checkpoints.is_of(output, resume_from) else [*saved, *publish.result_files(output)[:1]]
+    left = [] if checkpoints.resumes_own_run(output, resume_from) else [*saved, *publish.result_files(output)[:1]]
     held = f"{output} holds {', '.join(path.name for path in left)} of an earlier run. Use another"
     held += ", or --resume_from_checkpoint latest" if saved else ""
     kinds = {name: (output / name).is_dir() for name in (*FILES, *FOLDERS) if (output / name).exists()}
     wrong = ", ".join(name for name, is_folder in kinds.items() if is_folder != (name in FOLDERS))
-    return problems_that_hold(
+    return messages_if(
         *((folder.is_file(), f"{flag} {folder} is not a folder.") for flag, folder in (photos | masks).items()),
         *((not folder.exists(), f"{flag} {folder} does not exist.") for flag, folder in (photos | masks).items()),
         *((True, f"{inside}: all pictures below it count as photos.") for inside in _list_below(photos, given)),

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils.core.errors import InputError, naming_what_cannot_be_written
+from utils.core.errors import UserError, explain_write_errors
 from utils.devices import device_memory, network_speed
 from utils.run import checkpoints
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class MetricLog:
     """Write one line per optimizer step, one step late, so that reading the loss never makes the device wait.
 
-    A run whose numbers are no longer finite is ended by an InputError, at the latest by the `flush` before a save.
+    A run whose numbers are no longer finite is ended by an UserError, at the latest by the `flush` before a save.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class MetricLog:
         self._tell_compiling()
 
     def flush(self) -> None:
-        """Write what waits, to the disk; raise InputError if it, or the weights, are not to be saved."""
+        """Write what waits, to the disk; raise UserError if it, or the weights, are not to be saved."""
         step, _, names = self.waiting or (None, {}, [])
         self._write()
         if not all(weight.isfinite().all() for weight in self.weights):
             raise self._divergence("weights that are not finite", step, names)
         if self.file:
-            with naming_what_cannot_be_written(self.path):
+            with explain_write_errors(self.path):
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
@@ -126,18 +126,18 @@ class MetricLog:
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         self.accelerator.log(finite, step=step)
         if self.file:
-            with naming_what_cannot_be_written(self.path):
+            with explain_write_errors(self.path):
                 self.file.write(json.dumps({"step": step} | finite) + "\n")
                 self.file.flush()
 
-    def _divergence(self, what: str, step: int, names: list[str]) -> InputError:
+    def _divergence(self, what: str, step: int, names: list[str]) -> UserError:
         """Return the error of a step after which nothing may be saved; all processes must come here."""
         names = list(dict.fromkeys(gather_object(names)))
         files = f" (its pictures: {', '.join(names[:8])}{', …' * (len(names) > 8)})" if names else ""
         saved = checkpoints.list_checkpoints(self.path.parent)
         good = [path.name for path in saved if checkpoints.step_of(path) < step]
         way = f"Go on by --resume_from_checkpoint {good[-1]}, the last good one," if good else "Start anew"
-        return InputError(
+        return UserError(
             f"Training has diverged: {what} at step {step}{files}. Nothing is saved from here on. {way} with a lower "
             "--learning_rate, in bf16 instead of fp16, or without these pictures."
         )

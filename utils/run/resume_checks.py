@@ -6,9 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import images
-from utils.models.model_files import fits_of_model
+from utils.models.model_files import resume_keys_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +31,19 @@ MASKS, SETTINGS = "content of the masks", "settings of the concepts"
 SET = ("mask_data_dir", "loss_weight", "prior_loss_weight", "crop_style", "random_flip")
 
 
-def fits_of_run(flags: dict[str, Any], base: Any, examples: list) -> dict:
+def resume_keys_of_run(flags: dict[str, Any], base: Any, examples: list) -> dict:
     """Return what both runs must have in common as to flags, model, pictures and captions.
 
     Args:
-        base: The script's `BaseModel`.
+        base: The script's `ModelInfo`.
         examples: The script's `Example`s.
     """
     fits = {"resolution": str(base.resolution), "fed by": base.conditioning}
-    fits |= fits_of_model(flags["pretrained_model_name_or_path"], flags["revision"], flags["hub_token"])
-    return fits | {name: flags[name] for name in FLAGS} | fits_of_pictures(examples, str(base.resolution))
+    fits |= resume_keys_of_model(flags["pretrained_model_name_or_path"], flags["revision"], flags["hub_token"])
+    return fits | {name: flags[name] for name in FLAGS} | resume_keys_of_pictures(examples, str(base.resolution))
 
 
-def fits_of_pictures(examples: list, resolution: str) -> dict:
+def resume_keys_of_pictures(examples: list, resolution: str) -> dict:
     """Return what a checkpoint's run and the one that resumes it must have in common as to pictures and captions.
 
     Args:
@@ -64,7 +64,7 @@ def fits_of_pictures(examples: list, resolution: str) -> dict:
         "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
         "content of the pictures": images.fingerprint((one.path, may_be_drawn(one)) for one in examples),
         MASKS: images.fingerprint((example.mask, False) for example in examples if example.mask),
-        SETTINGS: {one.call(key): getattr(one, key) for one in subjects if one.number for key in SET},
+        SETTINGS: {one.flag_name(key): getattr(one, key) for one in subjects if one.number for key in SET},
     }
 
 
@@ -73,8 +73,8 @@ def may_be_drawn(example: Any) -> bool:
     return example.is_prior and not example.concept.is_regularisation_data
 
 
-def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
-    """Raise InputError naming each difference between a checkpoint's run and the one that wants to resume it."""
+def check_resume_keys(checkpoint: Path, theirs: dict, ours: dict) -> None:
+    """Raise UserError naming each difference between a checkpoint's run and the one that wants to resume it."""
     there = {name: theirs.get(name, SINCE.get(name)) for name in ours}
     if MASKS in ours and theirs.get(MASKS, ours[MASKS]) != ours[MASKS]:
         logger.info("From here on, the masks are others than in %s.", checkpoint)
@@ -91,4 +91,4 @@ def check_fits(checkpoint: Path, theirs: dict, ours: dict) -> None:
     ]
     if lines:
         head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
-        raise InputError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
+        raise UserError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))

@@ -107,12 +107,12 @@ def describe_text_encoder(flags: dict[str, Any], base: Any) -> str:
     """Return what becomes of the text encoder, and what it is given.
 
     Args:
-        base: The script's `BaseModel`.
+        base: The script's `ModelInfo`.
     """
     words = "encoded once and freed" if base.precomputes_text else "frozen"
     words = "trained" if flags["train_text_encoder"] else words
     words += f", {base.tokens} tokens" if base.tokens else ""
-    words += ", padding hidden" if base.hides_padding else ""
+    words += ", padding hidden" if base.uses_attention_mask else ""
     return words + (f", {flags['caption_dropout']:.0%} of the captions empty" if flags["caption_dropout"] else "")
 
 

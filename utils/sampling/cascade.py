@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.data import prompt_cleaning
 from utils.data.geometry import Size
 from utils.devices import device_memory
@@ -97,7 +97,7 @@ def kind_of(origin: Origin) -> Kind:
     """Tell a model's kind by its parts and its U-Net's channels.
 
     Raises:
-        InputError: It is none of the four.
+        UserError: It is none of the four.
     """
     if "low_res_scheduler" in origin.index:
         return UPSCALER
@@ -105,42 +105,42 @@ def kind_of(origin: Origin) -> Kind:
         return STABLE_DIFFUSION
     channels = results.read_part_config(origin, "unet").get("in_channels")
     if channels not in (3, 6):
-        raise InputError(f"{origin.result.name} has no VAE and {channels} input channels; IF's stages have 3 or 6.")
+        raise UserError(f"{origin.result.name} has no VAE and {channels} input channels; IF's stages have 3 or 6.")
     return STAGE_ONE if channels == 3 else STAGE_TWO
 
 
-def size_factor(origin: Origin, kind: Kind) -> tuple[int, str]:
+def size_multiple(origin: Origin, kind: Kind) -> tuple[int, str]:
     """Return what width and height are multiples of, for the upscaler those of its input, and why."""
     part = "vae" if kind is STABLE_DIFFUSION else "unet"
     levels = len(results.read_part_config(origin, part)["block_out_channels"])
     return 2 ** (levels - 1), "the VAE's factor" if part == "vae" else "the U-Net's factor"
 
 
-def own_size(stage: Stage) -> Size:
+def native_size(stage: Stage) -> Size:
     """Return the size in pixels that a model draws unless told otherwise."""
     width, height = Size.of_config(results.read_part_config(stage.origin, "unet")["sample_size"])
-    factor = size_factor(stage.origin, stage.kind)[0] if stage.kind is STABLE_DIFFUSION else 1
+    factor = size_multiple(stage.origin, stage.kind)[0] if stage.kind is STABLE_DIFFUSION else 1
     return Size(width * factor, height * factor)
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Raise InputError if stages cannot draw as they are told to, before anything large is read."""
+    """Raise UserError if stages cannot draw as they are told to, before anything large is read."""
     for stage in stages:
         if stage.kind is STAGE_TWO and stage.scheduler in SCALING_SCHEDULERS:
-            raise InputError(
+            raise UserError(
                 f"{stage.scheduler} does not fit {stage.name}: diffusers' pipeline of {stage.kind.name} would scale "
                 "the picture that it enlarges. Take another scheduler."
             )
         if stage.noise_level is not None and stage.noise_level > (highest := highest_noise_level(stage)):
-            raise InputError(f"Noise level {stage.noise_level} is beyond {highest}, the highest of {stage.name}.")
+            raise UserError(f"Noise level {stage.noise_level} is beyond {highest}, the highest of {stage.name}.")
     readers = [stage for stage in stages if stage.kind in IF]
     if readers and (missing := prompt_cleaning.find_missing_packages()):
-        raise InputError(f"Prompts of DeepFloyd IF are cleaned by packages: run `pip install {' '.join(missing)}`.")
+        raise UserError(f"Prompts of DeepFloyd IF are cleaned by packages: run `pip install {' '.join(missing)}`.")
     width = text_width(find_text_origin(readers)) if readers else None
     for stage in readers:
         config = results.read_part_config(stage.origin, "unet")
         if (expected := config.get("encoder_hid_dim") or config["cross_attention_dim"]) != width:
-            raise InputError(
+            raise UserError(
                 f"{stage.name} reads text of width {expected}; the text encoder of {readers[0].name} gives {width}. "
                 "Take stages that were trained with one text encoder."
             )
@@ -158,13 +158,13 @@ def find_text_origin(stages: Sequence[Stage]) -> Origin:
     """Return the first of IF's stages that has a text encoder.
 
     Raises:
-        InputError: None has.
+        UserError: None has.
     """
     for stage in stages:
         if any(results.place_of(stage.origin, "text_encoder")[1].get("text_encoder") or ()):
             return stage.origin
     names = " nor ".join(stage.name for stage in stages)
-    raise InputError(f"Neither {names} has a text encoder." if len(stages) > 1 else f"{names} has no text encoder.")
+    raise UserError(f"Neither {names} has a text encoder." if len(stages) > 1 else f"{names} has no text encoder.")
 
 
 def text_width(origin: Origin) -> int:
@@ -187,23 +187,23 @@ def plan_sizes(
         pictures: What the first stage enlarges, one a row; empty if it draws from noise.
 
     Raises:
-        InputError: A model cannot draw such a size.
+        UserError: A model cannot draw such a size.
     """
     first, rows = stages[0], len(stages[0].prompts)
-    factor, why = size_factor(first.origin, first.kind)
+    factor, why = size_multiple(first.origin, first.kind)
     step = math.lcm(factor, SCALE) if first.kind is STAGE_TWO else factor * (SCALE if first.kind is UPSCALER else 1)
     for flag, pixels in (("height", height), ("width", width)):
         if pixels is not None and pixels % step:
-            raise InputError(f"--{flag} {pixels} is no multiple of {step}, {why}{' times 4' * (step != factor)}.")
+            raise UserError(f"--{flag} {pixels} is no multiple of {step}, {why}{' times 4' * (step != factor)}.")
     usual = [usual_size(first, factor, picture) for picture in pictures] or [usual_size(first, factor)] * rows
     sizes = [[Size(width or size.width, height or size.height) for size in usual]]
     for before, stage in itertools.pairwise(stages):
-        factor, _ = size_factor(stage.origin, stage.kind)
+        factor, _ = size_multiple(stage.origin, stage.kind)
         source = sizes[-1]
         sizes.append([Size(size.width * SCALE, size.height * SCALE) for size in source])
         checked = source if stage.kind is UPSCALER else sizes[-1]
         if wrong := next((size for size, edges in zip(source, checked) if any(edge % factor for edge in edges)), None):
-            raise InputError(
+            raise UserError(
                 f"{stage.name} cannot enlarge the {wrong.width} x {wrong.height} pixels of {before.name}: its U-Net "
                 f"needs multiples of {factor}. Choose --width and --height accordingly."
             )
@@ -219,7 +219,7 @@ def usual_size(stage: Stage, factor: int, picture: Image.Image | None = None) ->
     if stage.kind is UPSCALER:
         return Size(*(max(edge // factor, 1) * factor * SCALE for edge in picture.size))
     trained = stage.origin.result.settings.get("resolution")
-    return Size.parse(trained) if trained else own_size(stage)
+    return Size.parse(trained) if trained else native_size(stage)
 
 
 def make_small(picture: Image.Image, size: Size) -> Image.Image:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 
-from utils.core.errors import InputError
+from utils.core.errors import UserError
 from utils.hub.publish import ADAPTER, PIPELINE
 from utils.models import model_files
 from utils.run import checkpoints
@@ -74,7 +74,7 @@ def locate(
         reads_text: Whether a text encoder is needed, be it the base model's.
 
     Raises:
-        InputError: There is nothing to draw from in `result`, or no base model.
+        UserError: There is nothing to draw from in `result`, or no base model.
     """
     found = recognise(result, revision)
     pipeline, parts = find_sources(found, base_model, {"revision": revision, "variant": variant}, reads_text)
@@ -86,7 +86,7 @@ def recognise(result: str, revision: str | None = None) -> Result:
     """Tell what a folder or Hub repository holds.
 
     Raises:
-        InputError: It is nothing that this tool draws from.
+        UserError: It is nothing that this tool draws from.
     """
     if find_file(result, PIPELINE, revision):
         return Result(result, PIPELINE, read_settings([Path(result)]))
@@ -95,7 +95,7 @@ def recognise(result: str, revision: str | None = None) -> Result:
         there = [path.name for path in checkpoints.list_checkpoints(Path(result))]
         hint = f" It has {', '.join(there)}: name one of them, as {Path(result, there[-1])}." if there else ""
         what = "holds" if Path(result).is_dir() else "is no folder, and as a Hub id it gave"
-        raise InputError(f"{result} {what} neither {PIPELINE} nor {ADAPTER} nor a unet folder.{hint}")
+        raise UserError(f"{result} {what} neither {PIPELINE} nor {ADAPTER} nor a unet folder.{hint}")
     return Result(result, kind.partition("/")[0], read_settings([Path(result), Path(result).resolve().parent]))
 
 
@@ -125,7 +125,7 @@ def read_settings(folders: list[Path]) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def find_sources(
@@ -138,7 +138,7 @@ def find_sources(
         reads_text: Whether a text encoder is needed.
 
     Raises:
-        InputError: A base model is needed and unknown, or given and not needed.
+        UserError: A base model is needed and unknown, or given and not needed.
     """
     own = {"pretrained_model_name_or_path": found.name}
     if found.kind != PIPELINE:
@@ -148,7 +148,7 @@ def find_sources(
     if reads_text and index.get("text_encoder") == [None, None]:  # written with --skip_save_text_encoder
         return own | given, {"text_encoder": find_base(found, base_model, {})}
     if base_model:
-        raise InputError(f"{found.name} is a whole pipeline: --base_model {base_model} would have no effect.")
+        raise UserError(f"{found.name} is a whole pipeline: --base_model {base_model} would have no effect.")
     return own | given, {}
 
 
@@ -156,17 +156,17 @@ def find_base(found: Result, base_model: str | None, given: dict[str, str | None
     """Return the base model of a result as arguments of `from_pretrained`.
 
     Raises:
-        InputError: Neither the caller nor args.json names it, or it is not there.
+        UserError: Neither the caller nor args.json names it, or it is not there.
     """
     known = {"pretrained_model_name_or_path": str(base_model)} if base_model else found.settings
     source = {key: known.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
     source |= {key: value for key, value in given.items() if value is not None}
     name = source["pretrained_model_name_or_path"]
     if not name:
-        raise InputError(f"{found.name} needs its base model, and no args.json names it. Give it by --base_model.")
+        raise UserError(f"{found.name} needs its base model, and no args.json names it. Give it by --base_model.")
     if not find_file(name, PIPELINE, source["revision"]):
         whose = "--base_model" if base_model else "its args.json: if it has moved, use --base_model"
-        raise InputError(f"{found.name} needs its base model, and {name} has no {PIPELINE} (from {whose}).")
+        raise UserError(f"{found.name} needs its base model, and {name} has no {PIPELINE} (from {whose}).")
     return source
 
 
@@ -191,11 +191,11 @@ def choose_device(device: str | None, dtype: torch.dtype) -> torch.device:
     """Return the device of that name, or the best there is.
 
     Raises:
-        InputError: It cannot calculate in that precision.
+        UserError: It cannot calculate in that precision.
     """
     chosen = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
     if dtype is torch.float16 and chosen.type == "cpu":
-        raise InputError("--dtype fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or fp32.")
+        raise UserError("--dtype fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16 or fp32.")
     return chosen
 
 
@@ -219,7 +219,7 @@ def load_pipeline(
         scheduler: One of `SCHEDULERS` with the saved settings, or "saved" for the one that they are of.
 
     Raises:
-        InputError: There is nothing to draw from in `result`, no base model, or the two do not fit together.
+        UserError: There is nothing to draw from in `result`, no base model, or the two do not fit together.
     """
     chosen = choose_device(device, dtype)
     return load(locate(str(result), base_model, revision, variant), scheduler, lora_scale, dtype, chosen)
@@ -236,7 +236,7 @@ def load(
     """Load what `locate` found, but the parts in `absent`.
 
     Raises:
-        InputError: An adapter does not fit its base model, or a strength is given to what is no adapter.
+        UserError: An adapter does not fit its base model, or a strength is given to what is no adapter.
     """
     check_strength(origin.result, lora_scale)
     parts = {name: load_part(origin, name, dtype) for name in origin.parts if name not in absent}
@@ -286,16 +286,16 @@ def load_tokenizer(origin: Origin) -> Any:
 
 
 def check_strength(found: Result, lora_scale: float) -> None:
-    """Raise InputError if a strength is given to what is no adapter."""
+    """Raise UserError if a strength is given to what is no adapter."""
     if found.kind != ADAPTER and lora_scale != 1:
-        raise InputError(f"--lora_scale {lora_scale:g}: {found.name} is no adapter.")
+        raise UserError(f"--lora_scale {lora_scale:g}: {found.name} is no adapter.")
 
 
 def load_adapter(pipeline: diffusers.DiffusionPipeline, found: Result, scale: float) -> None:
     """Load an adapter, and make sure that all of it arrived: diffusers only warns of layers that it does not find.
 
     Raises:
-        InputError: The base model lacks layers of the adapter, or has others in their place.
+        UserError: The base model lacks layers of the adapter, or has others in their place.
     """
     path = find_file(found.name, ADAPTER)
     misfit = f"{path} does not fit the base model {pipeline.config._name_or_path}"
@@ -303,7 +303,7 @@ def load_adapter(pipeline: diffusers.DiffusionPipeline, found: Result, scale: fl
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="result")
     except (RuntimeError, ValueError, KeyError) as error:
         # The whole of it has a line for each layer.
-        raise InputError(f"{misfit}: {textwrap.shorten(str(error), 300, placeholder=' …')}") from error
+        raise UserError(f"{misfit}: {textwrap.shorten(str(error), 300, placeholder=' …')}") from error
     in_file = count_layers(safetensors.torch.load_file(path))
     arrived = Counter()
     for name in ("unet", "text_encoder"):
@@ -312,7 +312,7 @@ def load_adapter(pipeline: diffusers.DiffusionPipeline, found: Result, scale: fl
             state = peft.get_peft_model_state_dict(network, adapter_name="result", save_embedding_layers=False)
             arrived += count_layers(f"{name}.{key}" for key in state)
     if lost := sorted(in_file - arrived):
-        raise InputError(f"{misfit}: it lacks {len(lost)} of {len(in_file)} layers, the first being {lost[0]}.")
+        raise UserError(f"{misfit}: it lacks {len(lost)} of {len(in_file)} layers, the first being {lost[0]}.")
     if scale != 1:
         pipeline.set_adapters("result", scale)
 
