@@ -237,7 +237,7 @@ def test_no_flag_is_accepted_and_ignored(script):
     )
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_(?!idle_flags).*", node.name)]
+    readers = [node for node in functions if not re.fullmatch("add_.*_args|_?find_(?!unused_flags).*", node.name)]
     read = {name for function in readers for node in ast.walk(function) for name in names_read(node)}
     assert sorted(known_flags(script).keys() - read) == []
     (reader,) = [node for node in functions if node.name == "parse_args"]

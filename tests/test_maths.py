@@ -473,7 +473,7 @@ def test_two_processes_share_the_batches_of_one(script, priors):
         assert {visit.mean_weight for visit in step} == {1 / 4} and {
             visit.mean_weight for visit in first + second
         } == {1 / 2}
-        first, second = ([draw._replace(share=1 / 4) for draw in part] for part in (first, second))
+        first, second = ([draw._replace(mean_weight=1 / 4) for draw in part] for part in (first, second))
         assert sorted(first + second) == sorted(step)
         assert [draw for draw in first + second if draw.example < 7] == step[:4]
 
