@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 
 from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
-from utils.data import geometry, images, masks, prompt_cleaning
+from utils.data import class_images, decode_images, geometry, list_images, masks, prompt_cleaning
 from utils.data.batch_order import BatchOrder, split_batch
 from utils.data.captions import STRATEGIES, find_captions
 from utils.data.concepts import Concept, find_concept_problems, read_concepts
@@ -480,7 +480,7 @@ def find_problems(args: Namespace) -> list[str]:
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
         *find_folder_problems(vars(args)),
-        *images.find_unreadable("--validation_images", args.validation_images or []),
+        *list_images.find_unreadable("--validation_images", args.validation_images or []),
         *find_tracker_problems(tracker_names(args.report_to)),
     ]
 
@@ -582,13 +582,13 @@ def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
 def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Example]:
     """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
     folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.flag_name, args.resolution_type
-    found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
-    found = images.leave_out_small(found, args.minimum_image_size, unit)
+    found = list_images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
+    found = list_images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
     step = args.bucket_step or geometry.bucket_step(target, base.size_multiple)
     buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
-    images.warn_of_enlarging(found, sizes, target)
+    list_images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
     prompts = find_captions(strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt)
     lights = masks.find_masks(folder, found, concept.mask_data_dir, call("mask_data_dir"))
@@ -600,14 +600,14 @@ def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Exam
 def list_class_images(args: Namespace, base: ModelInfo, concept: Concept, photos: list[Example]) -> list[Example]:
     """List the class images of a concept; if the base model's prediction is their target, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
-    paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
+    paths, missing = class_images.find(folder, prompt, concept.class_guidance_scale, wanted)
     if missing and args.prior_target == "base_prediction":
         paths, missing = [path for path in paths if path not in missing], set()
         if not paths:
             logger.info(f"{folder} holds no class images: the photos stand in for them, as {prompt!r}.")
             return [one._replace(prompts=(prompt,), is_prior=True, mask=None) for one in photos]
     if base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
-        images.raise_if_missing(folder, len(missing), len(paths))
+        class_images.raise_if_missing(folder, len(missing), len(paths))
     return [Example(path, (prompt,), concept, photos[0].size, True, path in missing) for path in paths]
 
 
@@ -707,7 +707,7 @@ def draw_class_images(
     if not missing:
         return
     base_model, hidden = args.pretrained_model_name_or_path, not accelerator.is_local_main_process
-    batches = images.list_class_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
+    batches = class_images.list_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
     words = dict.fromkeys(repr(concept.class_prompt) for concept in missing.values())
     logger.info(f"Drawing {len(missing)} class images of {' and '.join(words)}.")
     drawn = dict.fromkeys(batches)
@@ -717,12 +717,12 @@ def draw_class_images(
         for batch in stop.until_asked(tqdm(batches, desc="class images", disable=hidden)):
             drawn[batch] = draw_class_batch(pipeline, prompts, *batch, drawn[batch])
             if model == base_model:
-                images.save_class_images(*batch, drawn[batch], missing)
+                class_images.save(*batch, drawn[batch], missing)
         del pipeline
         device_memory.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
-    images.check_presence(missing)
+    class_images.raise_if_elsewhere(missing)
 
 
 # Same in train_dreambooth.py
@@ -976,14 +976,14 @@ class DreamBoothDataset(Dataset):
         example, variants = self.examples[visit.example], self.args.latent_variants
         turn = visit.earlier_visits % variants if variants else visit.earlier_visits
         chance = random.Random(derive_seed(self.seed, "crop and flip", visit.example, turn))
-        scaled = geometry.scaled_size(images.upright_size(example.path), visit.size, self.shrinking)
+        scaled = geometry.scaled_size(decode_images.upright_size(example.path), visit.size, self.shrinking)
         box = geometry.crop_box(scaled, visit.size, example.concept.crop_style, chance)
         box = masks.move_crop_onto_mask(example.mask, scaled, box)
         return Crop(scaled, box, example.concept.random_flip and chance.random() < 0.5)
 
     def pixels(self, path: Path, cut: Crop) -> Tensor:
         """Return a picture as it is cut, (3, H, W) float32 in [-1, 1]."""
-        image = images.crop_image(images.open_scaled(path, cut.scaled, *self.resampling), cut)
+        image = decode_images.crop(decode_images.open_scaled(path, cut.scaled, *self.resampling), cut)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitem__(self, visit: ExampleVisit) -> dict:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.runs import wait_until
 from utils.core.errors import UserError
-from utils.data.images import IMAGE_SUFFIXES, inspect_folder
+from utils.data.list_images import IMAGE_SUFFIXES, inspect_folder
 from utils.run import checkpoints
 from utils.run.checkpoints import atomic_result, remove_leftovers, step_of, write_state
 from utils.run.resume_checks import check_resume_keys

@@ -22,7 +22,8 @@ from tests.conftest import draw_picture
 from tests.hub_server import REPOSITORY, USER, WRITE_TOKEN, HubHandler, HubServer, Refusal, Repository
 from utils.core.errors import UserError
 from utils.data.captions import METADATA_FILE, find_captions
-from utils.data.images import list_images, open_rgb
+from utils.data.decode_images import open_rgb
+from utils.data.list_images import find_images
 from utils.hub import hub_datasets
 from utils.hub.hub_datasets import LISTING, export_dataset
 
@@ -92,12 +93,12 @@ def write_parquet(path: Path, data) -> Path:
 
 def read(folder: Path) -> list[bytes]:
     """Return the bytes of an export's pictures in their order."""
-    return [path.read_bytes() for path in list_images(folder).images]
+    return [path.read_bytes() for path in find_images(folder).images]
 
 
 def captions(folder: Path) -> list[tuple[str, ...]]:
     """Return the captions of an export's pictures, as a run reads them."""
-    return list(find_captions("metadata", folder, list_images(folder).images, None, False).values())
+    return list(find_captions("metadata", folder, find_images(folder).images, None, False).values())
 
 
 def names(folder: Path) -> list[str]:
@@ -119,7 +120,7 @@ def test_a_folder_of_pictures(pictures, contents, cache):
     assert found.parent == cache / "datasets" and found.name.startswith("pictures-")
     assert names(found) == [LISTING, "000000.png", "000001.jpg", "000002.jpg", "000003.webp", "000004.gif"]
     assert read(found) == contents
-    assert [open_rgb(path).mode for path in list_images(found).images] == ["RGB"] * 5
+    assert [open_rgb(path).mode for path in find_images(found).images] == ["RGB"] * 5
     assert names(cache / "datasets") == [found.name]
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.devices import launch
 from utils.evaluation import exam, shape_reader
 from utils.sampling import cascade, image_grid, results
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = args.output / "before-after.png"
-    images.save_png(compose([images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))], before, after), path)
+    opened = [decode_images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))]
+    decode_images.save_png(compose(opened, before, after), path)
     print(tell(path, result, before, after))
     return 0
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images, list_images
 from utils.devices import launch
 from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         name: {of: dataclasses.asdict(value) for of, value in row.items()} for name, row in scores.items()
     }
     checkpoints.atomic_write_text(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
-    images.save_png(grid, output / "grid.png")
+    decode_images.save_png(grid, output / "grid.png")
     print(make_table(scores))
     if not args.subject:
         print(f"\n{PUBLISHED[0].upper()}{PUBLISHED[1:]}.")
@@ -231,7 +231,8 @@ def make_sheet(
 def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     """Draw the protocol's prompts with result and base model, and measure how like the photos and prompts they are."""
     prompts = choose_prompts(args)
-    photos = [images.open_rgb(path) for path in images.inspect_folder(args.photos, "--photos", False).sizes]
+    paths = list_images.inspect_folder(args.photos, "--photos", False).sizes
+    photos = [decode_images.open_rgb(path) for path in paths]
     device = results.choose_device(args.device, DTYPES[args.dtype])
     clip, dino = similarity.load_clip(args.clip, device), similarity.load_dino(args.dino, device)
     words = {BASE: args.class_word, RESULT: f"{args.word} {args.class_word}"}

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.data.geometry import Size
 from utils.devices.launch import silence_libraries
 from utils.flags.flag_checks import find_out_of_range
@@ -153,7 +153,7 @@ def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     chain = list_stages(args, rows)
     cascade.check_stages(chain)
     paths = spread(args.images, rows, "--images") if args.images else []
-    pictures = [images.open_rgb(path) for path in paths]
+    pictures = [decode_images.open_rgb(path) for path in paths]
     sizes = cascade.plan_sizes(chain, args.width, args.height, pictures)
     output = args.output or Path("samples", results.default_name(args.result))
     folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
@@ -174,7 +174,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
     written = []
     for number, row in enumerate(rows):
         for seed, picture in zip(args.seed, row):
-            images.save_png(picture, folder / file_name(number, texts[number], seed))
+            decode_images.save_png(picture, folder / file_name(number, texts[number], seed))
         written.append(row)
     one = len(written) == 1
     grid = image_grid.make_grid(
@@ -184,7 +184,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
         title=texts[0] if one else None,
         row_labels=None if one else texts,
     )
-    images.save_png(grid, folder / "grid.png")
+    decode_images.save_png(grid, folder / "grid.png")
     return written
 
 

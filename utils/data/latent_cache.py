@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.core.errors import UserError
-from utils.data.images import READING
+from utils.data.decode_images import READING
 from utils.data.tensor_cache import TensorCache, circumstances, default_folder, model_identity
 
 

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from utils.core.errors import OF_THE_DISK, UserError, cannot_write, explain_write_errors, list_first
 from utils.data.captions import METADATA_FILE
-from utils.data.images import list_images
+from utils.data.list_images import find_images
 from utils.data.tensor_cache import default_folder
 from utils.flags.flag_checks import is_installed
 from utils.hub.hub_requests import BROKEN, FAILURES, reason_of, request_timeout, with_retries
@@ -443,7 +443,7 @@ def _warn_of_unused(name: str, source: Path, builder: Any, split: str, used: set
     """Warn of a folder's pictures that are in no split; `datasets` leaves them out without a word."""
     splits = {str(other): files for other, files in builder.config.data_files.items()}
     taken = used | {os.path.abspath(file) for other in splits if other != split for file in splits[other]}
-    unused = [path for path in map(str, list_images(source).images) if path not in taken]
+    unused = [path for path in map(str, find_images(source).images) if path not in taken]
     if unused:
         logger.warning(
             f"--dataset_name {name}: {len(unused)} pictures are in none of its splits ({', '.join(splits)}), and not "

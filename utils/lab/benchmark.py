@@ -37,7 +37,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.devices import device_memory, launch
 from utils.lab.step_timing import PARTS
 from utils.make_model import SHAPES, make_model
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     report["measurements"] = [dataclasses.asdict(one) for one in measured]
     path = args.output / ("against.json" if args.against else "benchmark.json")
     checkpoints.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
-    images.save_png(draw_plot(title, measured), path.with_suffix(".png"))
+    decode_images.save_png(draw_plot(title, measured), path.with_suffix(".png"))
     print(f"Wrote {path} and {path.with_suffix('.png')}")
     return int(any(one.problem for one in measured))
 
@@ -243,8 +243,8 @@ def prepare(output: Path, shape: str) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
     subject, pictures = next(iter(shapes.SUBJECTS)), np.random.default_rng(0)
     for number, picture in enumerate(shapes.draw_photos(subject, PHOTOS, 512, pictures, list(shapes.COLOURS))):
-        images.save_png(picture, folders["photos"] / f"{number}.png")
-        images.save_png(picture, folders["class-images"] / f"{number:05d}.png")
+        decode_images.save_png(picture, folders["photos"] / f"{number}.png")
+        decode_images.save_png(picture, folders["class-images"] / f"{number:05d}.png")
     return folders
 
 

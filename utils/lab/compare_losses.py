@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.demo import CLASS, MODEL, SUBJECT, WORD
 from utils.devices import launch
 from utils.synthetic import shapes
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed = True
         if PLAIN in losses:
             print(f"\n{make_table(script, losses)}\n")
-            images.save_png(
+            decode_images.save_png(
                 draw_plot(f"{script}: loss, means of {WINDOW} steps", losses), args.output / f"{script}.png"
             )
             report = json.dumps({"script": script, "options": options, "losses": losses}, indent=1)
