@@ -52,13 +52,11 @@ from tqdm.auto import tqdm
 
 from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
-from utils.data import class_images, decode_images, geometry, list_images, masks, prompt_cleaning
+from utils.data import cache, class_images, decode_images, geometry, list_images, masks, prompt_cleaning
 from utils.data.batch_order import BatchOrder, split_batch
 from utils.data.captions import STRATEGIES, find_captions
 from utils.data.concepts import Concept, find_concept_problems, read_concepts
-from utils.data.embedding_cache import open_cache
 from utils.data.geometry import CROP_STYLES, UNITS, Crop, Size, quarter
-from utils.data.latent_cache import content_hash, open_latents
 from utils.devices import device_memory, shards
 from utils.devices.graceful_stop import StopRequest, ignore_signals
 from utils.devices.gradient_checkpointing import checkpoint_all_but_attention
@@ -780,46 +778,57 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
         return prompts
     precision = args.text_encoder_precision or accelerator.mixed_precision
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    kind = str(PRECISIONS.get(precision, precision))
+    dtype = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
-        embeds = cache.load_all(prompts.ids, prompts.mask)
-        if missing := [row for row, known in enumerate(embeds) if known is None]:
-            logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
-            text_encoder = load_text_encoder(args, plan, precision, accelerator.device)
-            for row in missing:
-                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
-                cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
-            del text_encoder
-            device_memory.free_memory()
+        known = cache.open_cache("embeddings", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
+        make = functools.partial(embed_rows, args, plan, precision, prompts)
+        embeds = known.fill(cache.prompt_keys(prompts.ids, prompts.mask), make)
     prompts.embeds = torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
     return prompts
 
 
 # Same in train_dreambooth.py
-def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
-    """Encode each cut of a picture that is worth it once, with a VAE that is then freed; None if none is worth it.
+def embed_rows(args: Namespace, plan: Plan, precision: str, prompts: PromptTable, rows: list[int]) -> Iterator[Tensor]:
+    """Yield the embeddings, (L, D), of the prompts in some rows, from a text encoder that is then freed."""
+    text_encoder = load_text_encoder(args, plan, precision, prompts.ids.device)
+    for row in rows:
+        yield embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0]
+    del text_encoder
+    device_memory.free_memory()
 
-    What is kept for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w); visits draw from it anew.
+
+# Same in train_dreambooth.py
+def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
+    """Encode each crop once, with a VAE that is then freed; None if too few crops are used more than once.
+
+    Returns:
+        For each (path, `Crop`) the mean and deviation of its posterior, (2, C, h, w). Each visit samples from it anew.
     """
-    if not (cuts := count_crops(args, plan, dataset)):
+    if not (crops := list(count_crops(args, plan, dataset))):
         return None
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    cache = open_latents(args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type)
+    source, dtype = (args.pretrained_model_name_or_path, args.revision, args.hub_token), str(plan.frozen_dtype)
+    known = cache.open_cache("latents", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        keys = {(path, cut): [content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts}
-        latents = {cut: cache.load(key) for cut, key in keys.items()}
-        missing = [cut for cut, moments in latents.items() if moments is None]
-        vae = load_vae(args, plan, accelerator.device) if missing else None
-        for cut in tqdm(missing, desc="latents", disable=not missing or not accelerator.is_local_main_process):
-            latents[cut] = encode_images(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
-            cache.save(keys[cut], latents[cut], cut[0].name)
-        del vae
-        device_memory.free_memory()
-    logger.info(f"Latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory.")
-    return latents
+        keys = [[cache.content_hash(path), *crop, *map(str, dataset.resampling)] for path, crop in crops]
+        latents = known.fill(keys, functools.partial(encode_crops, args, accelerator, plan, dataset, crops))
+    logger.info(f"Cached the latents of {len(crops)} crops.")
+    return dict(zip(crops, latents))
+
+
+# Same in train_dreambooth.py
+def encode_crops(
+    args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset, crops: list, places: list[int]
+) -> Iterator[Tensor]:
+    """Yield mean and deviation, (2, C, h, w), of the crops at some places, from a VAE that is then freed."""
+    vae = load_vae(args, plan, accelerator.device)
+    for place in tqdm(places, desc="latents", disable=not accelerator.is_local_main_process):
+        path, crop = crops[place]
+        moments = encode_images(vae, dataset.pixels(path, crop)[None].to(accelerator.device))[0]
+        yield cache.check_moments(moments, path.name)
+    del vae
+    device_memory.free_memory()
 
 
 # Same in train_dreambooth.py

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from utils.core.errors import OF_THE_DISK, UserError, cannot_write, explain_write_errors, list_first
 from utils.data.captions import METADATA_FILE
 from utils.data.list_images import find_images
-from utils.data.tensor_cache import default_folder
+from utils.data.cache import default_folder
 from utils.flags.flag_checks import is_installed
 from utils.hub.hub_requests import BROKEN, FAILURES, reason_of, request_timeout, with_retries
 

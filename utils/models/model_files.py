@@ -20,7 +20,7 @@ from torch import nn
 
 from utils.core.errors import UserError
 from utils.data.geometry import Size
-from utils.data.tensor_cache import read_samples
+from utils.data.cache import read_samples
 from utils.devices.device_memory import is_out_of_memory
 from utils.flags.flag_checks import messages_if
 from utils.models import loading_checks
