@@ -140,7 +140,7 @@ REFUSALS = {  # token, flags, part of the message
     "wrong token": (WRONG_TOKEN, [], "the Hub refuses the token: 401 Invalid user token. The token from HF_TOKEN"),
     "wrong flag": (WRITE_TOKEN, ["--hub_token", WRONG_TOKEN], "the Hub refuses the token: 401"),
     "no login": (None, [], "there is no login for the Hub. Make a token with write role"),
-    "torn token": (None, ["--hub_token", "hf_token\n-of-nobody"], "the token has spaces or signs in it"),
+    "torn token": (None, ["--hub_token", "hf_token\n-of-nobody"], "The token has spaces or signs in it"),
     "read-only": (READ_TOKEN, [], f"the token of {USER} can only read. Make a token with write role"),
     "foreign": (
         WRITE_TOKEN,

@@ -24,7 +24,7 @@ from utils.core.errors import UserError
 from utils.data.captions import METADATA_FILE, find_captions
 from utils.data.decode_images import open_rgb
 from utils.data.list_images import find_images
-from utils.hub import hub_datasets
+from utils.hub import dataset_rows, hub_datasets
 from utils.hub.hub_datasets import LISTING, export_dataset
 
 datasets = pytest.importorskip("datasets")
@@ -240,10 +240,10 @@ def test_every_kind_of_picture_has_its_suffix(cache, tmp_path):
     kinds |= {"AVIF": ".avif"} if "AVIF" in {*Image.SAVE, *Image.registered_extensions().values()} else {}
     for kind in kinds:
         draw_picture(40, 40, 1).save(tmp_path / "x", kind)
-        assert hub_datasets._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
-    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
-    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
-    assert hub_datasets._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
+        assert dataset_rows._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
+    assert dataset_rows._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
+    assert dataset_rows._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
+    assert dataset_rows._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
 
 
 # What is refused.
@@ -403,7 +403,7 @@ def test_an_export_is_used_again(pictures, contents, cache, monkeypatch):
     """It is not made again, unless something that it depends on is another, or it lacks a file."""
     first = export_dataset(str(pictures), "image", None, cache, None)
     with monkeypatch.context() as patch:
-        patch.setattr(hub_datasets, "_write", None)
+        patch.setattr(hub_datasets, "write_rows", None)
         assert export_dataset(str(pictures), "image", None, cache, None) == first
         (first / ".DS_Store").touch()
         assert export_dataset(f"{pictures}/../pictures", "image", None, cache, None) == first

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 ENTRY = re.compile(r"[0-9a-f]{40}\.safetensors")
 LEFTOVER = re.compile(r"\.(?:tensor|embeds)-[0-9a-f]{16}\.partial")  # the second is the name before format 3
-_WRITING = 24 * 60 * 60  # seconds; the process that began a file so long ago is dead
+WRITING = 24 * 60 * 60  # seconds; the process that began a file so long ago is dead
 _FORMAT = 4  # part of every key: entries of another layout are never looked at
 
 
@@ -320,7 +320,7 @@ def _remove_leftovers(folder: Path) -> None:
         names = [name for name in os.listdir(folder) if LEFTOVER.fullmatch(name)]
     for name in names:
         with contextlib.suppress(OSError):
-            if (folder / name).stat().st_mtime < time.time() - _WRITING:
+            if (folder / name).stat().st_mtime < time.time() - WRITING:
                 (folder / name).unlink()
 
 

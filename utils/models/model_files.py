@@ -19,8 +19,8 @@ from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.data.geometry import Size
 from utils.data.cache import read_samples
+from utils.data.geometry import Size
 from utils.devices.device_memory import is_out_of_memory
 from utils.flags.flag_checks import messages_if
 from utils.models import loading_checks
