@@ -14,16 +14,8 @@ import train_dreambooth
 import train_dreambooth_lora
 from utils.data.concepts import read_concepts
 from utils.data.geometry import Size
-from utils.hub.model_card import (
-    Card,
-    Picture,
-    find_license,
-    lora_snippet,
-    pipeline_snippet,
-    reading_lines,
-    render,
-    write_card,
-)
+from utils.hub import model_card
+from utils.hub.model_card import Card, Snippet, find_license, render, render_snippet, write_card
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -41,6 +33,19 @@ ODD_PROMPTS = {
 }
 
 
+SIZES = {"size": Size(256, 192), "small_size": Size(64, 48), "is_if": True}
+
+
+def pipeline_snippet(result: str, prompt: str, encoder_from: str | None, **facts) -> str:
+    """Return the code for a full result."""
+    return render_snippet(Snippet(result, prompt, encoder_from=encoder_from, **facts))
+
+
+def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None, **facts) -> str:
+    """Return the code for an adapter."""
+    return render_snippet(Snippet(result, prompt, base_model, revision=revision, **facts))
+
+
 @pytest.fixture(params=ODD_PROMPTS)
 def prompt(request):
     """Run a test with each prompt."""
@@ -54,7 +59,7 @@ def card():
         title="somebody/dog",
         base_model="somebody/base",
         tags=["text-to-image", "dreambooth"],
-        instance_prompt="a photo of sks dog",
+        prompts=("a photo of sks dog",),
         validation_prompt="a sks dog in a bucket",
         grid="samples/step-000500/grid.png",
         settings={"steps": 500, "learning rate": "5e-06"},
@@ -178,7 +183,7 @@ def test_an_unreachable_base_model_has_no_licence(monkeypatch):
 
 def test_any_prompt_survives_the_header(card, prompt):
     """YAML gives both prompts back unchanged, as words."""
-    header, _ = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))
+    header, _ = split(render(dataclasses.replace(card, prompts=(prompt,), validation_prompt=prompt), {}))
     assert header["instance_prompt"] == header["widget"][0]["text"] == prompt
     assert header["widget"][0]["output"] == {"url": card.grid} and header["tags"] == card.tags
 
@@ -186,7 +191,7 @@ def test_any_prompt_survives_the_header(card, prompt):
 def test_any_prompt_stays_within_its_place_in_the_text(card, prompt):
     """Headings stay those of the card, and a prompt of one line is shown as code, letter by letter."""
     plain = outside_code(split(render(card, {}))[1])
-    markdown = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))[1]
+    markdown = split(render(dataclasses.replace(card, prompts=(prompt,), validation_prompt=prompt), {}))[1]
     headings = [line for line in outside_code(plain).splitlines() if line.startswith("#")]
     assert [line for line in outside_code(markdown).splitlines() if line.startswith("#")] == headings
     assert len(outside_code(markdown).splitlines()) == len(plain.splitlines())
@@ -230,15 +235,15 @@ def test_the_snippets_name_what_they_load():
 
 def test_the_snippets_draw_as_training_read_and_enlarged():
     """Prompts are read as in training, pictures enlarged from the size that it knew, and the scheduler is its own."""
-    assert reading_lines(None, False) == ()
-    reading = reading_lines(20, True)
-    assert reading == (
+    reading = (
         "pipeline.tokenizer.model_max_length = 20",
         "pipeline.text_encoder.config.use_attention_mask = True",
     )
-    drawn = Picture(Size(256, 192), Size(64, 48), is_if=True)
-    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", drawn)
-    adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, drawn)
+    read = {"max_length": 20, "is_masked": True}
+    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", **read, **SIZES)
+    adapter = lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, **read, **SIZES)
+    plain = lora_snippet("some/dog", "a dog", "some/base", None)
+    assert not any(words in plain for words in ("max_length", "attention_mask", "width", "small.png", "dtype"))
     for code in (pipeline, adapter):
         lines = code.splitlines()
         drawn = next(number for number, line in enumerate(lines) if line.startswith("image = "))
@@ -256,24 +261,11 @@ def test_the_snippets_draw_as_training_read_and_enlarged():
     [
         pipeline_snippet("some/dog", "a dog", None),
         pipeline_snippet("some/dog", "a dog", "some/base"),
-        pipeline_snippet(
-            "some/dog",
-            "a dog",
-            "some/base",
-            encoder_class="T5EncoderModel",
-            picture=Picture(Size(256, 192), Size(64, 48), True),
-        ),
-        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), picture=Picture(Size(64, 48))),
+        pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", **SIZES),
+        pipeline_snippet("some/dog", "a dog", None, max_length=20, is_masked=True, size=Size(64, 48)),
         lora_snippet("some/dog", "a dog", "some/base", "v1"),
-        lora_snippet("some/dog", "a dog", "some/base", "v1", reading=reading_lines(20, True)),
-        lora_snippet(
-            "some/dog",
-            "a dog",
-            "some/base",
-            None,
-            has_scheduler=True,
-            picture=Picture(Size(256, 192), Size(64, 48), True),
-        ),
+        lora_snippet("some/dog", "a dog", "some/base", "v1", max_length=20, is_masked=True),
+        lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, **SIZES),
     ],
 )
 def test_the_snippets_use_only_what_they_import(code):
@@ -295,6 +287,16 @@ def test_the_snippet_stands_in_the_card_as_code(card):
     code = lora_snippet("some/dog", "a dog", "some/base", None)
     markdown = split(render(dataclasses.replace(card, snippet=code), {}))[1]
     assert re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1] == code
+
+
+def test_the_templates_decide_the_words(card, tmp_path, monkeypatch):
+    """Who edits them needs no Python; the header stays."""
+    monkeypatch.setattr(model_card, "TEMPLATES", tmp_path)
+    (tmp_path / "model_card.md").write_text("---\n{{ card_data }}\n---\nMein {{ title }}, {{ settings['steps'] }}.\n")
+    (tmp_path / "snippet.md").write_text("load({{ repr(result) }})\n")
+    header, markdown = split(render(card, {"license": "mit"}))
+    assert markdown == "Mein somebody/dog, 500.\n" and header["license"] == "mit"
+    assert render_snippet(Snippet("some/dog", "a dog")) == "load('some/dog')"
 
 
 def recognised(script, **changes):
