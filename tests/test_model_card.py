@@ -313,7 +313,9 @@ def recognised(script, **changes):
 # ------------------------------------------------------------------------------------------------------ card of a run
 
 
-def write_run(script, out: Path, *flags: str, repository: str | None = None, **changes) -> tuple[dict, str, str]:
+def write_run(
+    script, out: Path, *flags: str, repository: str | None = None, settings: dict | None = None, **changes
+) -> tuple[dict, str, str]:
     """Write the card of a run of 500 steps; return its header, its Markdown and its snippet."""
     (out.parent / "photos").mkdir(exist_ok=True)
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(out.parent / "photos")]
@@ -323,7 +325,7 @@ def write_run(script, out: Path, *flags: str, repository: str | None = None, **c
     plan = dict.fromkeys(field.name for field in dataclasses.fields(script.Plan))
     plan |= {"base": recognised(script), "examples": [photo], "first_step": 0, "steps": 500, "output_dir": out}
     out.mkdir(exist_ok=True)
-    write_card(vars(args), script.Plan(**plan | changes), script.METHOD_TAGS, {"steps": "500"}, repository)
+    write_card(vars(args), script.Plan(**plan | changes), script.METHOD_TAGS, settings or {"steps": "500"}, repository)
     header, markdown = split((out / "README.md").read_text(encoding="utf-8"))
     return header, markdown, re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1]
 
@@ -361,6 +363,13 @@ def test_a_card_says_what_the_run_was(script, tmp_path):
     header, markdown, snippet = write_run(script, tmp_path / "my-dog", *own, repository="me/dog", base=family)
     assert header["instance_prompt"] == "a dog on the beach" and "deepfloyd-if" in header["tags"]
     assert "# me/dog\n" in markdown and {"me/dog", "a dog on the beach"} <= set(strings_in(snippet))
+
+
+def test_a_card_tells_no_news_of_the_run(script, tmp_path):
+    """Whether a value was the default, and how many steps were done at the start, is for the screen."""
+    said = {"steps": "500, 50 an epoch; 0 are done", "resolution": "64 px, the default for this model", "loss": "mse"}
+    rows = table_rows(write_run(script, tmp_path / "out", settings=said)[1])
+    assert rows == [[" steps ", " 500 "], [" resolution ", " 64 px "], [" loss ", " mse "]]
 
 
 SAME_BASE = [

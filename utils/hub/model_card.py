@@ -85,7 +85,7 @@ def write_card(
         flags: As given, by name.
         plan: The script's `Plan`.
         tags: Of the method.
-        settings: What a reader wants to know of the run, by name.
+        settings: The lines of the start-up screen, by name.
         repository: On the Hub; None: the result stays where it is.
     """
     family = "deepfloyd-if" if plan.base.is_if else "stable-diffusion"
@@ -95,6 +95,8 @@ def write_card(
         if not example.is_prior:
             prompts.setdefault(example.concept, example.concept.instance_prompt or example.prompts[0])
     prompts = tuple(dict.fromkeys(prompts.values()))
+    # The screen's own lines also tell defaults and the steps before a resume.
+    plain = {"resolution": f"{plan.base.resolution} px", "steps": str(plan.steps)}
     describe = describe_adapter if "lora" in tags else describe_pipeline
     prompt = flags["validation_prompt"] or prompts[0]
     card = Card(
@@ -104,7 +106,7 @@ def write_card(
         prompts=prompts,
         validation_prompt=flags["validation_prompt"],
         grid=grid if (plan.output_dir / grid).exists() else None,
-        settings=settings,
+        settings={name: plain.get(name, text) for name, text in settings.items()},
         snippet=render_snippet(describe(flags, plan.base, repository or str(plan.output_dir), prompt)),
     )
     text = render(card, find_license(card.base_model, flags["revision"], flags["hub_token"]))
