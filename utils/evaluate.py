@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import launch
@@ -29,7 +30,6 @@ from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
 from utils.evaluation.standard_errors import Estimate
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import checkpoints
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.cascade import STAGE_TWO, UPSCALER
 from utils.sampling.results import SAVED, Origin
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     report["measures"] = {
         name: {of: dataclasses.asdict(value) for of, value in row.items()} for name, row in scores.items()
     }
-    checkpoints.atomic_write_text(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
+    atomic_files.write_whole(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
     images.save_png(grid, output / "grid.png")
     print(make_table(scores))
     if not args.subject:

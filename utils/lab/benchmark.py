@@ -36,12 +36,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import device_memory, launch
 from utils.lab.step_timing import PARTS
 from utils.make_model import SHAPES, make_model
-from utils.run import checkpoints
 from utils.synthetic import shapes
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"shape": args.shape, "size": args.size, "steps": args.steps, "warm_up": WARM_UP, **machine, **more}
     report["measurements"] = [dataclasses.asdict(one) for one in measured]
     path = args.output / ("against.json" if args.against else "benchmark.json")
-    checkpoints.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
+    atomic_files.write_whole(path, json.dumps(report, indent=2) + "\n")
     images.save_png(draw_plot(title, measured), path.with_suffix(".png"))
     print(f"Wrote {path} and {path.with_suffix('.png')}")
     return int(any(one.problem for one in measured))

@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.devices import launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
 from utils.flags.flag_checks import find_out_of_range
 from utils.lab.benchmark import find_reason
-from utils.run import checkpoints
 from utils.sampling import cascade, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tables = "\n\n".join(make_tables(records))
-    checkpoints.atomic_write_text(args.output / "fidelity.md", tables + "\n")
+    atomic_files.write_whole(args.output / "fidelity.md", tables + "\n")
     minutes = (time.monotonic() - began) / 60
     print(f"\n{tables}\n\n{len(records)} measurements in {minutes:.0f} minutes, kept in {args.output}")
     surprises = find_surprises(records) if args.quick else []
@@ -311,7 +311,7 @@ def measure(
     scores = examine(result, subject, WORD if name else "", args.exam_seeds)
     record = Record(name, model, subject, seed, seconds, scores, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.atomic_write_text(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    atomic_files.write_whole(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     if name:
         shutil.rmtree(result)
     print(f"{seconds:5.0f} s  {name or model}, {subject}, seed {seed}", flush=True)
