@@ -67,8 +67,8 @@ from utils.data import (
     prompt_cleaning,
 )
 from utils.data.geometry import Crop, Size
-from utils.devices import device_memory, graceful_stop, gradient_checkpointing, launch, network_speed, shards
-from utils.flags import command_line, flag_checks
+from utils.devices import device_memory, graceful_stop, launch, network_speed, shards
+from utils.flags import command_line, flag_checks, precision
 from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
 from utils.models import model_files
@@ -474,7 +474,7 @@ def find_problems(args: Namespace) -> list[str]:
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
-        *device_memory.find_precision_problems(vars(args)),
+        *precision.find_precision_problems(vars(args)),
         *schedules.find_rate_problems(vars(args)),
         *optimizers.find_optimizer_problems(vars(args)),
         *shards.find_unsupported(vars(args)),
@@ -501,12 +501,12 @@ def find_method_problems(args: Namespace) -> list[str]:
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
-    device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
+    precision.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
     trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     accelerator = launch.connect(
         args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs
     )
-    for note in flag_conflicts.find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    for note in flag_conflicts.find_unused_flags(vars(args)) + precision.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -920,13 +920,11 @@ def load_models(
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
-    device_memory.keep_norms_in_bf16(unet)
+    network_speed.keep_norms_in_bf16(unet)
     if args.enable_xformers_memory_efficient_attention and flag_checks.is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(
-            None if args.compile else gradient_checkpointing.checkpoint_all_but_attention
-        )
+        unet.enable_gradient_checkpointing(None if args.compile else network_speed.checkpoint_all_but_attention)
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     return models

@@ -39,7 +39,8 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import device_memory, launch
+from utils.devices import launch
+from utils.flags.precision import has_accelerator
 from utils.lab.step_timing import PARTS
 from utils.make_model import SHAPES, make_model
 from utils.synthetic import shapes
@@ -185,7 +186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--only", metavar="TEXT", default="", help="only the configurations with this in their name; default: all")
     add("--against", type=Path, metavar="DIR", help=f"another project's {' and '.join(SCRIPTS.values())}")
     # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
-    best = BEST if device_memory.has_accelerator() else ""
+    best = BEST if has_accelerator() else ""
     add(
         "--best",
         default=best,
@@ -338,7 +339,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
         "Parts are seconds of another run that waits for the device around them; other is noise, loss and logs. A "
         "fused backward pass updates weights within it: that is optimizer, and stops the device for each weight.",
     ]
-    if "fp32" in device["peaks"] and device_memory.has_accelerator():
+    if "fp32" in device["peaks"] and has_accelerator():
         notes.append("In fp32, cuDNN's convolutions may use TF32, which is faster than the matrix products' fp32.")
     return measured, "\n\n".join([make_table(measured), *notes]), device
 
@@ -668,7 +669,7 @@ def write_legend(
 
 def describe_machine(threads: int | None) -> dict:
     """Return what a measurement depends on: the device, the threads of each run, and versions."""
-    device = torch.accelerator.current_accelerator() if device_memory.has_accelerator() else None
+    device = torch.accelerator.current_accelerator() if has_accelerator() else None
     versions = {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
     used = f", {threads} thread{'s' * (threads != 1)}" if threads else ""
     cpu = f"{cpu_name()}, {os.cpu_count()} cores{used}"
