@@ -65,7 +65,7 @@ from utils.data import (
     prompt_cleaning,
 )
 from utils.data.geometry import Crop, Size
-from utils.devices import device_memory, graceful_stop, launch, network_speed, shards
+from utils.devices import accelerator_setup, device_memory, graceful_stop, network_speed, shards
 from utils.flags import command_line, flag_checks, precision
 from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
@@ -532,7 +532,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
     precision.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
     trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
-    accelerator = launch.connect(
+    accelerator = accelerator_setup.connect(
         args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs
     )
     for note in flag_conflicts.find_unused_flags(vars(args)) + precision.find_slow_arithmetic(vars(args)):
@@ -667,7 +667,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        seed = launch.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
+        seed = accelerator_setup.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
     order = batch_order.BatchOrder(examples, global_batch, seed)
@@ -735,7 +735,9 @@ def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan)
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
     repository = (
-        launch.on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
+        accelerator_setup.on_main_process(accelerator, publish.prepare_repository, *options)
+        if args.push_to_hub
+        else None
     )
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)

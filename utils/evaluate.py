@@ -25,7 +25,7 @@ from PIL import Image
 from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
 from utils.evaluation.standard_errors import Estimate
@@ -48,7 +48,7 @@ Scores = dict[str, dict[str, Estimate]]  # of each measure: of the base model an
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write it, and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         scores, grid = evaluate_shapes(args) if args.subject else evaluate_photos(args)
     except UserError as error:

@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import launch
+from utils.devices import accelerator_setup, launch
 from utils.flags.precision import has_accelerator
 from utils.lab.step_timing import PARTS
 from utils.make_model import SHAPES, make_model
@@ -152,7 +152,7 @@ class Comparison:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, write it as JSON and draw it; return 1 if anything failed."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         folders = prepare(args.output, args.shape)
         measured, table, more = compare(args, folders) if args.against else survey(args, folders)
@@ -273,28 +273,18 @@ class Run:
         self.found.unlink(missing_ok=True)
         program, words = (TIMING, [mode, str(self.found), str(script), *flags]) if mode else (script, flags)
         # What one run has compiled would let the next one start sooner.
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self.caches.absolute() / "compiled")}
-        with self.log.open("w", encoding="utf-8") as file:
-            command = launch.launch_command(program, words)
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        compiled = str(self.caches.absolute() / "compiled")
+        return launch.start_script(program, words, self.log, TORCHINDUCTOR_CACHE_DIR=compiled)
 
     def finish(self, process: subprocess.Popen) -> None:
         """Wait for the end; raise UserError if it is not a good one."""
         if status := process.wait():
-            raise UserError(f"exit status {status}: {find_reason(self.log)}")
+            raise UserError(f"exit status {status}: {launch.find_reason(self.log)}")
 
 
 def read_lines(path: Path) -> list[Any]:
     """Read the JSON of each line of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def find_reason(log: Path) -> str:
-    """Return the last line of a log that says why a run failed."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "rror" in line.partition(" ")[0] or re.match(r"- |\S+\.py: error: ", line)]
-    own = [line for line in told if "CalledProcessError" not in line]  # the launcher's, about the script's status
-    return (own or lines or ["it printed nothing"])[-1]
 
 
 def paths_of(folders: dict[str, Path], run: Run) -> list[str]:
@@ -347,11 +337,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
 def measure_device(folders: dict[str, Path], precisions: set[str]) -> dict:
     """Return the device's peak in some precisions, and the number of threads, in a process like those of the runs."""
     run = Run(folders, "peak")
-    with run.log.open("w", encoding="utf-8") as file:
-        command = launch.launch_command(TIMING, ["peak", str(run.found), *sorted(precisions)])
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if status:
-        raise UserError(f"The device could not be measured: exit status {status}: {find_reason(run.log)}")
+    launch.run_script("measuring the device", TIMING, ["peak", str(run.found), *sorted(precisions)], run.log)
     found = json.loads(run.found.read_text(encoding="utf-8"))
     run.clean()
     return found
