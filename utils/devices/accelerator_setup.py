@@ -1,5 +1,6 @@
 """Setting up accelerate in a script: its engine, messages, and work that one of several processes does for all."""
 
+import contextlib
 import datetime
 import importlib
 import logging
@@ -14,6 +15,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.core.errors import UserError
 from utils.devices import shards
@@ -23,6 +25,7 @@ ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+UNTIL_THE_END = contextlib.ExitStack()  # holds what is set up for the life of the process
 
 
 def on_main_process(accelerator: Accelerator, function: Callable, *arguments) -> Any:
@@ -68,6 +71,7 @@ def connect(precision: str | None, accumulation: int, trackers: list[str], outpu
 def set_up_logging(accelerator: Accelerator) -> None:
     """Write messages to stderr, those of utils from the main process only, and none of the libraries' own."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    UNTIL_THE_END.enter_context(logging_redirect_tqdm())  # else a message would stand in a progress bar's line
     for library in ("httpx", "httpx2"):  # they list requests, some with addresses that let anybody send a file
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product in 8 bits
