@@ -13,9 +13,10 @@ from PIL import Image, ImageCms, ImageFont
 
 import train_dreambooth_lora
 from tests.conftest import make_dataset, visit_of
+from utils.core.atomic_files import save_png
 from utils.core.errors import UserError
 from utils.data import decode_images
-from utils.data.decode_images import open_rgb, save_png
+from utils.data.decode_images import open_rgb
 from utils.data.list_images import IMAGE_SUFFIXES, find_images, inspect_images
 from utils.sampling.image_grid import _wrap, make_grid
 

@@ -28,9 +28,10 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.core import atomic_files
 from utils.core.errors import UserError, exit_status, explain_write_errors
 from utils.data import decode_images, list_images
-from utils.devices.launch import silence_libraries
+from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range, messages_if
 from utils.models import model_files
 from utils.sampling import image_grid
@@ -236,7 +237,7 @@ def write(image: Image.Image, path: Path) -> None:
     """Write a PNG file, and the folders that it lies in."""
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    decode_images.save_png(image, path)
+    atomic_files.save_png(image, path)
 
 
 # --------------------------------------------------------------------------------------------------------------- masks

@@ -25,10 +25,11 @@ import diffusers
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import decode_images
 from utils.data.geometry import Size
-from utils.devices.launch import silence_libraries
+from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.cascade import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage
@@ -174,7 +175,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
     written = []
     for number, row in enumerate(rows):
         for seed, picture in zip(args.seed, row):
-            decode_images.save_png(picture, folder / file_name(number, texts[number], seed))
+            atomic_files.save_png(picture, folder / file_name(number, texts[number], seed))
         written.append(row)
     one = len(written) == 1
     grid = image_grid.make_grid(
@@ -184,7 +185,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
         title=texts[0] if one else None,
         row_labels=None if one else texts,
     )
-    decode_images.save_png(grid, folder / "grid.png")
+    atomic_files.save_png(grid, folder / "grid.png")
     return written
 
 

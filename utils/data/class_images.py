@@ -1,16 +1,14 @@
 """Class images: which there are, in which batches the others are generated, and what they were generated from."""
 
 import logging
-import os
-import secrets
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from utils.core.atomic_files import save_png, write_whole
 from utils.core.errors import UserError
-from utils.data.decode_images import save_png
 from utils.data.list_images import find_images, inspect_images
 
 PROMPT_FILE = ".prompt"
@@ -94,12 +92,7 @@ def check_source(folder: Path, prompt: str, guidance: float | None) -> None:
 def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
     """Note beside generated images what they were generated from; a kill leaves no half-written file."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{PROMPT_FILE}-{secrets.token_hex(4)}"
-    try:
-        partial.write_text(describe_source(prompt, guidance), encoding="utf-8")
-        os.replace(partial, folder / PROMPT_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / PROMPT_FILE, describe_source(prompt, guidance))
 
 
 def describe_source(prompt: str, guidance: float | None) -> str:

@@ -5,8 +5,6 @@ An opened image is always mode "RGB": 8 bits, upright, sRGB, on white where it w
 
 import functools
 import io
-import os
-import secrets
 import stat
 import warnings
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from utils.core.errors import UserError, explain_write_errors
+from utils.core.errors import UserError
 from utils.data.geometry import Crop
 
 READING = 1  # to be raised when a change here gives other pixels: caches go by it
@@ -130,22 +128,6 @@ def crop(image: Image.Image, place: Crop) -> Image.Image:
     """Crop a scaled picture, and mirror it if the crop says so."""
     image = image.crop(place.box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if place.is_flipped else image
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG that other processes see either whole or not at all."""
-    path = Path(path)
-    # Hidden, so that list_images never takes it; in the same folder, because only there a rename is atomic.
-    partial = path.with_name(f".{secrets.token_hex(8)}.png.partial")
-    try:
-        with explain_write_errors(path):
-            with partial.open("xb") as file:
-                image.save(file, format="PNG")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _open_parts(path: Path) -> tuple[Image.Image, Image.Image | None]:

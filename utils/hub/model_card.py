@@ -14,8 +14,8 @@ import jinja2
 import yaml
 from huggingface_hub.errors import HTTPError
 
+from utils.core import atomic_files
 from utils.models import model_files
-from utils.run import checkpoints
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -110,7 +110,7 @@ def write_card(
         snippet=render_snippet(describe(flags, plan.base, repository or str(plan.output_dir), prompt)),
     )
     text = render(card, find_license(card.base_model, flags["revision"], flags["hub_token"]))
-    checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
+    atomic_files.write_whole(plan.output_dir / "README.md", text)
 
 
 def describe_pipeline(flags: dict[str, Any], base: Any, result: str, prompt: str) -> Snippet:

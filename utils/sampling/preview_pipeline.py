@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
+from utils.core import atomic_files
 from utils.data import decode_images
 from utils.data.geometry import Size
 from utils.sampling import image_grid
@@ -71,7 +72,7 @@ def draw(
             width=preview.size.width,
             **options,
         ).images[0]
-        decode_images.save_png(picture, folder / preview.name)
+        atomic_files.save_png(picture, folder / preview.name)
 
 
 def shrink(previews: list[Preview], paths: list[Path], folder: Path) -> None:
@@ -82,12 +83,12 @@ def shrink(previews: list[Preview], paths: list[Path], folder: Path) -> None:
     logger.info("Previews enlarge %s, cut and shrunk to %s px.", used, sizes)
     for preview in previews:
         picture = ImageOps.fit(decode_images.open_rgb(paths[preview.index]), preview.size, Image.Resampling.BICUBIC)
-        decode_images.save_png(picture, folder / preview.name)
+        atomic_files.save_png(picture, folder / preview.name)
 
 
 def write_grid(names: Iterable[str], folder: Path, title: str) -> list[Image.Image]:
     """Draw those pictures of a folder that are there on one sheet, grid.png, and return them."""
     drawn = [decode_images.open_rgb(folder / name) for name in names if (folder / name).exists()]
     if drawn:
-        decode_images.save_png(image_grid.make_grid(drawn, columns=4, title=title), folder / "grid.png")
+        atomic_files.save_png(image_grid.make_grid(drawn, columns=4, title=title), folder / "grid.png")
     return drawn

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.seeds import derive_seed
-from utils.data import decode_images
 
 COLOURS = {  # sRGB
     "red": (214, 40, 40),
@@ -256,7 +256,7 @@ def write_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
     paths = [folder / f"{number}.png" for number in range(len(pictures))]
     folder.mkdir(parents=True, exist_ok=True)
     for picture, path in zip(pictures, paths):
-        decode_images.save_png(picture, path)
+        atomic_files.save_png(picture, path)
     return paths
 
 
