@@ -81,8 +81,8 @@ from utils.data import (
     prompt_cleaning,
 )
 from utils.data.geometry import Crop, Size
-from utils.devices import device_memory, graceful_stop, gradient_checkpointing, launch, network_speed, shards
-from utils.flags import command_line, flag_checks
+from utils.devices import accelerator_setup, device_memory, graceful_stop, network_speed, shards
+from utils.flags import command_line, flag_checks, precision
 from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
 from utils.models import model_files
@@ -461,7 +461,7 @@ def find_problems(args: Namespace) -> list[str]:
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
-        *device_memory.find_precision_problems(vars(args)),
+        *precision.find_precision_problems(vars(args)),
         *schedules.find_rate_problems(vars(args)),
         *optimizers.find_optimizer_problems(vars(args)),
         *shards.find_unsupported(vars(args)),
@@ -488,11 +488,11 @@ def find_method_problems(args: Namespace) -> list[str]:
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and warn of flags that have no effect."""
-    device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
+    precision.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
     trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     folders = (args.output_dir, logs)
-    accelerator = launch.connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, *folders)
-    for note in flag_conflicts.find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    accelerator = accelerator_setup.connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, *folders)
+    for note in flag_conflicts.find_unused_flags(vars(args)) + precision.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -612,7 +612,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        seed = launch.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
+        seed = accelerator_setup.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
     epoch_length = batch_order.BatchOrder(examples, global_batch, seed).epoch_length
@@ -681,7 +681,7 @@ def describe_run(
         models: On the meta device if they are not loaded.
     """
     base, flags = plan.base, vars(args)
-    trained, frozen = device_memory.count_parameters(models.unet, models.vae, models.text_encoder)
+    trained, frozen = run_summary.count_parameters(models.unet, models.vae, models.text_encoder)
     kept = "float32" if args.weight_dtype == "fp32" else "bfloat16, rounded stochastically"
     frozen_words = f"{frozen:.2f} M are frozen in {run_summary.describe_frozen(flags, plan)}"
     variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
@@ -707,7 +707,7 @@ def describe_run(
 def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if asked for, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    prepare = functools.partial(launch.on_main_process, accelerator, publish.prepare_repository)
+    prepare = functools.partial(accelerator_setup.on_main_process, accelerator, publish.prepare_repository)
     repository = prepare(*options) if args.push_to_hub else None
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
@@ -931,11 +931,11 @@ def load_models(
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
-    device_memory.keep_norms_in_bf16(unet)
+    network_speed.keep_norms_in_bf16(unet)
     if args.enable_xformers_memory_efficient_attention and flag_checks.is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        selective = gradient_checkpointing.checkpoint_all_but_attention
+        selective = network_speed.checkpoint_all_but_attention
         unet.enable_gradient_checkpointing(None if args.compile else selective)
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import UserError
+from utils.devices.launch import find_reason
 from utils.lab import benchmark, step_timing
 from utils.lab.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
 from utils.lab.step_timing import PARTS, Clock
@@ -106,7 +107,7 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
 def test_the_reason_of_a_failure_is_found(lines, reason, tmp_path):
     """It is the script's last word, not the launcher's."""
     (tmp_path / "log").write_text(lines)
-    assert benchmark.find_reason(tmp_path / "log") == lines.split("\n")[reason].strip()
+    assert find_reason(tmp_path / "log") == lines.split("\n")[reason].strip()
 
 
 def test_the_parts_of_a_step_add_up():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.run import checkpoints
 from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
@@ -386,9 +387,9 @@ def test_metrics_of_another_encoding_are_dropped(tmp_path):
 
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "args.json"
-    checkpoints.atomic_write_text(path, "größe\n")
+    atomic_files.write_whole(path, "größe\n")
     assert path.read_bytes() == "größe\n".encode()
     monkeypatch.setattr(os, "replace", lambda a, b: os.stat("/missing"))
     with pytest.raises(FileNotFoundError):
-        checkpoints.atomic_write_text(path, "new")
+        atomic_files.write_whole(path, "new")
     assert path.read_text() == "größe\n" and names(tmp_path.iterdir()) == ["args.json"]

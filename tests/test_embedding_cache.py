@@ -1,10 +1,13 @@
 """Cached embeddings: the saved bits or nothing, whatever happens to the files and to those who write them."""
 
+import contextlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -229,20 +232,25 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
     assert len(caplog.messages) == 1 and "cannot be cached in" in caplog.text and "goes on" in caplog.text
 
 
-def test_a_full_disk_leaves_no_part_behind(cache, monkeypatch, caplog):
+def test_a_full_disk_leaves_no_part_behind(cache, caplog):
     """Neither under the final name nor under a temporary one; the old entry stays."""
     ids, mask, embeds = prompt(0)
     cache.save(ids, mask, embeds)
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    assert cache.save(ids, mask, embeds + 1) is False and "No space left" in caplog.text
+    with files_limited_to(only_file(cache.folder).stat().st_size // 2):
+        assert cache.save(ids, mask, embeds + 1) is False
+    assert "File too large" in caplog.text
     assert same_bits(cache.load(ids, mask), embeds) and only_file(cache.folder)
 
 
-def write_half(path: Path, content: bytes) -> None:
-    """Write as much as a full disk takes."""
-    with path.open("wb") as file:
-        file.write(content[: len(content) // 2])
-    raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond that many bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Several processes

@@ -8,7 +8,7 @@ import torch
 from tests.if_models import flags_of, write_models
 from tests.runs import HOWS, ROOT, SCRIPTS, differing, names, read_metrics, read_optimizer, read_tensors, untimed
 from utils.core.errors import UserError
-from utils.devices import launch, zero_stages
+from utils.devices import accelerator_setup, zero_stages
 
 HOWS["fsdp"] = (
     f"-m accelerate.commands.launch --config_file {ROOT}/configs/fsdp2.yaml --mixed_precision no --main_process_port 0"
@@ -21,7 +21,7 @@ PROBE = """
 import torch
 from diffusers import UNet2DConditionModel
 from pathlib import Path
-from utils.devices.launch import connect
+from utils.devices.accelerator_setup import connect
 
 accelerator = connect(None, 1, [], ".", Path("logs"))
 unet = UNet2DConditionModel.from_pretrained("MODEL", subfolder="unet")
@@ -109,9 +109,9 @@ def test_the_first_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     with pytest.raises(UserError, match=r"^accelerate is set to FSDP 1, instead of fsdp_version 2"):
-        launch.check_engine()
+        accelerator_setup.check_engine()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    launch.check_engine()
+    accelerator_setup.check_engine()
 
 
 def test_what_does_not_go_with_deepspeed_is_refused_by_name(monkeypatch):

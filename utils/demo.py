@@ -7,9 +7,7 @@ circle of four colours that it has never seen. The LoRA script trains it, as it 
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +17,7 @@ from PIL import Image
 
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import launch
+from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam, shape_reader
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.results import SAVED
@@ -52,7 +50,7 @@ CELL = 128  # pixels of a picture on the sheet
 def main(argv: list[str] | None = None) -> int:
     """Write the photos, train, put the sheet together, and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     photos, result = args.output / "photos", args.output / "lora"
     try:
         prepare(photos, result)
@@ -110,10 +108,8 @@ def train(photos: Path, result: Path, steps: int | None) -> None:
         *FLAGS.split(),
         *([f"--max_train_steps={steps}"] if steps else []),
     ]
-    command = launch.launch_command(ROOT / SCRIPT, flags)
     # On networks this small, one thread is quickest.
-    if status := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-        raise UserError(f"{SCRIPT} ended with exit status {status}; its own message is above.")
+    launch.run_script(SCRIPT, ROOT / SCRIPT, flags, OMP_NUM_THREADS="1")
 
 
 def draw(model: Path) -> list[list[Image.Image]]:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import exit_status
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.make_model import SHAPES, T5_XXL, make_model
 from utils.memory import memory_estimate
 from utils.preview_data import SCRIPTS
@@ -36,7 +36,7 @@ EDGE = 1024  # pixels of the photo that stands for all
 def main(argv: list[str] | None = None) -> int:
     """Print the estimate and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     script = importlib.import_module(Path(args.script).stem)
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])

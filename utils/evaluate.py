@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
 from utils.evaluation.standard_errors import Estimate
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import checkpoints
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.cascade import STAGE_TWO, UPSCALER
 from utils.sampling.results import SAVED, Origin
@@ -48,7 +48,7 @@ Scores = dict[str, dict[str, Estimate]]  # of each measure: of the base model an
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write it, and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         scores, grid = evaluate_shapes(args) if args.subject else evaluate_photos(args)
     except UserError as error:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     report["measures"] = {
         name: {of: dataclasses.asdict(value) for of, value in row.items()} for name, row in scores.items()
     }
-    checkpoints.atomic_write_text(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
+    atomic_files.write_whole(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
     images.save_png(grid, output / "grid.png")
     print(make_table(scores))
     if not args.subject:

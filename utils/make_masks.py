@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from utils.core.errors import UserError, exit_status, explain_write_errors
 from utils.data import images
-from utils.devices.launch import silence_libraries
+from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range, messages_if
 from utils.models import model_files
 from utils.sampling import image_grid

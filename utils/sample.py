@@ -28,7 +28,7 @@ from PIL import Image
 from utils.core.errors import UserError
 from utils.data import images
 from utils.data.geometry import Size
-from utils.devices.launch import silence_libraries
+from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.cascade import STAGE_ONE, STAGE_TWO, UPSCALER, Drawing, Stage

@@ -7,8 +7,6 @@ import functools
 import hashlib
 import io
 import logging
-import os
-import secrets
 import stat
 import unicodedata
 import warnings
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from utils.core.atomic_files import write_whole
 from utils.core.errors import UserError, explain_write_errors
 from utils.data.geometry import Crop, Size, measure
 
@@ -371,12 +370,7 @@ def fingerprint(pictures: Iterable[tuple[Path, bool]]) -> str:
 def remember_source(folder: Path, prompt: str, guidance: float | None) -> None:
     """Write down, beside drawn images, what they were drawn from; no kill may leave half of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{PROMPT_FILE}-{secrets.token_hex(4)}"
-    try:
-        partial.write_text(describe_source(prompt, guidance), encoding="utf-8")
-        os.replace(partial, folder / PROMPT_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / PROMPT_FILE, describe_source(prompt, guidance))
 
 
 def check_source(folder: Path, prompt: str, guidance: float | None) -> None:
@@ -397,18 +391,10 @@ def describe_source(prompt: str, guidance: float | None) -> str:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG that other processes see either whole or not at all."""
-    path = Path(path)
-    # Hidden, so that list_images never takes it; in the same folder, because only there a rename is atomic.
-    partial = path.with_name(f".{secrets.token_hex(8)}.png.partial")
-    try:
-        with explain_write_errors(path):
-            with partial.open("xb") as file:
-                image.save(file, format="PNG")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    with explain_write_errors(path):
+        write_whole(path, content.getbuffer())
 
 
 def _entries(folder: Path) -> list[Path]:

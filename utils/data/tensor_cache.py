@@ -26,6 +26,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
+from utils.core.atomic_files import write_whole
 from utils.core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,10 @@ class TensorCache:
         metadata |= {"files": json.dumps(self.files), "label": label}
         metadata["checksum"] = _checksum(metadata, tensor)
         try:
-            _write(path, safetensors.torch.save({self._name: tensor}, metadata))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = safetensors.torch.save({self._name: tensor}, metadata)
+            # Unsynced: after a power cut, the checksum finds what is damaged, and it is made again.
+            write_whole(path, content, f".tensor-{secrets.token_hex(8)}.partial", to_disk=False)
         except OSError as error:
             self._warn(
                 "writing", f"{self._title} cannot be cached in {self.folder}: {error}. The run goes on without."
@@ -243,18 +247,6 @@ def _checksum(metadata: dict[str, str], tensor: Tensor) -> str:
     digest = hashlib.blake2b(head.encode(), digest_size=20)
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file under a name of its own and rename it; unsynced, since a power cut costs no more than making it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tensor-{secrets.token_hex(8)}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _remove_leftovers(folder: Path) -> None:

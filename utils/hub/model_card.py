@@ -9,8 +9,8 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import HTTPError
 
+from utils.core import atomic_files
 from utils.models import model_files
-from utils.run import checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_card(
         snippet=describe(flags, plan.base, repository or str(plan.output_dir), prompt),
     )
     text = render(card, find_license(card.base_model, flags["revision"], flags["hub_token"]))
-    checkpoints.atomic_write_text(plan.output_dir / "README.md", text)
+    atomic_files.write_whole(plan.output_dir / "README.md", text)
 
 
 def _pipeline_snippet(flags: dict[str, Any], base: Any, name: str, prompt: str) -> str:

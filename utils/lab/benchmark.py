@@ -36,12 +36,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.data import images
-from utils.devices import device_memory, launch
+from utils.devices import accelerator_setup, launch
+from utils.flags.precision import has_accelerator
 from utils.lab.step_timing import PARTS
 from utils.make_model import SHAPES, make_model
-from utils.run import checkpoints
 from utils.synthetic import shapes
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ class Comparison:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, write it as JSON and draw it; return 1 if anything failed."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         folders = prepare(args.output, args.shape)
         measured, table, more = compare(args, folders) if args.against else survey(args, folders)
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"shape": args.shape, "size": args.size, "steps": args.steps, "warm_up": WARM_UP, **machine, **more}
     report["measurements"] = [dataclasses.asdict(one) for one in measured]
     path = args.output / ("against.json" if args.against else "benchmark.json")
-    checkpoints.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
+    atomic_files.write_whole(path, json.dumps(report, indent=2) + "\n")
     images.save_png(draw_plot(title, measured), path.with_suffix(".png"))
     print(f"Wrote {path} and {path.with_suffix('.png')}")
     return int(any(one.problem for one in measured))
@@ -185,7 +186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--only", metavar="TEXT", default="", help="only the configurations with this in their name; default: all")
     add("--against", type=Path, metavar="DIR", help=f"another project's {' and '.join(SCRIPTS.values())}")
     # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
-    best = BEST if device_memory.has_accelerator() else ""
+    best = BEST if has_accelerator() else ""
     add(
         "--best",
         default=best,
@@ -272,28 +273,18 @@ class Run:
         self.found.unlink(missing_ok=True)
         program, words = (TIMING, [mode, str(self.found), str(script), *flags]) if mode else (script, flags)
         # What one run has compiled would let the next one start sooner.
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self.caches.absolute() / "compiled")}
-        with self.log.open("w", encoding="utf-8") as file:
-            command = launch.launch_command(program, words)
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        compiled = str(self.caches.absolute() / "compiled")
+        return launch.start_script(program, words, self.log, TORCHINDUCTOR_CACHE_DIR=compiled)
 
     def finish(self, process: subprocess.Popen) -> None:
         """Wait for the end; raise UserError if it is not a good one."""
         if status := process.wait():
-            raise UserError(f"exit status {status}: {find_reason(self.log)}")
+            raise UserError(f"exit status {status}: {launch.find_reason(self.log)}")
 
 
 def read_lines(path: Path) -> list[Any]:
     """Read the JSON of each line of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def find_reason(log: Path) -> str:
-    """Return the last line of a log that says why a run failed."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "rror" in line.partition(" ")[0] or re.match(r"- |\S+\.py: error: ", line)]
-    own = [line for line in told if "CalledProcessError" not in line]  # the launcher's, about the script's status
-    return (own or lines or ["it printed nothing"])[-1]
 
 
 def paths_of(folders: dict[str, Path], run: Run) -> list[str]:
@@ -338,7 +329,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
         "Parts are seconds of another run that waits for the device around them; other is noise, loss and logs. A "
         "fused backward pass updates weights within it: that is optimizer, and stops the device for each weight.",
     ]
-    if "fp32" in device["peaks"] and device_memory.has_accelerator():
+    if "fp32" in device["peaks"] and has_accelerator():
         notes.append("In fp32, cuDNN's convolutions may use TF32, which is faster than the matrix products' fp32.")
     return measured, "\n\n".join([make_table(measured), *notes]), device
 
@@ -346,11 +337,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
 def measure_device(folders: dict[str, Path], precisions: set[str]) -> dict:
     """Return the device's peak in some precisions, and the number of threads, in a process like those of the runs."""
     run = Run(folders, "peak")
-    with run.log.open("w", encoding="utf-8") as file:
-        command = launch.launch_command(TIMING, ["peak", str(run.found), *sorted(precisions)])
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if status:
-        raise UserError(f"The device could not be measured: exit status {status}: {find_reason(run.log)}")
+    launch.run_script("measuring the device", TIMING, ["peak", str(run.found), *sorted(precisions)], run.log)
     found = json.loads(run.found.read_text(encoding="utf-8"))
     run.clean()
     return found
@@ -668,7 +655,7 @@ def write_legend(
 
 def describe_machine(threads: int | None) -> dict:
     """Return what a measurement depends on: the device, the threads of each run, and versions."""
-    device = torch.accelerator.current_accelerator() if device_memory.has_accelerator() else None
+    device = torch.accelerator.current_accelerator() if has_accelerator() else None
     versions = {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
     used = f", {threads} thread{'s' * (threads != 1)}" if threads else ""
     cpu = f"{cpu_name()}, {os.cpu_count()} cores{used}"

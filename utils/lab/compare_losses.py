@@ -8,10 +8,8 @@ is the option alone. How much another seed changes is in the table as well. To a
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -134,15 +132,8 @@ def train(script: str, name: str, flags: str, args: argparse.Namespace) -> list[
         f"--max_train_steps={args.steps}",
         *f"{COMMON} {FLAGS[script]} {flags}".split(),
     ]
-    command = launch.launch_command(ROOT / SCRIPTS[script], words)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(
-            command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ).returncode
-    if status:
-        raise UserError(f"{script}, {name}, ended with exit status {status}: see {log}.")
+    program, log = ROOT / SCRIPTS[script], run.with_suffix(".log")
+    launch.run_script(f"{script}, {name}", program, words, log, OMP_NUM_THREADS="1")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

@@ -20,20 +20,18 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.devices import launch
+from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
 from utils.flags.flag_checks import find_out_of_range
-from utils.lab.benchmark import find_reason
-from utils.run import checkpoints
 from utils.sampling import cascade, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
@@ -44,6 +42,8 @@ FULL, LORA = "train_dreambooth.py", "train_dreambooth_lora.py"
 WORD = "sks"
 CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
 SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
+# Of each run: one thread, offline.
+VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PIXELS = {SD: 16, SD_V: 16, IF1: 16, IF2: 64}
 
 
@@ -172,7 +172,7 @@ QUICK = {
 def main(argv: list[str] | None = None) -> int:
     """Run what was not run yet, print the tables and write them; return 1 if a run failed or is out of its range."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tables = "\n\n".join(make_tables(records))
-    checkpoints.atomic_write_text(args.output / "fidelity.md", tables + "\n")
+    atomic_files.write_whole(args.output / "fidelity.md", tables + "\n")
     minutes = (time.monotonic() - began) / 60
     print(f"\n{tables}\n\n{len(records)} measurements in {minutes:.0f} minutes, kept in {args.output}")
     surprises = find_surprises(records) if args.quick else []
@@ -267,7 +267,7 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     Raises:
         UserError: A run failed.
     """
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     torch.set_num_threads(1)
     names = [name for name in chosen(args) if RECIPES[name].model == model]
     records = []
@@ -311,7 +311,7 @@ def measure(
     scores = examine(result, subject, WORD if name else "", args.exam_seeds)
     record = Record(name, model, subject, seed, seconds, scores, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.atomic_write_text(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    atomic_files.write_whole(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     if name:
         shutil.rmtree(result)
     print(f"{seconds:5.0f} s  {name or model}, {subject}, seed {seed}", flush=True)
@@ -341,25 +341,14 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         f"--resolution={PIXELS[recipe.model]}",
         *f"--seed={seed} --report_to=none --checkpointing_steps=100000 {recipe.flags}".split(),
     ]
-    command = launch.launch_command(ROOT / recipe.script, words)
-    log = result.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment()).returncode
-    if status:
-        raise UserError(f"{name} on the {subject}: exit status {status}: {find_reason(log)} (see {log})")
+    began, log = time.perf_counter(), result.with_suffix(".log")
+    launch.run_script(f"{name} on the {subject}", ROOT / recipe.script, words, log, **VARIABLES)
     return result, time.perf_counter() - began
 
 
 def class_folder(args: argparse.Namespace, subject: str, model: str) -> Path:
     """Return the folder of the class images that the runs of a subject and a model share."""
     return args.output / "class-images" / f"{slug(subject)}-{model}"
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a run: on one thread, offline, without a GPU if there is none."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def examine(result: Path, subject: str, word: str, seeds: int) -> dict[str, float]:

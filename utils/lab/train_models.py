@@ -30,7 +30,7 @@ from transformers import T5Tokenizer
 
 from utils.core.errors import UserError
 from utils.core.seeds import derive_seed, generator
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.make_model import BUILDERS, SHAPES
 from utils.synthetic import shapes
 from utils.synthetic.small_tokenizers import write_t5_tokenizer
@@ -90,7 +90,7 @@ RECIPES = {
 def main(argv: list[str] | None = None) -> int:
     """Train what is asked for and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from utils.core.errors import UserError
-from utils.devices.device_memory import EIGHT_BIT, peak_memory_gb
+from utils.devices.device_memory import peak_memory_gb
 from utils.flags.flag_checks import is_given, is_installed
+from utils.flags.precision import EIGHT_BIT
 from utils.optim.optimizers import FUSED_ON, optimizer_of
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.devices.device_memory import precision_of
 from utils.flags.flag_checks import is_installed, messages_if
+from utils.flags.precision import precision_of
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
 NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy")))

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from utils.core import atomic_files
 from utils.core.errors import UserError, cannot_write
 from utils.devices import shards
 from utils.devices.device_memory import is_out_of_memory
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there, every leftover counts as dead
+except ImportError:  # Windows has no such locks
     fcntl = None
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def open_folder(output_dir: Path, flags: dict, step: int, resume_from: Path | No
         _lock_file(path)
         remove_leftovers(output_dir)
         _set_aside_newer(output_dir, step)
-        atomic_write_text(path, json.dumps(flags, indent=2) + "\n", _lock_file)
+        atomic_files.write_whole(path, json.dumps(flags, indent=2) + "\n", prepare=_lock_file)
     except BlockingIOError as error:
         raise UserError(f"--output_dir {output_dir} is in use by another run. Wait, or use another folder.") from error
     except OSError as error:
@@ -276,7 +277,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     with _hidden_folder(temporary, final):
         yield temporary
         sync_tree(temporary)
-        with _lock(final):
+        with atomic_files.hold_lock(final):
             _swap_in(temporary, final, replaced)
     _delete(replaced)
 
@@ -299,7 +300,7 @@ def atomic_result(output_dir: Path, last: str) -> Iterator[Path]:
         for entry in sorted(temporary.iterdir(), key=lambda path: path.name == last):
             _delete(output_dir / entry.name)
             entry.rename(output_dir / entry.name)
-        sync_folder(output_dir)
+        atomic_files.sync_folder(output_dir)
 
 
 @contextlib.contextmanager
@@ -334,7 +335,7 @@ def _hidden_folder(temporary: Path, final: Path) -> Iterator[None]:
     """
     try:
         temporary.mkdir(parents=True)
-        with _lock(temporary):
+        with atomic_files.hold_lock(temporary):
             yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
@@ -355,7 +356,7 @@ def _swap_in(temporary: Path, final: Path, replaced: Path) -> None:
         if os.path.lexists(replaced) and not os.path.lexists(final):
             replaced.rename(final)
         raise
-    sync_folder(final.parent)
+    atomic_files.sync_folder(final.parent)
 
 
 def _make_way(final: Path, replaced: Path) -> None:
@@ -372,7 +373,7 @@ def remove_leftovers(output_dir: Path) -> None:
     """Undo what dead runs left half done: put a moved-aside folder back if its place is empty, delete the rest."""
     for path in _children(output_dir):
         match = HIDDEN_NAME.fullmatch(path.name)
-        if not match or _is_locked(path):
+        if not match or atomic_files.is_locked(path):
             continue
         final = path.parent / (f"checkpoint-{match[2]}" if match[2].isdecimal() else match[2])
         if match[1] == "replaced" and not os.path.lexists(final):
@@ -401,7 +402,7 @@ def prune(output_dir: Path, limit: int | None, newest: int) -> list[Path]:
     # Under their own name, half-deleted checkpoints might still look complete.
     hidden = [path.rename(_hidden_path(path, "removing")) for path in gone]
     if hidden:
-        sync_folder(output_dir)
+        atomic_files.sync_folder(output_dir)
     for path in hidden:
         _delete(path)
     return gone
@@ -415,7 +416,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     kept = [line for line in before.splitlines() if _line_step(line) <= step]
     after = b"".join(line + b"\n" for line in kept)
     if after != before:
-        atomic_write_text(path, after.decode())
+        atomic_files.write_whole(path, after)
 
 
 def _line_step(line: bytes) -> float:
@@ -426,28 +427,6 @@ def _line_step(line: bytes) -> float:
         return float("inf")
 
 
-def atomic_write_text(path: Path, text: str, claim: Callable[[Path], None] | None = None) -> None:
-    """Write a UTF-8 text file so that, whatever happens, it holds its old content or the new one.
-
-    Args:
-        claim: Called with the new file before anybody can see it.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".saving-text-{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file, _lock(temporary):
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if claim is not None:
-            claim(temporary)
-        os.replace(temporary, path)  # Windows renames closed files only
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def sync_tree(folder: Path) -> None:
     """Give all files below a folder the usual permissions and wait until they, and the folders, are on the disk."""
     mask = os.umask(0)
@@ -456,54 +435,8 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             # safetensors makes its files readable for their owner alone.
             Path(parent, name).chmod(0o666 & ~mask)
-            _sync(Path(parent, name))
-        sync_folder(Path(parent))
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries (not its files' content) are on the disk."""
-    if os.name != "nt":  # Windows opens no folders
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Call fsync on a file or folder."""
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock that tells `remove_leftovers` of other processes to keep away, where the file system has locks."""
-    if fcntl is None or not path.exists():
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _is_locked(path: Path) -> bool:
-    """Return whether a live process holds the lock of a file or folder."""
-    if fcntl is None or not path.exists():
-        return False
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
+            atomic_files.sync(Path(parent, name))
+        atomic_files.sync_folder(Path(parent))
 
 
 def _hidden_path(final: Path, purpose: str) -> Path:

@@ -23,6 +23,8 @@ from utils.run import checkpoints
 
 logger = logging.getLogger(__name__)
 
+ONE_BY_ONE = ("aim", "clearml")  # trackers whose accelerate class takes one picture a name, not a list
+
 
 class MetricLog:
     """Write one line per optimizer step, one step late, so that reading the loss never makes the device wait.
@@ -64,7 +66,7 @@ class MetricLog:
         Args:
             names: The files of this process's examples, to be named if the step goes wrong.
             losses: For each micro-step what `compute_loss` returned. The mean of each key over micro-steps and
-                processes is written.
+                processes is written; all processes must have the same keys in a step.
             began: `time.perf_counter()` at the start of the step.
             examples: How many examples all processes worked on in the step.
             values: Numbers, or tensors of one number that may still be on their way.
@@ -146,14 +148,17 @@ class MetricLog:
 
 def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
     """Send pictures to those trackers that take pictures, those of another size than the first under its name."""
-    for tracker in accelerator.trackers:
+    for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
         for size in dict.fromkeys(picture.size for picture in pictures):
             title = name if size == pictures[0].size else f"{name} {size[0]}x{size[1]}"
             alike = [picture for picture in pictures if picture.size == size]
             if tracker.name == "tensorboard":
                 stack = np.stack([np.array(picture) for picture in alike])
                 tracker.log_images({title: stack}, step, dataformats="NHWC")
-            elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
+            elif tracker.name in ONE_BY_ONE:
+                for number, picture in enumerate(alike):
+                    tracker.log_images({f"{title} {number}": picture}, step)
+            else:
                 tracker.log_images({title: alike}, step)
 
 
