@@ -1,5 +1,7 @@
 """Checkpoint folders: what counts as one, and what a kill at any file operation leaves behind."""
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -8,6 +10,8 @@ import signal
 import stat
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,33 +24,7 @@ from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoin
 
 ROOT = Path(__file__).parents[1]
 
-# Does one thing to the output folder, and is killed just before its N-th operation on a file.
-VICTIM = """
-import os, signal, sys
-from pathlib import Path
-from utils.run import checkpoints
-
-def count(event, arguments):
-    if event in WATCHED:
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left.pop()
-
-def save():
-    with checkpoints.atomic_folder(out / "checkpoint-500") as folder:
-        (folder / "unet").mkdir()
-        (folder / "unet" / "weights").write_text("new")
-        state = '{"step": 500, "fits": {}, "files": {}, "content": "new"}'
-        (folder / "trainer_state.json").write_text(state)
-
-def prune():
-    checkpoints.prune(out, 1, 500)
-
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
-out, left = Path(sys.argv[1]), [None] * int(sys.argv[3])
-sys.addaudithook(count)
-{"save": save, "prune": prune}[sys.argv[2]]()
-"""
 
 
 def make_checkpoint(folder: Path, content: str = "old") -> Path:
@@ -65,11 +43,37 @@ def content_of(folder: Path) -> str:
     return weights
 
 
-def run_victim(out: Path, action: str, operations: int) -> bool:
-    """Run the victim for that many file operations; return whether it was killed."""
-    done = subprocess.run([sys.executable, "-c", VICTIM, out, action, str(operations)], cwd=ROOT, capture_output=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode != 0
+def save(out: Path) -> None:
+    """Save a checkpoint of two files."""
+    with atomic_folder(out / "checkpoint-500") as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("new")
+        (folder / "trainer_state.json").write_text('{"step": 500, "fits": {}, "files": {}, "content": "new"}')
+
+
+def is_killed(action: Callable[[], None], operations: int) -> bool:
+    """Do something in a fork that is killed just before its N-th operation on a file; return whether it was."""
+    pid = os.fork()
+    if not pid:
+        gc.disable()  # what this process holds is not the fork's to clean up
+        sys.addaudithook(functools.partial(kill_at, [None] * operations))
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def kill_at(left: list, event: str, _) -> None:
+    """Count an event, and kill this process if none is left."""
+    if event in WATCHED:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
 
 
 def names(paths) -> list[str]:
@@ -244,7 +248,7 @@ def test_a_kill_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(
         make_checkpoint(out / "checkpoint-400", "other")
         if old:
             make_checkpoint(final)
-        killed = run_victim(out, "save", operations)
+        killed = is_killed(functools.partial(save, out), operations)
         before = content_of(final) if final.exists() else "absent"
         remove_leftovers(out)
         after = content_of(final) if final.exists() else "absent"
@@ -264,7 +268,7 @@ def test_a_kill_at_any_operation_of_pruning_leaves_complete_checkpoints(tmp_path
         out = tmp_path / str(operations)
         for step in (300, 400, 500):
             make_checkpoint(out / f"checkpoint-{step}", str(step))
-        killed = run_victim(out, "prune", operations)
+        killed = is_killed(functools.partial(prune, out, 1, 500), operations)
         visible = sorted(out.glob("checkpoint-*"))
         assert [content_of(path) for path in visible] == [path.name[-3:] for path in visible]
         remove_leftovers(out)
