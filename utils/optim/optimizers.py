@@ -1,4 +1,4 @@
-"""What the optimizers need and cannot do, for the checks of flags."""
+"""Optimizers by name: what they need and cannot do, updating one weight at a time, and loading their state."""
 
 import contextlib
 import functools
