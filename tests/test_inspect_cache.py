@@ -86,9 +86,8 @@ def add_broken(folder: Path) -> list[Path]:
     broken = [folder / f"{digit * 40}.safetensors" for digit in "abc"]
     broken += [folder / f".{name}-{'0' * 16}.partial" for name in ("embeds", "tensor")]
     content = entry.read_bytes()
-    for path, written in zip(
-        broken, (content[:-1], content.replace(b'"format":"4"', b'"format":"3"'), content, b"", b"1")
-    ):
+    contents = (content[:-1], content.replace(b'"format":"4"', b'"format":"3"'), content, b"", b"1")
+    for path, written in zip(broken, contents, strict=True):
         path.write_bytes(written)
         age(path, 2)
     return broken

@@ -159,7 +159,7 @@ def load_optimizer(folder: Path, optimizer: Any, scaler: Any) -> None:
         shards.load_state(optimizer, state["optimizer"])
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
-    for group, given in zip(optimizer.param_groups, flags):
+    for group, given in zip(optimizer.param_groups, flags, strict=True):
         group.update(given)
 
 
