@@ -1,8 +1,9 @@
-"""An output folder of one run at a time, and folders in it that are either complete or not there, however a run ends.
+"""The output folder of a run, and folders in it that are complete or not there, however the run ends.
 
-A folder is written under a hidden name, synced, and renamed. Hidden names are `.saving-500-1a2b3c4d` (being written),
-`.replaced-500-…` (the old checkpoint-500, until the new one is in place) and `.removing-500-…` (on its way out): none
-has the word that people and tools search for. A run that dies in between leaves them for `remove_leftovers`.
+One run at a time works in an output folder. A folder in it is written under a hidden name, synced, and renamed. There
+are three kinds of hidden names, none with the word that people and tools search for: `.saving-500-1a2b3c4d` is being
+written. `.replaced-500-…` is the old checkpoint-500, until the new one is in place. `.removing-500-…` is on its way
+out. A run that is killed leaves them, and `remove_leftovers` of the next one clears them away.
 """
 
 import contextlib
@@ -55,9 +56,14 @@ def _set_aside_newer(output_dir: Path, step: int) -> None:
     """Rename checkpoints beyond a step: `latest` would take those of an abandoned run for this one's."""
     for path in checkpoints.list_checkpoints(output_dir):
         if checkpoints.step_of(path) > step:
-            kept = path.with_name(f"passed-over-{checkpoints.step_of(path)}-{secrets.token_hex(4)}")
-            logger.warning("%s lies ahead of this run, which begins at %d: kept as %s.", path.name, step, kept.name)
-            path.rename(kept)
+            _set_aside(path, f"lies ahead of this run, which begins at {step}")
+
+
+def _set_aside(path: Path, why: str) -> None:
+    """Rename what has a checkpoint's name to one that no run takes or deletes, and say why."""
+    kept = path.with_name(f"passed-over-{checkpoints.step_of(path)}-{secrets.token_hex(4)}")
+    logger.warning("%s %s: it is kept as %s.", path, why, kept.name)
+    path.rename(kept)
 
 
 @contextlib.contextmanager
@@ -162,9 +168,7 @@ def _make_way(final: Path, replaced: Path) -> None:
     if os.path.lexists(final) and (checkpoints.step_of(final) is None or not checkpoints.why_unusable(final)):
         final.rename(replaced)
     elif os.path.lexists(final):
-        kept = final.with_name(f"passed-over-{checkpoints.step_of(final)}-{secrets.token_hex(4)}")
-        logger.warning("%s %s: it is kept as %s.", final, checkpoints.why_unusable(final), kept.name)
-        final.rename(kept)
+        _set_aside(final, checkpoints.why_unusable(final))
 
 
 def remove_leftovers(output_dir: Path) -> None:
