@@ -88,7 +88,15 @@ from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
 from utils.models import model_files
 from utils.optim import optimizers, schedules, stochastic_rounding
-from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
+from utils.run import (
+    atomic_folders,
+    checkpoints,
+    flag_conflicts,
+    folder_checks,
+    metric_log,
+    resume_checks,
+    run_summary,
+)
 from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
@@ -282,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         # 7. The result. Distributed training ends before the upload: waiting processes would time out.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
+            with atomic_folders.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -713,7 +721,7 @@ def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan)
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
-        checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
+        atomic_folders.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
     metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -833,7 +841,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
         keys = [[cache.content_hash(path), *crop, *map(str, dataset.resampling)] for path, crop in crops]
         latents = known.fill(keys, functools.partial(encode_crops, args, accelerator, plan, dataset, crops))
     logger.info(f"Cached the latents of {len(crops)} crops.")
-    return dict(zip(crops, latents))
+    return dict(zip(crops, latents, strict=True))
 
 
 def encode_crops(
@@ -1517,12 +1525,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, model
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+        with atomic_folders.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             checkpoints.save_optimizer(folder, state, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.resume_keys)
-        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+        atomic_folders.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
 
@@ -1612,7 +1620,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
             # A shared result should not tell in which folder the base model lay.
             if isinstance(part, DiffusionPipeline | diffusers.ModelMixin):
                 part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
-        with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+        with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         if plan.base.precomputes_text and not args.skip_save_text_encoder:
@@ -1633,7 +1641,7 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
     set_masking(args, plan.base, text_encoder)
     index = json.loads((plan.output_dir / "model_index.json").read_text(encoding="utf-8"))
     index["text_encoder"] = plan.base.index["text_encoder"]
-    with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+    with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
         text_encoder.save_pretrained(folder / "text_encoder")
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

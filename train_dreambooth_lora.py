@@ -86,7 +86,15 @@ from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
 from utils.models import adapters, model_files, quantize
 from utils.optim import optimizers, schedules, stochastic_rounding
-from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
+from utils.run import (
+    atomic_folders,
+    checkpoints,
+    flag_conflicts,
+    folder_checks,
+    metric_log,
+    resume_checks,
+    run_summary,
+)
 from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
@@ -292,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         # 7. The result. Distributed training ends before the upload: waiting processes would time out.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
+            with atomic_folders.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -748,7 +756,7 @@ def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan)
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
-        checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
+        atomic_folders.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
     metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -875,7 +883,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
         keys = [[cache.content_hash(path), *crop, *map(str, dataset.resampling)] for path, crop in crops]
         latents = known.fill(keys, functools.partial(encode_crops, args, accelerator, plan, dataset, crops))
     logger.info(f"Cached the latents of {len(crops)} crops.")
-    return dict(zip(crops, latents))
+    return dict(zip(crops, latents, strict=True))
 
 
 # Same in train_dreambooth.py
@@ -1597,12 +1605,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, model
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+        with atomic_folders.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             checkpoints.save_optimizer(folder, state, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.resume_keys)
-        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+        atomic_folders.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
 
@@ -1676,7 +1684,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
     """Write the adapter file and, beside it, the scheduler with which the result samples."""
     networks = shards.gather_weights(accelerator, models.trained)
     if accelerator.is_main_process:
-        with checkpoints.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
+        with atomic_folders.atomic_result(plan.output_dir, last=WEIGHTS_FILE) as folder:
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         logger.info(f"The adapter is {plan.output_dir / WEIGHTS_FILE}.")

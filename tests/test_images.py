@@ -103,7 +103,7 @@ def curve(gamma=None, samples=()):
 
 def rgb_profile(primaries, tone):
     """Build an RGB profile from its primaries (columns, XYZ under D50) and one tone curve."""
-    colors = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T)}
+    colors = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T, strict=True)}
     return make_profile(b"RGB ", colors | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), tone))
 
 

@@ -238,21 +238,21 @@ def test_no_corruption_gives_another_tensor(cache, dtype, seed, monkeypatch):
     """A thousand of each: every load gives what was saved, or a warning and nothing; saving mends it."""
     entries, chance, logged = [photo(number, dtype) for number in range(4)], random.Random(seed), []
     caches = [cache, cache, cache, TensorCache(cache.folder, "latents", IDENTITY | {"dtype": "bf16"})]
-    for owner, entry in zip(caches, entries):
+    for owner, entry in zip(caches, entries, strict=True):
         owner.save(*entry)
-    paths = [owner.path_of(key) for owner, (key, _) in zip(caches, entries)]
+    paths = [owner.path_of(key) for owner, (key, _) in zip(caches, entries, strict=True)]
     contents = [path.read_bytes() for path in paths]
     monkeypatch.setattr(cache_module.logger, "warning", lambda text, *_: logged.append(text))
     refused = 0
     for _ in range(1000):
         corrupt(paths, contents, chance)
-        for owner, (key, moments), path, content in zip(caches, entries, paths, contents):
+        for owner, (key, moments), path, content in zip(caches, entries, paths, contents, strict=True):
             loaded = owner.load(key)
             assert loaded is None or same_bits(loaded, moments)
             refused += loaded is None
             path.write_bytes(content)
     assert len(logged) == refused > 950
-    assert all(same_bits(owner.load(key), moments) for owner, (key, moments) in zip(caches, entries))
+    assert all(same_bits(owner.load(key), moments) for owner, (key, moments) in zip(caches, entries, strict=True))
 
 
 def test_each_changed_bit_is_noticed(cache, monkeypatch):

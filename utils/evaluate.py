@@ -190,7 +190,7 @@ def show_answers(answers: dict[str, list[Answer]]) -> Image.Image:
     prompts = [list(dict.fromkeys(rows[number].question.prompt for rows in by_seed[RESULT])) for number in numbers]
     rows = [
         first if not others else f"{topics[number]}, a prompt a seed"
-        for number, (first, *others) in zip(numbers, prompts)
+        for number, (first, *others) in zip(numbers, prompts, strict=True)
     ]
     title = "Left: the base model, without the word. Right: the result. Numbers: the match with the subject."
     return make_sheet(cells, 2 * len(seeds), labels, rows, title)
@@ -248,7 +248,7 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
         rows = [draw(pipeline, kind, [text] * args.seeds, range(args.seeds), args) for text in asked]
         count = max(2, CLASS_PICTURES * args.seeds)
         of_class = draw(pipeline, kind, [f"a {args.class_word}"] * count, range(count), args)
-        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows)), of_class)
+        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows, strict=True)), of_class)
         drawn[of] = rows
     return join(scores), show_photos(photos, drawn, prompts)
 

@@ -451,7 +451,7 @@ def share_of(mask: Image.Image) -> float:
 
 def draw_sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     """Return all cells on one sheet, about as wide as high if they are many."""
-    pictures, labels = zip(*cells)
+    pictures, labels = zip(*cells, strict=True)
     columns = max(COLUMNS, math.ceil(math.sqrt(len(cells))))
     return image_grid.make_grid(pictures, columns, labels, title="Dark and blue: outside of the mask, does not count")
 

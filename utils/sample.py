@@ -158,11 +158,11 @@ def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     sizes = cascade.plan_sizes(chain, args.width, args.height, pictures)
     output = args.output or Path("samples", results.default_name(args.result))
     folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
-    small = [make_small(*row) for row in zip(paths, pictures, sizes[0])]
+    small = [make_small(*row) for row in zip(paths, pictures, sizes[0], strict=False)]
     diffusers.utils.logging.set_verbosity_warning()  # says which words of a prompt are too many
     embeds = cascade.embed_prompts(chain, drawing)
     drawn = [[picture] * len(args.seed) for picture in small] or None
-    for stage, own_sizes, folder in zip(chain, sizes, folders):
+    for stage, own_sizes, folder in zip(chain, sizes, folders, strict=True):
         drawn = write_rows(args, cascade.draw_rows(stage, own_sizes, drawing, embeds, drawn), folder)
     return folders, rows * len(args.seed)
 
@@ -174,7 +174,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
     texts = [path.stem for path in args.images] if several else args.prompt
     written = []
     for number, row in enumerate(rows):
-        for seed, picture in zip(args.seed, row):
+        for seed, picture in zip(args.seed, row, strict=True):
             atomic_files.save_png(picture, folder / file_name(number, texts[number], seed))
         written.append(row)
     one = len(written) == 1

@@ -19,6 +19,8 @@ try:
 except ImportError:  # Windows has no such locks: there, every leftover counts as dead
     fcntl = None
 
+_HELD = []  # open files, whose locks this process holds until it ends
+
 
 def write_whole(
     path: Path,
@@ -106,3 +108,24 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def lock_for_life(path: Path) -> None:
+    """Lock a file, made if need be, for the life of this process; forks of it, like data workers, hold no lock.
+
+    This process must not open the file again: the lock would go with the first handle that is closed.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
+    while fcntl is not None:
+        _HELD.append(path.open("a+b"))
+        try:
+            fcntl.lockf(_HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BlockingIOError(str(error)) from error
+        except OSError:
+            return  # a file system without locks
+        # Since it was opened, another run may have put its own file in the place of this one.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(_HELD[-1].fileno())):
+            return

@@ -127,7 +127,7 @@ def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length
     rows = tokenizer(cleaned_texts, return_offsets_mapping=tokenizer.is_fast)
     places = rows.get("offset_mapping", [None] * len(texts))
     losses = []
-    for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places):
+    for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places, strict=True):
         if cleaned != text and (lost := lost_words(text)):
             words = ", ".join(map(repr, lost))
             losses.append(f"The prompt {text!r} loses {words} when IF's pipelines clean it: T5 reads {cleaned!r}.")

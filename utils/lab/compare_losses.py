@@ -145,7 +145,8 @@ def make_table(script: str, losses: dict[str, list[float]]) -> str:
     for name, values in losses.items():
         quarter = len(plain) // 4
         end, reference = statistics.fmean(values[-quarter:]), statistics.fmean(plain[-quarter:])
-        apart = statistics.fmean(abs(one - other) for one, other in zip(values, plain)) / statistics.fmean(plain)
+        gaps = [abs(one - other) for one, other in zip(values, plain, strict=True)]
+        apart = statistics.fmean(gaps) / statistics.fmean(plain)
         rows.append(f"| {name} | {end:.4f} | {end / reference:.1%} | {apart:.2%} |")
     return "\n".join(rows)
 

@@ -32,7 +32,7 @@ def list_previews(sizes: list[Size], count: int, seed: int) -> list[Preview]:
     names = ["{:02d}.png" if len(sizes) == 1 else f"{{:02d}}-{size}.png" for size in sizes]
     return [
         Preview(name.format(index), index, (seed + index) % 2**32, size)
-        for name, size in zip(names, sizes)
+        for name, size in zip(names, sizes, strict=True)
         for index in range(count)
     ]
 
