@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.runs import SCRIPTS, read_metrics
-from utils.make_model import make_model
 from utils.memory import memory_tracker
 from utils.memory.memory_tracker import (
     COPIES,
@@ -22,6 +21,7 @@ from utils.memory.memory_tracker import (
     WEIGHTS,
     MemoryTracker,
 )
+from utils.synthetic.random_models import make_model
 
 SIDE, ROWS = 1000, 500
 BYTES = 4 * SIDE * SIDE  # of a layer's weights
