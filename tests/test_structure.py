@@ -14,7 +14,7 @@ from utils.check_sync import read_script
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
-REHEARSES = "utils/memory/memory_estimate.py"  # goes through a script's own step, without content
+TRACKS_MEMORY = "utils/memory/memory_estimate.py"  # runs a script's own step, without content
 UTILS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("*.py"))
 # In the order of imports: a room imports from itself and from those before it. Tools lie directly in utils/.
 ROOMS = "core flags optim devices data models hub run memory sampling synthetic evaluation lab".split()
@@ -327,7 +327,9 @@ def test_utils_hold_mechanics_only(module, rule):
 
     The one that makes the scripts' parsers needs argparse for it, but takes no flags either.
     """
-    problems = rule(parse(module)) if rule is not find_training or module not in (MAKES_BASE_MODELS, REHEARSES) else []
+    problems = (
+        rule(parse(module)) if rule is not find_training or module not in (MAKES_BASE_MODELS, TRACKS_MEMORY) else []
+    )
     allowed = ["imports argparse"] if (rule, module) == (find_flags_in_nouns, MAKES_PARSERS) else []
     assert problems == allowed, "\n".join([module, *problems])
 

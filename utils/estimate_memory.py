@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerator = script.make_accelerator(given)
         base = script.detect_model(given)
         plan = script.make_plan(given, accelerator, base, script.list_examples(given, base))
-        costs = memory_estimate.foretell(script, vars(given), plan, accelerator, torch.device(args.device))
+        costs = memory_estimate.estimate_costs(script, vars(given), plan, accelerator, torch.device(args.device))
     run_summary.show_run(accelerator, f"{args.script} {' '.join(args.flags)}", costs)
     return 0
 
