@@ -8,8 +8,8 @@ import pytest
 from utils.evaluation import exam
 from utils.lab import fidelity
 from utils.lab.fidelity import IF1, LORA, Column, Recipe, Record
-from utils.make_model import make_model
 from utils.synthetic import shapes
+from utils.synthetic.random_models import make_model
 
 SUBJECT = "quartered circle"
 

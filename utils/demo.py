@@ -24,12 +24,11 @@ from utils.evaluation import exam, shape_reader
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
-from utils.synthetic.shapes import SUBJECTS
+from utils.synthetic.shapes import SUBJECT, SUBJECTS, WORD
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "train_dreambooth_lora.py"
-MODEL = ROOT / "models" / "shapes-sd"
-SUBJECT, WORD = "quartered circle", "sks"
+MODEL = shapes.MODELS / "shapes-sd"
 CLASS = SUBJECTS[SUBJECT].shape
 SEEDS = 2  # pictures of a prompt on the sheet
 SEEN, UNSEEN = shapes.split_backgrounds(SUBJECT)

@@ -9,7 +9,6 @@ it was seen before.
 """
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,18 @@ from PIL import Image
 from utils.core.errors import exit_status
 from utils.data import images, prompt_cleaning
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import run_summary
+from utils.run import run_summary, scripts
 from utils.sampling import image_grid
 
 TINT = (40, 0, 120)  # of what a mask hides
 NARROWEST = 224  # pixels of a cell; the pictures of IF's stage I leave no room for words
 LINES = 12  # of a caption; as many words as a text encoder takes, or nearly
-SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the sheet, say where it is, and return the exit status."""
     args = parse_args(argv)
-    script = importlib.import_module(Path(args.script).stem)
+    script = scripts.load_script(args.script)
     sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(sheet, args.output)
@@ -48,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, default=Path("data-preview.png"), metavar="PNG", help="default: data-preview.png")
     add("--count", type=int, default=16, help="pictures, the first ones of the run; default: 16")
-    add("script", choices=SCRIPTS, help="the training script")
+    add("script", help="path of the training script")
     add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
     args = parser.parse_args(argv)
     if problems := find_out_of_range(vars(args), {"count": "1 or more"}):

@@ -40,9 +40,10 @@ from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import device_memory, launch
 from utils.lab.step_timing import PARTS
-from utils.make_model import SHAPES, make_model
 from utils.run import checkpoints
 from utils.synthetic import shapes
+from utils.synthetic.model_sizes import SHAPES
+from utils.synthetic.random_models import make_model
 
 ROOT = Path(__file__).parents[2]
 TIMING = ROOT / "utils" / "lab" / "step_timing.py"

@@ -19,11 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.core.errors import UserError
 from utils.data import images
-from utils.demo import CLASS, MODEL, SUBJECT, WORD
 from utils.devices import launch
 from utils.synthetic import shapes
+from utils.synthetic.shapes import SUBJECT, SUBJECTS, WORD
 
 ROOT = Path(__file__).parents[2]
+MODEL, CLASS = shapes.MODELS / "shapes-sd", SUBJECTS[SUBJECT].shape
 SCRIPTS = {"full": "train_dreambooth.py", "LoRA": "train_dreambooth_lora.py"}
 COMMON = (
     "--resolution=16 --train_batch_size=4 --snr_gamma=5 --lr_scheduler=cosine --lr_warmup_steps=0 --seed=0 "

@@ -37,11 +37,10 @@ from utils.run import checkpoints
 from utils.sampling import cascade, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
-from utils.synthetic.shapes import SUBJECTS
+from utils.synthetic.shapes import SUBJECTS, WORD
 
 ROOT = Path(__file__).parents[2]
 FULL, LORA = "train_dreambooth.py", "train_dreambooth_lora.py"
-WORD = "sks"
 CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
 SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
 PIXELS = {SD: 16, SD_V: 16, IF1: 16, IF2: 64}

@@ -26,12 +26,11 @@ from pathlib import Path
 from utils.core.errors import UserError
 from utils.devices import launch
 from utils.flags.flag_checks import find_out_of_range
-from utils.make_model import make_model
 from utils.synthetic import shapes
+from utils.synthetic.random_models import make_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"full": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}
-SUBJECT = "quartered circle"
 FLAGS = (
     "--resolution=32 --train_batch_size=1 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=2 --seed=0 "
     "--checkpointing_steps=2 --checkpoints_total_limit=1 --report_to=none --resume_from_checkpoint=latest"
@@ -103,7 +102,7 @@ def prepare(output: Path) -> None:
         raise UserError(f"--output {output} is not empty. Remove it, or use another folder.")
     launch.import_what_is_imported_late()
     make_model(output / "model", "tiny")
-    shapes.write_photos(output / "photos", SUBJECT)
+    shapes.write_photos(output / "photos", shapes.SUBJECT)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 

@@ -1,27 +1,23 @@
-"""What training will cost, before any weight is read: memory by what it is for, and seconds a step.
+"""Watch the steps of a training script on tensors without content: memory by what it is for, operations, time.
 
-A `MemoryTracker` goes through a script's own steps with networks on the meta device: their tensors have shapes, but no
-content. It watches every operation, follows each tensor from its making to its end, and counts products.
+The networks are on the meta device, so their tensors have shapes but no content. A `MemoryTracker` sees every
+operation, follows each tensor from its creation to its end, and counts multiplications.
 
-What real devices do and tensors without content do not is added by rules, each measured by itself (torch 2.13):
-autocast's casts, fused attention, AdamW's way of stepping on GPUs, and on CPUs the copies in which oneDNN computes
-convolutions, and the holes that the C library leaves between freed tensors. Not counted are what cuDNN and cuBLAS take
-for themselves, previews and class images.
+Some memory exists only on real devices. Rules add it, and each rule was measured by itself (torch 2.13):
+
+- autocast casts, fused attention needs no matrix of all pairs, AdamW steps on all weights together on some GPUs;
+- on CPUs, oneDNN computes convolutions on copies, and the C library keeps holes between freed tensors.
+
+What cuDNN and cuBLAS take for themselves, previews and class images are not counted.
 """
 
 import contextlib
 import dataclasses
 import functools
-import importlib
-import logging
-import math
-import os
 import platform
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,14 +29,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from utils.core.errors import UserError
-from utils.devices.device_memory import EIGHT_BIT, peak_memory_gb
-from utils.flags.flag_checks import is_given, is_installed
-from utils.optim.optimizers import FUSED_ON, optimizer_of
-
-logger = logging.getLogger(__name__)
+from utils.memory.speed_model import Rates, count_flops
+from utils.optim.optimizers import FUSED_ON
 
 aten, META = torch.ops.aten, torch.device("meta")
 WEIGHTS, FROZEN, GRADIENTS, STATE, REST, COPIES = (
@@ -53,11 +44,7 @@ HALF |= {Tensor.__matmul__, Tensor.__rmatmul__, Tensor.baddbmm, torch.conv2d}
 FLOAT_ON_CPU = {F.mse_loss}
 FLOAT_ON_GPU = {F.mse_loss, F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp}
 FLOAT_ON_GPU |= {torch.cumsum, Tensor.pow, torch.pow, torch.sum, Tensor.sum, F.softplus, torch.group_norm}
-ATTENTION, ATTENTION_BACKWARD = (
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
-HOLES, PROCESS = "freed, but kept by the C library", "Python and its libraries"
+HOLES = "freed, but kept by the C library"
 # glibc gives larger pieces pages of their own, returned at once. The smaller ones leave holes: twice what passes
 # through a step at most stays in memory, or half of it on top of all else (15 configurations of three networks).
 LARGEST_IN_HEAP = 32 * 2**20
@@ -66,7 +53,7 @@ CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 @dataclasses.dataclass
 class Costs:
-    """What a rehearsal found, memory in bytes."""
+    """What was tracked, memory in bytes."""
 
     memory: dict[str, int]  # at the peak, by what it is for
     phase: str  # in which the peak was
@@ -87,10 +74,10 @@ class MemoryTracker(TorchDispatchMode):
         device: Where tensors are put, the meta device.
     """
 
-    def __init__(self, kind: str, precision: str, processes: int = 1, rates: "Rates | None" = None):
-        """Rehearse for a kind of device ("cpu", "cuda", …) and a mixed precision ("no", "bf16", "fp16")."""
+    def __init__(self, kind: str, precision: str, processes: int = 1, rates: Rates | None = None):
+        """Track for a kind of device ("cpu", "cuda", …) and a mixed precision ("no", "bf16", "fp16")."""
         super().__init__()
-        self.kind, self.mixed_precision, self.num_processes, self.device = kind, precision, processes, META
+        self.kind, self.mixed_precision, self.device = kind, precision, META
         self.is_main_process = self.is_local_main_process = True
         self.process_index, self.num_processes = 0, processes
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -167,7 +154,7 @@ class MemoryTracker(TorchDispatchMode):
         if weight.grad is not None:
             self._rename(weight.grad, GRADIENTS)
 
-    def recognise(self, _group: dict, weight: Tensor) -> None:
+    def count_as_weight(self, _group: dict, weight: Tensor) -> None:
         """Call a weight one that was put in another's place."""
         self._rename(weight, WEIGHTS)
 
@@ -311,22 +298,22 @@ class _Functions(DeviceContext):
 
     __enter__, __exit__ = TorchFunctionMode.__enter__, TorchFunctionMode.__exit__
 
-    def __init__(self, rehearsal: MemoryTracker):
-        """Serve a rehearsal."""
+    def __init__(self, tracker: MemoryTracker):
+        """Serve a tracker."""
         super().__init__(META)
-        self.rehearsal = rehearsal
-        self.floats = FLOAT_ON_CPU if rehearsal.kind == "cpu" else FLOAT_ON_GPU
+        self.tracker = tracker
+        self.floats = FLOAT_ON_CPU if tracker.kind == "cpu" else FLOAT_ON_GPU
 
     def __torch_function__(self, func, types, given=(), kwargs=None):
         """Call a function as a device would."""
-        kwargs, rehearsal = kwargs or {}, self.rehearsal
+        kwargs, tracker = kwargs or {}, self.tracker
         if func is Tensor.backward:
-            rehearsal.micro_steps += 1
-            with rehearsal.autocast():  # under which gradient checkpointing computes forward again
+            tracker.micro_steps += 1
+            with tracker.autocast():  # under which gradient checkpointing computes forward again
                 return func(*given, **kwargs)
-        if rehearsal.cast_depth and rehearsal.half and func in HALF:
-            given, kwargs = tree_map(functools.partial(self.cast, rehearsal.half), (given, kwargs))
-        elif rehearsal.cast_depth and rehearsal.half and func in self.floats and not is_kept_in_bf16(func, kwargs):
+        if tracker.cast_depth and tracker.half and func in HALF:
+            given, kwargs = tree_map(functools.partial(self.cast, tracker.half), (given, kwargs))
+        elif tracker.cast_depth and tracker.half and func in self.floats and not is_kept_in_bf16(func, kwargs):
             given, kwargs = tree_map(functools.partial(self.cast, torch.float32), (given, kwargs))
         if func is F.scaled_dot_product_attention and given[0].is_meta:
             return attend(*given, **kwargs)
@@ -336,10 +323,10 @@ class _Functions(DeviceContext):
         """Return a tensor of floats in a dtype; weights that train are cast once."""
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
-        is_weight = value.is_leaf and value.requires_grad and dtype is self.rehearsal.half
+        is_weight = value.is_leaf and value.requires_grad and dtype is self.tracker.half
         if not is_weight or not torch.is_grad_enabled():
             return value.to(dtype)
-        casts = self.rehearsal.casts
+        casts = self.tracker.casts
         if id(value) not in casts:
             casts[id(value)] = value.to(dtype)
         return casts[id(value)]
@@ -366,173 +353,3 @@ def attend(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     options = {"attn_mask": attn_mask, "scale": scale}
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **options)[0]
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-WORTHWHILE = 0.02  # of the peak; a change that saves less is not named
-
-
-def describe_costs(
-    go: Callable[[dict, MemoryTracker], None],
-    flags: dict[str, Any],
-    device: torch.device,
-    processes: int,
-    steps: int,
-    is_here: bool = True,
-) -> dict[str, str]:
-    """Return what a run will need, by name, and which flags would save how much.
-
-    Args:
-        go: Goes through a run with some flags changed, for a rehearsal to watch.
-        flags: As given, by name, with the mixed precision that holds.
-        device: To train on.
-        steps: Of the run.
-        is_here: Whether this machine has such a device; if not, nothing is said of seconds.
-    """
-    precision = flags["mixed_precision"]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    rates = measure_rates(device, [torch.float32, *([half] if half else [])]) if is_here else None
-    # After the measurement, because libraries load their code when it is first used; one is imported then.
-    if device.type == "cpu" and any(is_given(flags, words) for words in EIGHT_BIT) and is_installed("bitsandbytes"):
-        importlib.import_module("bitsandbytes")
-    process = int(resident_bytes()) if device.type == "cpu" else 0
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # all has been said of the run itself
-    try:
-        costs = rehearse({}, go, MemoryTracker(device.type, precision, processes, rates))
-        savings = []
-        for change, changed in list_changes(flags):
-            rehearsal = MemoryTracker(device.type, changed.get("mixed_precision", precision), processes)
-            with contextlib.suppress(
-                UserError, RuntimeError, TypeError, ValueError
-            ):  # what does not go cannot be advised
-                savings.append((costs.peak - rehearse(changed, go, rehearsal).peak, change))
-    finally:
-        logging.disable(level)
-    memory = {**costs.memory, PROCESS: process}
-    total, accumulated = sum(memory.values()), flags["gradient_accumulation_steps"]
-    seconds = accumulated * costs.seconds[0] + costs.seconds[1]
-    parts = sorted(((size, what) for what, size in memory.items() if size >= 0.005 * total), reverse=True)
-    worthwhile = [(gain, change) for gain, change in sorted(savings, reverse=True) if gain > WORTHWHILE * total]
-    time = {"time": f"very roughly {seconds:.2g} s a step, {seconds * steps / 3600:.2g} h for {steps} steps"}
-    return {
-        "peak memory": f"about {total / 1e9:.2f} GB on {device.type}, while {costs.phase}",
-        "made up of": ", ".join(f"{size / 1e9:.2f} GB {what}" for size, what in parts),
-        **(time if is_here else {}),
-        "less with": "; ".join(f"{change} (-{gain / 1e9:.2f} GB)" for gain, change in worthwhile) or "no other flag",
-    }
-
-
-def rehearse(changes: dict, go: Callable[[dict, MemoryTracker], None], rehearsal: MemoryTracker) -> Costs:
-    """Go through a run with some flags changed and return what it costs."""
-    go(changes, rehearsal)
-    return rehearsal.costs()
-
-
-def list_changes(flags: dict[str, Any]) -> list[tuple[str, dict]]:
-    """Return the changes of flags that may save memory, in words and by name."""
-    batch, accumulated = flags["train_batch_size"], flags["gradient_accumulation_steps"]
-    smaller = {"train_batch_size": 1, "gradient_accumulation_steps": batch * accumulated}
-    trains_text, eight_bit = flags["train_text_encoder"], {"optimizer": "adamw8bit"}
-    is_large = optimizer_of(flags) in ("adamw", "prodigy")
-    fused, halves = {"fused_backward": True, "max_grad_norm": 0.0}, {"weight_dtype": "bf16", "mixed_precision": "bf16"}
-    found = [
-        ("--gradient_checkpointing", {"gradient_checkpointing": True}, True),
-        (" ".join(f"--{name} {value}" for name, value in smaller.items()), smaller, batch > 1),
-        ("--mixed_precision bf16", {"mixed_precision": "bf16"}, flags["mixed_precision"] == "no"),
-        ("--optimizer adamw8bit", eight_bit, is_large and is_installed("bitsandbytes")),
-        ("--fused_backward --max_grad_norm 0", fused, accumulated == 1 and flags["optimizer"] != "prodigy"),
-        ("--weight_dtype bf16 --mixed_precision bf16", halves, flags["optimizer"] != "prodigy"),
-        ("--base_model_precision nf4", {"base_model_precision": "nf4"}, "base_model_precision" in flags),
-        ("--use_bitfit", {"use_bitfit": True}, "use_bitfit" in flags),
-        ("--pre_compute_text_embeddings", {"pre_compute_text_embeddings": True}, not trains_text),
-        ("--cache_latents on", {"cache_latents": "on"}, flags["cache_latents"] != "on"),
-        ("--no-train_text_encoder", {"train_text_encoder": False, "text_encoder_lr": None}, trains_text),
-    ]
-    return [
-        (words, changes)
-        for words, changes, holds in found
-        if holds and any(flags.get(name) != value for name, value in changes.items())
-    ]
-
-
-def resident_bytes() -> float:
-    """Return how much memory this process has now, where Linux tells it, or had at most."""
-    try:
-        status = Path("/proc/self/statm").read_text(encoding="ascii")
-    except OSError:
-        return peak_memory_gb(torch.device("cpu")) * 1e9
-    return int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-# ---------------------------------------------------------------------------------------------------------------- time
-
-
-def count_flops(packet: Any, given: tuple, kwargs: dict, out: Any) -> tuple[str | None, int]:
-    """Return of what kind an operation is, and how many products and sums it does; (None, 0) if it is neither."""
-    if packet is ATTENTION:
-        return "attention", sdpa_flop_count(*(one.shape for one in given[:3]))
-    if packet is ATTENTION_BACKWARD:
-        return "attention", sdpa_backward_flop_count(*(one.shape for one in given[:4]))
-    if packet not in flop_registry:
-        return None, 0
-    kind = {aten.convolution: "convolution", aten.convolution_backward: "convolution backward"}.get(packet, "product")
-    return kind, flop_registry[packet](*given, **kwargs, out_val=out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """How fast a device is, as measured."""
-
-    flops: dict[tuple[str, torch.dtype], float]  # a second, by kind and dtype
-    traffic: float  # bytes a second
-    overhead: float  # seconds of an operation that does nothing
-
-    def seconds(self, kind: str | None, dtype: torch.dtype, flops: int, moved: int) -> float:
-        """Return how long an operation takes that does so much and reads and writes so many bytes."""
-        rate = self.flops.get((kind, dtype)) or self.flops.get((kind, torch.float32), math.inf)
-        return max(flops / rate, moved / self.traffic, self.overhead)
-
-
-def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> Rates:
-    """Measure in about a second how fast a device is."""
-    side, channels, edge = (1024, 256, 32) if device.type == "cpu" else (4096, 512, 64)
-    found = {}
-    for dtype in dict.fromkeys(dtypes):
-        square = torch.ones(side, side, device=device, dtype=dtype)
-        picture = torch.ones(1, channels, edge, edge, device=device, dtype=dtype)
-        filters = torch.ones(channels, channels, 3, 3, device=device, dtype=dtype)
-        heads = torch.ones(1, 8, side, 64, device=device, dtype=dtype)
-        options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        calls = {
-            "product": (torch.mm, (square, square), 2 * side**3),
-            "convolution": (F.conv2d, (picture, filters, None, 1, 1), 18 * channels**2 * edge**2),
-            "convolution backward": (
-                aten.convolution_backward,
-                (picture, picture, filters, None, *options, [True, True, False]),
-                36 * channels**2 * edge**2,
-            ),
-            "attention": (F.scaled_dot_product_attention, (heads, heads, heads), 4 * 8 * 64 * side**2),
-        }
-        found |= {(kind, dtype): count / time_of(*call, device) for kind, (*call, count) in calls.items()}
-    long, short = (torch.ones(count, device=device) for count in (2**24, 1))
-    return Rates(
-        found, 2 * long.nbytes / time_of(torch.add, (long, 1), device), time_of(torch.add, (short, 1), device)
-    )
-
-
-def time_of(function: Callable, arguments: tuple, device: torch.device, budget: float = 0.1) -> float:
-    """Return the seconds of a call, the best of as many as fit into a budget of seconds, but of two at least."""
-    best, began = math.inf, time.perf_counter()
-    with torch.no_grad():
-        function(*arguments)
-        for count in range(1000):
-            start = time.perf_counter()
-            function(*arguments)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-            if count and time.perf_counter() - began > budget:
-                break
-    return best
