@@ -3,7 +3,7 @@
     python -m utils.new_experiment my_experiment.py --from lora      # or full, or the path of any script
     python -m utils.new_experiment ../elsewhere/my_experiment.py     # needs: pip install -e REPOSITORY
 
-The copy has no `# Same in …` lines: nothing compares it with the original. Its docstring names the commit it came from.
+The copy has no `# Same in …` lines, so nothing compares it with the original. Its docstring names its commit.
 """
 
 import argparse
@@ -98,7 +98,9 @@ def describe_origin(source: Path) -> str:
         return f"Copy of {source.name}; the commit is unknown because git is not installed."
     except subprocess.CalledProcessError:
         return f"Copy of {source.name}; the commit is unknown because git finds no repository there."
-    return f"Copy of {source.name} at commit {commit}" + (", with uncommitted changes in its tree." if changes else ".")
+    return f"Copy of {source.name} at commit {commit}" + (
+        ", with uncommitted changes in its tree." if changes else "."
+    )
 
 
 def ask_git(folder: Path, *words: str) -> str:
