@@ -170,7 +170,7 @@ def test_stage_one_is_fed_the_noisy_picture(script, pipelines):
     assert torch.equal(fed["timestep"], timesteps)
     torch.testing.assert_close(fed["sample"], kept.sqrt() * pictures + (1 - kept).sqrt() * noise)
     assert output.shape == (3, 6, 16, 16)
-    torch.testing.assert_close(loss.total, (output[:, :3] - noise).square().mean())
+    torch.testing.assert_close(loss["loss"], (output[:, :3] - noise).square().mean())
 
 
 def enlarged_part(inputs: dict, seeds: list[int], alphas: torch.Tensor) -> torch.Tensor:
@@ -403,12 +403,12 @@ def test_the_variance_is_taught_by_the_bound_and_the_prediction_is_not(script, p
     hybrid, same, output = one_step(script, pipeline, stage, pictures, embeds, train_variance=True)
     assert torch.equal(output, without) and torch.equal(fed["sample"], same["sample"])
     for loss in (plain, hybrid):
-        loss.total.backward()
+        loss["loss"].backward()
     assert torch.equal(output.grad[:, :3], without.grad[:, :3]) and without.grad[:, :3].abs().max() > 0
     assert not without.grad[:, 3:].any() and output.grad[:, 3:].abs().amax(dim=(1, 2, 3)).min() > 0
     alphas, noisy = pipeline.scheduler.alphas_cumprod, fed["sample"][:, :3]
     terms = vlb_loss(*output.detach().split(3, dim=1), pictures, noisy, fed["timestep"], alphas)
-    assert (hybrid.total - plain.total).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
+    assert (hybrid["loss"] - plain["loss"]).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- pictures and captions
