@@ -22,7 +22,7 @@ To change an experiment, edit one function:
     noise and timesteps ...... sample_noise          order of the photos ...... StepSampler
     stage II's input ......... stage_two_inputs      the optimizer ............ make_optimizer
     the target ............... prediction_target     the schedule ............. learning_rate
-    the loss of an example ... example_losses        previews, their sampler .. make_preview_pipeline
+    the loss of an example ... example_losses        the previews' sampler .... make_sampler
     instance + class loss .... combine_losses        what is saved ............ save_result
 
 Tools such as `python -m utils.preview_data SCRIPT` call functions of this file by name; docs/changing.md lists them.
@@ -57,7 +57,7 @@ try:  # before all else, because quick_imports nearly halves the seconds that th
     from utils.flags import command_line, flag_checks
     from utils.hub import hub_datasets, model_card, publish
     from utils.memory import memory_estimate, out_of_memory
-    from utils.models import model_files
+    from utils.models import layer_names, model_files
     from utils.optim import optimizers, schedules, stochastic_rounding
     from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
     from utils.sampling import preview_pipeline
@@ -435,13 +435,13 @@ def add_method_args(add, switch) -> None:
 
 def add_validation_args(add, switch) -> None:
     """Add the flags of the pictures that are drawn during training."""
-    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_prompt", help="Draw previews of this before, during and after training. Unset: none.")
     add("--validation_negative_prompt", default="", help="Negative prompt of the previews.")
     add("--num_validation_images", type=int, default=4, help="Previews per round. Each round uses the same seeds.")
     add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds of previews.")
     add("--validation_epochs", type=int, help="Epochs between rounds. Overrides --validation_steps.")
-    add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
+    sampler = "DPMSolverMultistepScheduler"
+    add("--validation_scheduler", default=sampler, metavar="CLASS", help="Sampler: any of diffusers that fits DDPM.")
     add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per preview.")
     add("--validation_guidance_scale", type=float, default=7.5, help="Guidance scale of the previews. 1: none.")
     add("--validation_resolution", metavar="SIZES", help="Sizes of the previews: 64,64x96. Unset: --resolution.")
@@ -483,6 +483,7 @@ def find_problems(args: Namespace) -> list[str]:
         ),
         *folder_checks.find_folder_problems(vars(args)),
         *images.find_unreadable("--validation_images", args.validation_images or []),
+        *preview_pipeline.find_sampler_problems(args.validation_scheduler),
         *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
@@ -551,6 +552,7 @@ def detect_model(args: Namespace) -> ModelInfo:
     )
     longest = configs.text_encoder.get("max_position_embeddings", 77)
     problems = flag_conflicts.find_model_conflicts(vars(args), base, longest)
+    problems += layer_names.find_unknown_layers(unet, method_resume_keys(args, base).get("layers"))
     has_images = args.validation_images or args.num_eval_images
     small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
@@ -675,6 +677,7 @@ def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
+    models.optimizer = make_optimizer(args, plan, models)
     summary = describe_run(args, accelerator, plan, DreamBoothDataset(args, plan, prompts).order, models)
     title = f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)"
     run_summary.show_run(accelerator, title, summary)
@@ -697,8 +700,8 @@ def describe_run(
     frozen_words = f"{frozen:.2f} M are frozen in {run_summary.describe_frozen(flags, plan)}"
     variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
     rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates.values())
-    optimizer = optimizers.NAMES[optimizers.optimizer_of(flags)]
-    optimizer += " in the backward pass" if args.fused_backward else ""
+    optimizer = optimizers.class_name(models.optimizer) + (" in the backward pass" if args.fused_backward else "")
+    sampler = f"{type(make_sampler(args, plan)).__name__}, {args.validation_num_inference_steps} steps"
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
@@ -711,6 +714,7 @@ def describe_run(
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
         "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
         "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        **({"previews": f"{len(plan.previews)} by {sampler}"} if args.validation_prompt else {}),
         "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
     }
 
@@ -1588,10 +1592,14 @@ def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Modu
 def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
-    scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
     unet = accelerator.unwrap_model(models.unet)
     kind = getattr(diffusers, PIPELINES[plan.base.kind])
-    return preview_pipeline.assemble(kind, unet=unet, scheduler=scheduler, **parts)
+    return preview_pipeline.assemble(kind, unet=unet, scheduler=make_sampler(args, plan), **parts)
+
+
+def make_sampler(args: Namespace, plan: Plan) -> diffusers.SchedulerMixin:
+    """Return the sampler of the previews, with the noise that the model was trained with."""
+    return getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
 
 
 # ------------------------------------------------------------------------------------------------------------ result

@@ -24,7 +24,7 @@ from PIL import Image
 from utils.core.errors import exit_status
 from utils.devices import launch
 from utils.memory import memory_estimate
-from utils.run import run_summary, scripts
+from utils.run import run_summary, scripts, tool_names
 from utils.synthetic.model_sizes import SHAPES, T5_XXL
 from utils.synthetic.random_models import make_model
 
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     launch.silence_libraries()
     script = scripts.load_script(args.script)
+    tool_names.check_names(script, "utils.estimate_memory")
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])
         accelerator = script.make_accelerator(given)

@@ -22,7 +22,7 @@ from utils.memory.memory_tracker import Costs, MemoryTracker
 from utils.memory.savings import WORTHWHILE, list_changes
 from utils.memory.speed_model import measure_rates
 from utils.optim.optimizers import on_each_gradient
-from utils.run import run_summary
+from utils.run import run_summary, tool_names
 
 PROCESS = "Python and its libraries"
 
@@ -37,8 +37,9 @@ def show_costs(script: ModuleType, flags: dict[str, Any], plan: Any, accelerator
     if not accelerator.is_main_process:
         return
     try:
+        tool_names.check_names(script, "--dry_run")
         costs = estimate_costs(script, flags, plan, accelerator, accelerator.device)
-    except (UserError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # needs content, or a name
+    except (UserError, RuntimeError, TypeError, ValueError) as error:  # what cannot do without content
         costs = {"peak memory": f"not known: {error}"}
     run_summary.show_run(accelerator, "What it would cost, at most and about", costs)
 

@@ -16,7 +16,15 @@ NEEDED = {
     "--dry_run": STEPPING,
     "utils.estimate_memory": (*PLANNING, *STEPPING),
     "utils.preview_data": (*PLANNING, "tokenize_prompts", "DreamBoothDataset", "StepSampler"),
-    "utils.lab.step_timing split": ("main", "exit_status", "train", "MetricLog", "latents_or_pixels", "embed_prompts"),
+    "utils.lab.step_timing split": (
+        "main",
+        "exit_status",
+        "train",
+        "make_loader",
+        "metric_log",
+        "latents_or_pixels",
+        "embed_prompts",
+    ),
     "utils.lab.step_timing flops": ("main", "exit_status", "train"),
 }
 
@@ -26,14 +34,19 @@ def find_missing_names(script: ModuleType, tool: str) -> list[str]:
     return [name for name in dict.fromkeys(NEEDED[tool]) if not hasattr(script, name)]
 
 
+def describe_missing_names(script: ModuleType, tool: str) -> str:
+    """Return a sentence that says what a script lacks for a tool, "" if nothing."""
+    if not (missing := find_missing_names(script, tool)):
+        return ""
+    name = Path(script.__file__).name
+    return f"{name} does not define {', '.join(missing)}, which {tool} calls: a copy must keep such names."
+
+
 def check_names(script: ModuleType, tool: str) -> None:
     """Check that a script has what a tool calls.
 
     Raises:
-        UserError: It lacks a name; the message says which, and which tool needs it.
+        UserError: It lacks a name.
     """
-    if missing := find_missing_names(script, tool):
-        name = Path(script.__file__).name
-        raise UserError(
-            f"{name} does not define {' and '.join(missing)}, which {tool} calls: a copy must keep this name."
-        )
+    if sentence := describe_missing_names(script, tool):
+        raise UserError(sentence)
