@@ -16,8 +16,9 @@ def test_columns_are_aligned():
 
 def test_a_short_row_ends_in_a_sentence():
     """It does not widen the columns that it leaves out."""
-    table = make_table(("name", "side", "n"), [("a", "left", "1"), ("b", "right", "failed: no reason given")], texts=2)
-    assert table.split("\n")[2:] == ["| a    | left  |   1 |", "| b    | right | failed: no reason given |"]
+    rows = [("a", "left", "1", "2"), ("b", "right", "failed: no reason given")]
+    table = make_table(("name", "side", "n", "m"), rows, texts=2)
+    assert table.split("\n")[2:] == ["| a    | left  |   1 |   2 |", "| b    | right | failed: no reason given |"]
 
 
 def test_a_table_without_rows_has_a_head():
