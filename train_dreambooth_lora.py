@@ -46,43 +46,32 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
-from utils.data import geometry, images, masks, prompt_cleaning
-from utils.data.batch_order import BatchOrder, split_batch
-from utils.data.captions import STRATEGIES, find_captions
-from utils.data.concepts import Concept, find_concept_problems, read_concepts
-from utils.data.embedding_cache import open_cache
-from utils.data.geometry import CROP_STYLES, UNITS, Crop, Size, quarter
-from utils.data.latent_cache import content_hash, open_latents
-from utils.devices import device_memory, shards
-from utils.devices.graceful_stop import StopRequest, ignore_signals
-from utils.devices.gradient_checkpointing import checkpoint_all_but_attention
-from utils.devices.launch import connect, on_main_process
-from utils.devices.network_speed import compile_blocks
-from utils.flags.command_line import flags_to_repeat, make_grouped_parser, parse_with_config
-from utils.flags.flag_checks import find_out_of_range, is_installed, messages_if, ranges_of
-from utils.hub import publish
-from utils.hub.hub_datasets import open_source
-from utils.hub.model_card import write_card
-from utils.memory.memory_estimate import show_costs
-from utils.memory.out_of_memory import explain_out_of_memory
-from utils.models import adapters, model_files
-from utils.models.quantize import BASE_PRECISIONS, quantize_layers
-from utils.models.variance import variational_bound
-from utils.optim.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
-from utils.optim.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
-from utils.optim.stochastic_rounding import in_float32
-from utils.run import checkpoints
-from utils.run.flag_conflicts import find_model_conflicts, find_unused_flags
-from utils.run.folder_checks import find_folder_problems
-from utils.run.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
-from utils.run.resume_checks import check_resume_keys, resume_keys_of_run
-from utils.run.run_summary import describe_run, show_run
+from utils.data import (
+    batch_order,
+    captions,
+    concepts,
+    embedding_cache,
+    geometry,
+    images,
+    latent_cache,
+    masks,
+    prompt_cleaning,
+)
+from utils.data.geometry import Crop, Size
+from utils.devices import device_memory, graceful_stop, gradient_checkpointing, launch, network_speed, shards
+from utils.flags import command_line, flag_checks
+from utils.hub import hub_datasets, model_card, publish
+from utils.memory import memory_estimate, out_of_memory
+from utils.models import adapters, model_files, quantize
+from utils.optim import optimizers, schedules, stochastic_rounding
+from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
 from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
@@ -96,6 +85,21 @@ UNET_LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 IF_LORA_TARGETS = (*UNET_LORA_TARGETS, "add_k_proj", "add_v_proj")
 TEXT_ENCODER_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial one_cycle".split()
+# Allowed values of flags that are numbers. Unless named here: whole numbers 1 or more, fractions 0 or more.
+FLAG_RANGES = {
+    "local_rank": "any",
+    "repeats": "from 1 to 10,000",
+    **dict.fromkeys(("seed", "dataloader_num_workers", "lr_warmup_steps"), "0 or more"),
+    **dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)"),
+}
+# A resumed run must have the same values of these flags, and others of `make_plan` and `resume_checks`.
+RESUME_FLAGS = (
+    *("revision", "instance_prompt", "class_prompt", "repeats", "prior_target", "tokenizer_name"),
+    *("train_text_encoder", "optimizer", "use_8bit_adam", "weight_dtype", "train_batch_size"),
+    *("gradient_accumulation_steps", "train_variance"),
+)
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -148,7 +152,7 @@ class ModelInfo:
     @property
     def low_res_size(self) -> Size | None:
         """The size in pixels of what stage II enlarges to the resolution; None for others."""
-        return quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
+        return geometry.quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
 
 
 # Same in train_dreambooth.py
@@ -157,7 +161,7 @@ class Example(NamedTuple):
 
     path: Path
     prompts: tuple[str, ...]  # one is drawn at each visit
-    concept: Concept
+    concept: concepts.Concept
     size: Size  # in pixels, that it is cut to; a class image is cut like the photo that it stands beside
     is_prior: bool = False
     is_missing: bool = False  # a class image that is still to be drawn
@@ -182,7 +186,7 @@ class Plan:
 
     base: ModelInfo
     examples: list[Example]
-    order: BatchOrder
+    order: batch_order.BatchOrder
     seed: int
     processes: int
     first_step: int  # optimizer steps done by the run that this one continues
@@ -250,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         return print_dry_run(args, accelerator, plan)
     repository = prepare_output_folder(args, accelerator, plan)
 
-    with StopRequest() as stop, explain_out_of_memory(accelerator, vars(args)) as networks:
+    with graceful_stop.StopRequest() as stop, out_of_memory.explain_out_of_memory(accelerator, vars(args)) as networks:
         # 2. Words to tensors; a text encoder that the loop does not need is freed here.
         prompts = encode_prompts(args, accelerator, plan)
 
@@ -271,8 +275,12 @@ def main(argv: list[str] | None = None) -> int:
 
         # 6. The loop.
         loader = make_loader(args, accelerator, plan, dataset)
-        summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
-        show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
+        summary = run_summary.describe_run(
+            vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device
+        )
+        run_summary.show_run(
+            accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary
+        )
         finished = train(args, accelerator, plan, models, loader, stop)
 
         # 7. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
@@ -293,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
     parser = make_parser()
-    args = parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
+    args = command_line.parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
     if problems := find_problems(args) + find_method_problems(args):
         parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
     return args
@@ -303,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags, in groups."""
     learned, trained = (add_model_args, add_data_args), (add_training_args, add_optimizer_args, add_method_args)
-    return make_grouped_parser(__doc__, (*learned, *trained, add_validation_args, add_result_args))
+    return command_line.make_grouped_parser(__doc__, (*learned, *trained, add_validation_args, add_result_args))
 
 
 # Same in train_dreambooth.py
@@ -331,7 +339,7 @@ def add_model_args(add, switch) -> None:
 def add_data_args(add, switch) -> None:
     """Add the flags of the photos and class images."""
     modes, precisions = [mode.name.lower() for mode in Image.Resampling], ["no", "fp32", "fp16", "bf16"]
-    targets, caching, own = ["images", "base_prediction"], ["auto", "on", "off"], STRATEGIES[0]
+    targets, caching, own = ["images", "base_prediction"], ["auto", "on", "off"], captions.STRATEGIES[0]
     add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
     add("--dataset_name", metavar="NAME", help="Photos of a Hub dataset instead, or of a local copy (needs datasets).")
     add("--image_column", default="image", help="Its column of pictures.")
@@ -340,13 +348,27 @@ def add_data_args(add, switch) -> None:
     add("--repeats", type=int, default=1, help="Visits to each photo in a pass over all: weighs concepts.")
     add("--mask_data_dir", metavar="DIR", help="Masks named like the photos: the loss counts where they are light.")
     add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog'.")
-    add("--caption_strategy", default=own, choices=STRATEGIES, help="Where captions are; textfile: beside the photos.")
+    add(
+        "--caption_strategy",
+        default=own,
+        choices=captions.STRATEGIES,
+        help="Where captions are; textfile: beside the photos.",
+    )
     switch("--prepend_instance_prompt", help="Begin each of those captions with the instance prompt.")
     add("--resolution", metavar="SIZE", help="Pixels, as 512 or 512x640 (width x height); unset: the model's own.")
-    add("--crop_style", choices=CROP_STYLES, help="shifted_center: up to a tenth off, as IF had it. Unset: random.")
+    add(
+        "--crop_style",
+        choices=geometry.CROP_STYLES,
+        help="shifted_center: up to a tenth off, as IF had it. Unset: random.",
+    )
     switch("--center_crop", help="The same as --crop_style center.")
     add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: cut by each photo's shape.")
-    add("--resolution_type", default=UNITS[0], choices=UNITS, help="What preserve keeps: area, or the shorter edge.")
+    add(
+        "--resolution_type",
+        default=geometry.UNITS[0],
+        choices=geometry.UNITS,
+        help="What preserve keeps: area, or the shorter edge.",
+    )
     add("--bucket_step", type=int, help="Edges of buckets are multiples of it; unset: 64 px, at low resolution less.")
     add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos; unset: none.")
     add("--maximum_image_size", type=int, metavar="PX", help="Larger photos are cut out of a smaller version of them.")
@@ -404,7 +426,12 @@ def add_optimizer_args(add, switch) -> None:
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
     add("--lr_end", type=float, help="Last rate of polynomial, unset: 1e-7, or one_cycle, unset: highest / 250,000.")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw8bit: less memory; prodigy: finds its rate.")
+    add(
+        "--optimizer",
+        default="adamw",
+        choices=optimizers.OPTIMIZERS,
+        help="adamw8bit: less memory; prodigy: finds its rate.",
+    )
     switch("--use_8bit_adam", help="The same as --optimizer adamw8bit: AdamW's state in 8 bits (bitsandbytes).")
     switch("--fused_backward", help="Update each weight in the backward pass and free its gradient at once.")
     add("--weight_dtype", default="fp32", choices=["fp32", "bf16"], help="Of what trains; bf16 rounds stochastically.")
@@ -425,7 +452,12 @@ def add_method_args(add, switch) -> None:
     add("--lora_alpha", type=int, help="Adapters count alpha / rank times; unset: the rank, so once.")
     add("--lora_dropout", type=float, default=0.0, help="Share of an adapter's inputs that are dropped, in [0, 1).")
     add("--lora_layers", help="Ends of the names of U-Net layers that get one; unset: all attention projections.")
-    add("--base_model_precision", default="no_change", choices=BASE_PRECISIONS, help="Of frozen weights in memory.")
+    add(
+        "--base_model_precision",
+        default="no_change",
+        choices=quantize.BASE_PRECISIONS,
+        help="Of frozen weights in memory.",
+    )
 
 
 # Same in train_dreambooth.py
@@ -464,24 +496,24 @@ def find_problems(args: Namespace) -> list[str]:
     crops = args.center_crop and args.crop_style not in (None, "center")
     return [
         *["--pretrained_model_name_or_path is required."] * lacks_model,
-        *find_concept_problems(vars(args)),
+        *concepts.find_concept_problems(vars(args)),
         *prompt_cleaning.find_undecodable(vars(args)),
-        *find_out_of_range(vars(args), ranges_of(vars(args))),
+        *flag_checks.find_out_of_range(vars(args), flag_checks.usual_ranges(vars(args)) | FLAG_RANGES),
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
         *device_memory.find_precision_problems(vars(args)),
-        *find_rate_problems(vars(args)),
-        *find_optimizer_problems(vars(args)),
+        *schedules.find_rate_problems(vars(args)),
+        *optimizers.find_optimizer_problems(vars(args)),
         *shards.find_unsupported(vars(args)),
-        *messages_if(
+        *flag_checks.messages_if(
             (text and args.pre_compute_text_embeddings, stale),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
-        *find_folder_problems(vars(args)),
+        *folder_checks.find_folder_problems(vars(args)),
         *images.find_unreadable("--validation_images", args.validation_images or []),
-        *find_tracker_problems(tracker_names(args.report_to)),
+        *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
 
@@ -489,7 +521,7 @@ def find_method_problems(args: Namespace) -> list[str]:
     """Return every mistake in the flags that only LoRA has."""
     empty = args.lora_layers is not None and "" in map(str.strip, args.lora_layers.split(","))
     message = f"--lora_layers {args.lora_layers!r} holds an empty name. Example: {','.join(UNET_LORA_TARGETS)}."
-    return messages_if((empty, message))
+    return flag_checks.messages_if((empty, message))
 
 
 # ---------------------------------------------------------------------------------------------------------- start-up
@@ -499,9 +531,11 @@ def find_method_problems(args: Namespace) -> list[str]:
 def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
     device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
-    trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
-    accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
+    accelerator = launch.connect(
+        args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs
+    )
+    for note in flag_conflicts.find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -550,8 +584,12 @@ def detect_model(args: Namespace) -> ModelInfo:
         resolution=Size.parse(args.resolution or usual),
         preview_sizes=list(dict.fromkeys(geometry.parse_list(args.validation_resolution or args.resolution or usual))),
     )
-    problems = find_model_conflicts(vars(args), base, configs.text_encoder.get("max_position_embeddings", 77))
-    small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
+    problems = flag_conflicts.find_model_conflicts(
+        vars(args), base, configs.text_encoder.get("max_position_embeddings", 77)
+    )
+    small = [
+        geometry.quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)
+    ]
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
         raise UserError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
@@ -571,7 +609,7 @@ def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
             f"the model draws {base.native_size} px, but trains at {width}: --resolution sets another size."
         )
     examples = []
-    for concept in read_concepts(vars(args)):
+    for concept in concepts.read_concepts(vars(args)):
         photos = list_photos(args, base, concept)
         examples += photos
         examples += list_class_images(args, base, concept, photos) if concept.class_data_dir else []
@@ -579,9 +617,13 @@ def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
 
 
 # Same in train_dreambooth.py
-def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Example]:
+def list_photos(args: Namespace, base: ModelInfo, concept: concepts.Concept) -> list[Example]:
     """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
-    folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.flag_name, args.resolution_type
+    folder, call, unit = (
+        hub_datasets.open_source(concept, args.cache_dir, args.hub_token),
+        concept.flag_name,
+        args.resolution_type,
+    )
     found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
     found = images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
@@ -590,14 +632,18 @@ def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Exam
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
     images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
-    prompts = find_captions(strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt)
+    prompts = captions.find_captions(
+        strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt
+    )
     lights = masks.find_masks(folder, found, concept.mask_data_dir, call("mask_data_dir"))
     options = {"concept": concept, "is_prior": concept.is_regularisation_data}
     return [Example(path, prompts[path], size=sizes[path], mask=lights.get(path), **options) for path in found]
 
 
 # Same in train_dreambooth.py
-def list_class_images(args: Namespace, base: ModelInfo, concept: Concept, photos: list[Example]) -> list[Example]:
+def list_class_images(
+    args: Namespace, base: ModelInfo, concept: concepts.Concept, photos: list[Example]
+) -> list[Example]:
     """List the class images of a concept; if the base model's prediction is their target, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
     paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
@@ -621,19 +667,19 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        seed = on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
+        seed = launch.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
-    order = BatchOrder(examples, global_batch, seed)
+    order = batch_order.BatchOrder(examples, global_batch, seed)
     steps_per_epoch = math.ceil(order.epoch_length / accumulation)
     scale = global_batch * accumulation if args.scale_lr else 1
     rates = [args.learning_rate * scale]
     if args.train_text_encoder:
         rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
     fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
-    fits |= resume_keys_of_run(vars(args), base, examples) | method_resume_keys(args, base)
+    fits |= resume_checks.resume_keys_of_run(vars(args), RESUME_FLAGS, base, examples) | method_resume_keys(args, base)
     if resume_from is not None:
-        check_resume_keys(resume_from, state["fits"], fits)
+        resume_checks.check_resume_keys(resume_from, state["fits"], fits)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
     plan = Plan(
         base=base,
@@ -652,7 +698,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
         resume_from=resume_from,
         fits=fits,
     )
-    check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
+    schedules.check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
     if args.max_train_steps is None and plan.steps < 50:
         logger.warning(f"{plan.steps} steps will teach little; --max_train_steps of some hundreds is usual.")
     return plan
@@ -674,9 +720,13 @@ def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
-    summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
-    show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
-    show_costs(sys.modules[__name__], vars(args), plan, accelerator)
+    summary = run_summary.describe_run(
+        vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device
+    )
+    run_summary.show_run(
+        accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary
+    )
+    memory_estimate.show_costs(sys.modules[__name__], vars(args), plan, accelerator)
     return 0
 
 
@@ -684,19 +734,21 @@ def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
 def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    repository = on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
+    repository = (
+        launch.on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
+    )
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
-    used = flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
+    used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
         checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
-    start_trackers(accelerator, used, plan.output_dir)
+    metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
 
 
 # Same in train_dreambooth.py
 def draw_class_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, stop: graceful_stop.StopRequest
 ) -> None:
     """Draw the class images that are missing with the base model, all processes sharing the work.
 
@@ -727,7 +779,7 @@ def draw_class_images(
 
 # Same in train_dreambooth.py
 def draw_class_batch(
-    pipeline: DiffusionPipeline, prompts: PromptTable, concept: Concept, batch: range, small: list | None
+    pipeline: DiffusionPipeline, prompts: PromptTable, concept: concepts.Concept, batch: range, small: list | None
 ) -> list[Image.Image]:
     """Draw the class images of some indices of a concept, or enlarge them if they are given small."""
     prompt, guidance = concept.class_prompt, concept.class_guidance_scale
@@ -746,7 +798,7 @@ def write_start_images(args: Namespace, accelerator: Accelerator, plan: Plan, pr
     """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
     # On each machine, because its folder may be its own.
     if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
-        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
+        small = [preview._replace(size=geometry.quarter(preview.size)) for preview in plan.previews]
         photos = [example.path for example in plan.examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
@@ -783,7 +835,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
     kind = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
+        cache = embedding_cache.open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
         embeds = cache.load_all(prompts.ids, prompts.mask)
         if missing := [row for row, known in enumerate(embeds) if known is None]:
             logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
@@ -806,10 +858,14 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
     if not (cuts := count_crops(args, plan, dataset)):
         return None
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    cache = open_latents(args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type)
+    cache = latent_cache.open_latents(
+        args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type
+    )
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        keys = {(path, cut): [content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts}
+        keys = {
+            (path, cut): [latent_cache.content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts
+        }
         latents = {cut: cache.load(key) for cut, key in keys.items()}
         missing = [cut for cut, moments in latents.items() if moments is None]
         vae = load_vae(args, plan, accelerator.device) if missing else None
@@ -917,10 +973,12 @@ def load_models(
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
     device_memory.keep_norms_in_bf16(unet)
-    if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
+    if args.enable_xformers_memory_efficient_attention and flag_checks.is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(None if args.compile else checkpoint_all_but_attention)
+        unet.enable_gradient_checkpointing(
+            None if args.compile else gradient_checkpointing.checkpoint_all_but_attention
+        )
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     return models
@@ -940,14 +998,14 @@ def prepare_training(args: Namespace, plan: Plan, models: Models, device: torch.
     for model, names in zip(models.trained.values(), (layers, TEXT_ENCODER_LORA_TARGETS)):
         adapters.add(model, names, "--lora_layers", PRECISIONS[args.weight_dtype], **options)
         model.train()
-    quantize_layers(models.unet, args.base_model_precision, device)
+    quantize.quantize_layers(models.unet, args.base_model_precision, device)
 
 
 # Same in train_dreambooth.py
 def wrap_for_devices(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Wrap what trains for data parallelism and, so that `forward` runs under autocast, for mixed precision."""
     if args.compile:
-        compile_blocks(models.unet)
+        network_speed.compile_blocks(models.unet)
     *wrapped, models.optimizer = accelerator.prepare(*models.trained.values(), models.optimizer)
     models.trained = dict(zip(models.trained, wrapped))
     models.unet, models.text_encoder = models.trained["unet"], models.trained.get("text_encoder", models.text_encoder)
@@ -1018,7 +1076,7 @@ class StepSampler:
         """Yield the visits of each micro-step, instance images before the class images that belong to them."""
         for micro_step in self.micro_steps:
             pairs = self.plan.order[micro_step]
-            places, mean_weight = split_batch(len(pairs), self.rank, self.plan.processes)
+            places, mean_weight = batch_order.split_batch(len(pairs), self.rank, self.plan.processes)
             photos = [("instance", place, pairs[place].photo) for place in places]
             priors = [("class", place, pairs[place].class_image) for place in places if pairs[place].class_image]
             yield [
@@ -1049,7 +1107,7 @@ def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: 
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=graceful_stop.ignore_signals,
     )
 
 
@@ -1098,14 +1156,49 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
         from prodigyopt import Prodigy
 
         return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
-    return torch.optim.AdamW(groups, **adam, fused=has_fused_kernel(groups))
+    return torch.optim.AdamW(groups, **adam, fused=optimizers.has_fused_kernel(groups))
 
 
 # Same in train_dreambooth.py
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step, counted from 0: a function of the step alone."""
-    options = (args.lr_warmup_steps, args.lr_num_cycles, args.lr_power, args.lr_end)
-    return rate_of_step(args.lr_scheduler, step, steps, peak, *options)
+    """Return the learning rate of a step: a function of the step alone, so a resumed run needs no history.
+
+    The curves are those of diffusers' schedules and, for one_cycle, of torch's OneCycleLR (cosine).
+
+    Args:
+        step: Counted from 0.
+        steps: Steps of the whole run.
+        peak: The highest learning rate.
+    """
+    name, warmup = args.lr_scheduler, args.lr_warmup_steps
+    if name == "constant":
+        return peak
+    if name == "one_cycle":
+        return one_cycle_rate(step, steps, peak, warmup, peak / 25e4 if args.lr_end is None else args.lr_end)
+    if step < warmup:
+        return peak * step / warmup
+    if name == "constant_with_warmup":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if name == "linear":
+        return peak * (1 - done)
+    if name == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if name == "cosine_with_restarts":
+        return 0.0 if done == 1 else peak * 0.5 * (1 + math.cos(math.pi * (args.lr_num_cycles * done % 1)))
+    end = min(1e-7 if args.lr_end is None else args.lr_end, peak)
+    return end + (peak - end) * (1 - done) ** args.lr_power
+
+
+# Same in train_dreambooth.py
+def one_cycle_rate(step: int, steps: int, peak: float, warmup: int, end: float) -> float:
+    """Rise along half a cosine from peak / 25 to the peak, then fall along another one to `end`."""
+    top = max(warmup - 1, 0)
+    if step < top:
+        start, done = peak / 25, step / top
+        return peak + (start - peak) / 2 * (1 + math.cos(math.pi * done))
+    done = min(1.0, (step - top) / max(1, steps - 1 - top))
+    return end + (peak - end) / 2 * (1 + math.cos(math.pi * done))
 
 
 # Same in train_dreambooth.py
@@ -1152,8 +1245,8 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     alphas_cumprod, weight_map = scheduler.alphas_cumprod.to(device), batch["weight_map"].to(device, non_blocking=True)
     losses = example_losses(prediction, wanted, weight_map, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     if args.train_variance:
-        bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
-        losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(bound, weight_map)
+        vlb = vlb_loss(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
+        losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(vlb, weight_map)
     weights = [batch[name].float().to(device, non_blocking=True) for name in ("mean_weights", "loss_weights")]
     return combine_losses(losses, *weights, is_prior)
 
@@ -1304,6 +1397,45 @@ def weighted_mean(values: Tensor, weight_map: Tensor) -> Tensor:
 
 
 # Same in train_dreambooth.py
+def vlb_loss(
+    noise: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Return each pixel's variational lower bound, which trains the variance (arXiv 2102.09672, section 3.1).
+
+    Args:
+        noise: (B, C, H, W) predicted and detached.
+        variance: (B, C, H, W) in about [-1, 1]: -1 is the posterior's log variance, 1 the forward step's.
+        clean, noisy: (B, C, H, W) float32, clean in [-1, 1].
+        timesteps: (B,) int64 in [0, T).
+        alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
+
+    Returns:
+        (B, C, H, W) float32 in bits per dimension.
+    """
+    before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+    beta = 1 - alphas_cumprod / before
+    smallest = beta * (1 - before) / (1 - alphas_cumprod)
+    smallest[0] = smallest[1]  # at t = 0 it is 0, which has no logarithm
+    tables = (alphas_cumprod, before, beta, smallest)
+    signal, before, beta, smallest = (table[timesteps][:, None, None, None] for table in tables)
+    share = (variance + 1) / 2
+    deviation = (0.5 * (share * beta.log() + (1 - share) * smallest.log())).exp()
+    # The mean of x_{t-1} is a mix of x_t and the clean picture, true or predicted (arXiv 2006.11239, equation 7).
+    predicted = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+    of_clean, of_noisy = before.sqrt() * beta / (1 - signal), (1 - beta).sqrt() * (1 - before) / (1 - signal)
+    true_mean, mean = (of_clean * picture + of_noisy * noisy for picture in (clean, predicted))
+    # Checking arguments would make the device wait at every step.
+    make_normal = functools.partial(Normal, validate_args=False)
+    true, model = make_normal(true_mean, smallest.sqrt().expand_as(clean)), make_normal(mean, deviation)
+    # The last step is scored by the probability of the picture's 256 levels (equation 13 there).
+    above = model.cdf(clean + 1 / 255).where(clean < 0.999, 1.0)
+    below = model.cdf(clean - 1 / 255).where(clean > -0.999, 0.0)
+    surprise = -(above - below).clamp(min=1e-12).log()
+    nats = torch.where((timesteps == 0)[:, None, None, None], surprise, kl_divergence(true, model))
+    return nats / math.log(2)
+
+
+# Same in train_dreambooth.py
 def combine_losses(losses: Tensor, mean_weights: Tensor, loss_weights: Tensor, is_prior: Tensor) -> Loss:
     """Return mean(instance) + weight × mean(class) (arXiv 2208.12242, equation 2).
 
@@ -1326,16 +1458,23 @@ def combine_losses(losses: Tensor, mean_weights: Tensor, loss_weights: Tensor, i
 
 # Same in train_dreambooth.py
 def train(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, loader: DataLoader, stop: StopRequest
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    models: Models,
+    loader: DataLoader,
+    stop: graceful_stop.StopRequest,
 ) -> bool:
     """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
     batches, optimizer = iter(loader), models.optimizer
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps, parameters)
+    metrics = metric_log.MetricLog(
+        accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps, parameters
+    )
     every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
     norms = []
     if args.fused_backward:
-        on_each_gradient(optimizer, functools.partial(update_weight, optimizer, norms))
+        optimizers.on_each_gradient(optimizer, functools.partial(update_weight, optimizer, norms))
     stop.begin_loop()
     if plan.first_step == 0 and args.validation_prompt:
         validate(args, accelerator, plan, models, 0, stop)
@@ -1399,7 +1538,7 @@ def update_weights(
 # Same in train_dreambooth.py
 def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight: nn.Parameter) -> None:
     """Update one weight and free its gradient, of which the norm is kept; bf16 is rounded stochastically."""
-    with in_float32(optimizer, weight) as wide, narrowed_to(optimizer, group, wide):
+    with stochastic_rounding.in_float32(optimizer, weight) as wide, optimizers.narrowed_to(optimizer, group, wide):
         norms.append(wide.grad.norm())
         optimizer.step()
     weight.grad = None
@@ -1435,7 +1574,7 @@ def load_weights(folder: Path, models: Models) -> None:
 
 # Same in train_dreambooth.py
 def validate(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, stop: graceful_stop.StopRequest
 ) -> None:
     """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
 
@@ -1459,7 +1598,7 @@ def validate(
     if accelerator.is_main_process:
         names, title = [preview.name for preview in plan.previews], f"{args.validation_prompt} (step {step})"
         if pictures := preview_pipeline.write_grid(names, folder, title):
-            track_images(accelerator, "validation", pictures, step)
+            metric_log.track_images(accelerator, "validation", pictures, step)
 
 
 # Same in train_dreambooth.py
@@ -1501,9 +1640,11 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
 
 
 # Same in train_dreambooth.py
-def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: StopRequest) -> None:
+def share(
+    args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: graceful_stop.StopRequest
+) -> None:
     """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
-    write_card(vars(args), plan, METHOD_TAGS, summary, repository)
+    model_card.write_card(vars(args), plan, METHOD_TAGS, summary, repository)
     if repository:
         stop.begin_upload(publish.say_how_to_upload(plan.output_dir, repository))
         logger.info(f"Uploaded to {publish.upload_result(plan.output_dir, repository, args.hub_token)}")
