@@ -63,7 +63,7 @@ def test_tools_for_users_take_a_copy(copy, tiny, tmp_path, capsys, monkeypatch):
     assert preview_data.main(["--output", str(sheet), "--count", "1", str(copy), *map(str, flags)]) == 0
     assert Image.open(sheet).height > SIZE
     assert estimate_memory.main(["--device", "cuda", str(copy), *map(str, flags)]) == 0
-    assert f"{copy} --pretrained" in (told := capsys.readouterr().out) and "GB on cuda" in told
+    assert f"{copy.name} --pretrained" in (told := capsys.readouterr().out) and "GB on cuda" in told
     started = []
     monkeypatch.setattr(scripts, "start", lambda script, *_, **__: started.append(script) or sys.exit(0))
     with pytest.raises(SystemExit):
@@ -93,4 +93,4 @@ def test_a_script_that_is_not_there_is_refused(tool, flag, capsys):
     """Before anything is written."""
     with pytest.raises(SystemExit, match="2"):
         tool.main([flag, "missing.py"])
-    assert f"{flag} missing.py is not a training script." in " ".join(capsys.readouterr().err.split())
+    assert f"argument {flag}: missing.py is not a training script." in " ".join(capsys.readouterr().err.split())

@@ -7,6 +7,7 @@ circle of four colours that it has never seen. The LoRA script trains it, as it 
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import launch
 from utils.evaluation import exam, shape_reader
+from utils.flags.command_line import convert_flag
 from utils.run import scripts
 from utils.run.scripts import FULL, LORA, SCRIPTS
 from utils.sampling import cascade, image_grid, results
@@ -56,10 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     launch.silence_libraries()
     photos = args.output / "photos"
     try:
-        script = scripts.find_script(args.script)
-        result = args.output / RESULTS[scripts.method_of(script)]
+        result = args.output / RESULTS[scripts.method_of(args.script)]
         prepare(photos, result)
-        train(script, photos, result, args.steps)
+        train(args.script, photos, result, args.steps)
         torch.set_num_threads(1)
         before, after = (draw(model) for model in (MODEL, result))
     except UserError as error:
@@ -73,14 +74,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.demo", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where to; default: demo-output"
     )
-    parser.add_argument(
-        "--script", default=SCRIPTS[LORA].name, metavar="PATH", help="script to train with; default: the LoRA script"
+    add = parser.add_argument
+    add(
+        "--script",
+        type=to_script,
+        default=SCRIPTS[LORA],
+        metavar="PATH",
+        help="to train with; default: the LoRA script",
     )
     parser.add_argument("--steps", type=int, help="training steps; default: as many as it takes")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ To add a configuration, add a line to `CONFIGURATIONS`.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from utils.core import markdown
 from utils.core.errors import UserError
 from utils.data import images
 from utils.devices import device_memory, launch
+from utils.flags.command_line import convert_flag
 from utils.lab import plots
 from utils.lab.compare_projects import COMPARED, compare
 from utils.lab.measured_runs import (
@@ -139,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.benchmark", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
@@ -150,7 +153,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help=f"steps of each run, the first {WARM_UP} not counted; {counts}")
     add("--only", metavar="TEXT", default="", help="only the configurations with this in their name; default: all")
     add("--against", type=Path, metavar="DIR", help=f"another project's {' and '.join(names)}")
-    add("--script", metavar="PATH", help="measure this copy of a script, and only what its method is measured in")
+    add(
+        "--script",
+        type=to_script,
+        metavar="PATH",
+        help="measure this copy of a script, and only what its method is measured in",
+    )
     # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
     best = BEST if device_memory.has_accelerator() else ""
     add(
@@ -162,11 +170,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=2, help="of --against: runs of each side, in turn; default: 2")
     add("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="where to; default: bench-output")
     args = parser.parse_args(argv)
-    try:
-        given = args.script and scripts.find_script(args.script)
-    except UserError as error:
-        parser.error(f"--script {error}")
-    args.paths = {scripts.method_of(given): given} if given else SCRIPTS
+    args.paths = {scripts.method_of(args.script): args.script} if args.script else SCRIPTS
     args.size, args.steps = args.size or size_of(args.shape), args.steps or (COMPARED_STEPS if args.against else STEPS)
     if args.steps <= WARM_UP:
         parser.error(f"--steps {args.steps} leaves none to count: it must be more than {WARM_UP}.")

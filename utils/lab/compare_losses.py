@@ -7,6 +7,7 @@ is the option alone. How much another seed changes is in the table as well. To a
 """
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 from utils.core import markdown
 from utils.core.errors import UserError
 from utils.data import images
+from utils.flags.command_line import convert_flag
 from utils.lab import plots
 from utils.run import scripts
 from utils.run.scripts import FULL, LORA, SCRIPTS
@@ -79,19 +81,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.compare_losses", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("--scripts", nargs="+", default=[*SCRIPTS], metavar="SCRIPT", help="full, lora or paths; default: full lora")
+    both = [*SCRIPTS.values()]
+    add(
+        "--scripts",
+        nargs="+",
+        type=to_script,
+        default=both,
+        metavar="SCRIPT",
+        help="full, lora or paths; default: both",
+    )
     add("--only", nargs="+", metavar="TEXT", default=[], help="options with one of these in their name; default: all")
     add("--steps", type=int, default=200, help="optimizer steps of each run; default: 200")
     add("--output", type=Path, default=Path("losses-output"), metavar="DIR", help="where to; default: losses-output")
     args = parser.parse_args(argv)
-    try:
-        args.scripts = [scripts.find_script(script) for script in args.scripts]
-    except UserError as error:
-        parser.error(f"--scripts {error}")
     if args.steps < 4:
         parser.error(f"--steps {args.steps} must be 4 or more: the last quarter is compared.")
     names = [*OPTIONS, *(name for options in OWN_OPTIONS.values() for name in options)]

@@ -13,6 +13,7 @@ To add a line, add a recipe to `utils.lab.fidelity_recipes.RECIPES`.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -31,6 +32,7 @@ from utils.core.errors import UserError
 from utils.devices import launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
 from utils.lab.fidelity_recipes import (
     BASE_COLUMNS,
@@ -93,13 +95,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.fidelity", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("fidelity-output"), metavar="DIR", help="default: fidelity-output")
     add("--models", type=Path, default=ROOT / "models", metavar="DIR", help="what utils.lab.train_models wrote")
-    add("--script", metavar="PATH", help="a copy of a script, which runs the recipes of its method in its place")
+    add(
+        "--script",
+        type=to_script,
+        metavar="PATH",
+        help="a copy of a script, which runs the recipes of its method in its place",
+    )
     add("--only", metavar="TEXT", default="", help="only the recipes with this in their name; default: all")
     add("--subjects", nargs="+", choices=list(SUBJECTS), default=CHOSEN, help=f"default: {', '.join(CHOSEN)}")
     add("--seeds", type=int, help="runs of each recipe and subject; default: 2, or 1 of what is only compared with")
@@ -107,11 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
     add("--quick", action="store_true", help="some recipes on one subject, and an error if a measure is out of range")
     args = parser.parse_args(argv)
-    try:
-        given = args.script and scripts.find_script(args.script)
-    except UserError as error:
-        parser.error(f"--script {error}")
-    args.paths = {scripts.method_of(given): given} if given else SCRIPTS
+    args.paths = {scripts.method_of(args.script): args.script} if args.script else SCRIPTS
     if problems := find_out_of_range(vars(args), dict.fromkeys(("seeds", "exam_seeds", "jobs"), "1 or more")):
         parser.error(" ".join(problems))
     if args.quick:

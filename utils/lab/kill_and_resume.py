@@ -12,6 +12,7 @@ Random moments would hardly hit a save, which is short: most kills wait for the 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from utils.core.errors import UserError
 from utils.devices import launch
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
 from utils.run import scripts
 from utils.run.scripts import SCRIPTS
@@ -74,20 +76,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.kill_and_resume", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("torture-output"), metavar="DIR", help="where to; default: torture-output")
-    add("--scripts", nargs="+", default=[*SCRIPTS], metavar="SCRIPT", help="full, lora or paths; default: full lora")
+    both = [*SCRIPTS.values()]
+    add(
+        "--scripts",
+        nargs="+",
+        type=to_script,
+        default=both,
+        metavar="SCRIPT",
+        help="full, lora or paths; default: both",
+    )
     add("--kills", type=int, default=20, help="of each script; default: 20")
     add("--steps", type=int, default=24, help="of a run, an even number; default: 24")
     add("--seed", type=int, default=0, help="of the moments; default: 0")
     args = parser.parse_args(argv)
-    try:
-        args.scripts = [scripts.find_script(script) for script in args.scripts]
-    except UserError as error:
-        parser.error(f"--scripts {error}")
     if not hasattr(os, "fork"):
         parser.error("this system has no fork, by which the runs are started.")
     if problems := find_out_of_range(vars(args), dict.fromkeys(("kills", "steps"), "1 or more")):
