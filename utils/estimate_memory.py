@@ -13,6 +13,7 @@ shapes. A plain picture stands for the photos.
 
 import argparse
 import contextlib
+import functools
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from PIL import Image
 
 from utils.core.errors import exit_status
 from utils.devices import launch
+from utils.flags.command_line import convert_flag
 from utils.memory import memory_estimate
 from utils.run import run_summary, scripts, tool_names
 from utils.synthetic.model_sizes import SHAPES, T5_XXL
@@ -44,19 +46,20 @@ def main(argv: list[str] | None = None) -> int:
         base = script.detect_model(given)
         plan = script.make_plan(given, accelerator, base, script.list_examples(given, base))
         costs = memory_estimate.estimate_costs(script, vars(given), plan, accelerator, torch.device(args.device))
-    run_summary.show_run(accelerator, f"{args.script} {' '.join(args.flags)}", costs)
+    run_summary.show_run(accelerator, f"{args.script.name} {' '.join(args.flags)}", costs)
     return 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.estimate_memory", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add, known = parser.add_argument, [name for name, shape in SHAPES.items() if shape["family"] != "x4"]
     add("--device", choices=DEVICES, default="cuda", help="kind of device; default: cuda")
     add("--shape", choices=known, help="of the networks, instead of a model and photos")
-    add("script", help="path of the training script")
+    add("script", type=to_script, help="path of the training script")
     add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
     return parser.parse_args(argv)
 

@@ -9,6 +9,7 @@ it was seen before.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from PIL import Image
 
 from utils.core.errors import exit_status
 from utils.data import images, prompt_cleaning
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
 from utils.run import run_summary, scripts, tool_names
 from utils.sampling import image_grid
@@ -42,13 +44,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.preview_data", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("data-preview.png"), metavar="PNG", help="default: data-preview.png")
     add("--count", type=int, default=16, help="pictures, the first ones of the run; default: 16")
-    add("script", help="path of the training script")
+    add("script", type=to_script, help="path of the training script")
     add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
     args = parser.parse_args(argv)
     if problems := find_out_of_range(vars(args), {"count": "1 or more"}):

@@ -57,7 +57,6 @@ class Costs:
 
     memory: dict[str, int]  # at the peak, by what it is for
     phase: str  # in which the peak was
-    phases: dict[str, int]  # the peak of each
     flops: int  # of a micro-step
     seconds: tuple[float, float]  # of a micro-step, and of the optimizer
 
@@ -82,12 +81,12 @@ class MemoryTracker(TorchDispatchMode):
         self.process_index, self.num_processes = 0, processes
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.functions, self.cast_depth, self.casts = _Functions(self), 0, {}
-        self.held, self.live, self.true_counts = {}, Counter(), {}
+        self.followed, self.live, self.true_counts = {}, Counter(), {}
         self.mapped, self.passing, self.most_passing = 0, 0, 0
-        self.phase, self.phases, self.peak, self.at_peak, self.peak_phase = "", {}, 0, {}, ""
+        self.phase, self.peak, self.at_peak, self.peak_phase = "", 0, {}, ""
         self.heap = 0  # of the peak, what is in no mapped file
         self.in_optimizer, self.flops, self.seconds, self.optimizer_seconds = False, 0, 0.0, 0.0
-        self.rates, self.micro_steps, self.packets = rates, 0, Counter()
+        self.rates, self.micro_steps = rates, 0
 
     # Standing in for the accelerator.
 
@@ -124,7 +123,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self, phase: str, networks: Iterable[nn.Module | None] = ()) -> Iterator[None]:
-        """Watch a phase of the run, from the moment on at which some networks have been loaded for it."""
+        """Watch a phase of the run that begins with these networks in memory."""
         self.phase, self.flops, self.seconds, self.micro_steps = phase, 0, 0.0, 0
         hooks = [register_optimizer_step_pre_hook(self._before_step)]
         hooks.append(register_optimizer_step_post_hook(self._after_step))
@@ -140,26 +139,26 @@ class MemoryTracker(TorchDispatchMode):
     def _add(self, network: nn.Module) -> None:
         """Count the weights of a network, and from here on their gradients."""
         for weight in network.parameters():
-            self._hold(weight, WEIGHTS if weight.requires_grad else FROZEN)
+            self._follow(weight, WEIGHTS if weight.requires_grad else FROZEN)
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(self._after_gradient)
         for buffer in network.buffers():
-            self._hold(buffer, FROZEN)
+            self._follow(buffer, FROZEN)
         # A file is mapped into memory while its weights are converted.
         numbers = sum(weight.numel() for weight in network.parameters() if weight.dtype is not torch.float32)
-        self._look(4 * numbers if self.kind == "cpu" else 0)
+        self._note_peak(4 * numbers if self.kind == "cpu" else 0)
 
     def _after_gradient(self, weight: Tensor) -> None:
-        """Call a gradient one."""
+        """Count a gradient as a gradient."""
         if weight.grad is not None:
             self._rename(weight.grad, GRADIENTS)
 
     def count_as_weight(self, _group: dict, weight: Tensor) -> None:
-        """Call a weight one that was put in another's place."""
+        """Count as a weight what took the place of a weight."""
         self._rename(weight, WEIGHTS)
 
     def _before_step(self, optimizer: Any, *_) -> None:
-        """Count what the optimizer does apart."""
+        """Count the time of the optimizer apart."""
         self.in_optimizer, self.optimizer_seconds = True, 0.0
         for group in optimizer.param_groups:
             # Without a fused kernel, torch takes all weights together on GPUs and one by one on CPUs.
@@ -172,18 +171,18 @@ class MemoryTracker(TorchDispatchMode):
                 group["foreach"] = True
 
     def _after_step(self, optimizer: Any, *_) -> None:
-        """Call what the optimizer keeps its state."""
+        """Count what the optimizer keeps as its state."""
         self.in_optimizer = False
         for tensor in tree_leaves(list(optimizer.state.values())):
             if isinstance(tensor, Tensor):
                 self._rename(tensor, STATE)
 
     def __torch_dispatch__(self, func, types, given=(), kwargs=None):
-        """Do one operation, and write down what it costs."""
+        """Do one operation and count what it costs."""
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if packet is aten._local_scalar_dense and given[0].is_meta:
-            return torch.zeros((), dtype=given[0].dtype).item()  # what is not known counts as 0 and as false
+            return torch.zeros((), dtype=given[0].dtype).item()  # an unknown value counts as 0 or false
         if packet is aten.index and (found := self._true_places(*given)) is not None:
             given = (given[0], found)
         out = func(*given, **kwargs)
@@ -194,71 +193,71 @@ class MemoryTracker(TorchDispatchMode):
             return out
         if not func.is_view and packet is not aten.detach:
             for tensor in outputs:
-                self._hold(tensor, REST)
-            self._look(self._copies(packet, given, outputs))
+                self._follow(tensor, REST)
+            self._note_peak(self._copies(packet, given, outputs))
             self._time(packet, given, kwargs, out)
         return out
 
     def _true_places(self, tensor: Tensor, indices: list) -> list | None:
-        """Return places in the stead of a mask without content, if it is known how many are true."""
+        """Return indices in place of a mask without content, if the number of its true values is known."""
         if len(indices) != 1 or indices[0].dtype is not torch.bool or not indices[0].is_meta:
             return None
         count = self.true_counts.get(id(indices[0].untyped_storage()), len(indices[0]))
         return [torch.zeros(count, dtype=torch.int64, device=META)]
 
-    def _hold(self, tensor: Tensor, what: str) -> None:
-        """Follow a tensor's memory until its end, unless it is followed."""
+    def _follow(self, tensor: Tensor, what: str) -> None:
+        """Follow a tensor's memory until it is freed; do nothing if it is followed already."""
         storage = tensor.untyped_storage()
-        if id(storage) in self.held or not storage.nbytes():
+        if id(storage) in self.followed or not storage.nbytes():
             return
         key, size = id(storage), self._rounded(storage.nbytes())
         is_mapped = what in (WEIGHTS, FROZEN) and tensor.dtype is torch.float32  # from the file
         passes = what is REST and size <= LARGEST_IN_HEAP and not self.in_optimizer  # whose state stays
         self.mapped += size if is_mapped else 0
         self.passing += size if passes else 0
-        self.held[key] = [weakref.ref(storage, functools.partial(self._let_go, key)), size, what, passes, is_mapped]
+        reference = weakref.ref(storage, functools.partial(self._forget, key))
+        self.followed[key] = [reference, size, what, passes, is_mapped]
         self.live[what] += size
 
-    def _let_go(self, key: int, _reference: weakref.ref) -> None:
+    def _forget(self, key: int, _reference: weakref.ref) -> None:
         """Count memory as free."""
-        _, size, what, passes, is_mapped = self.held.pop(key)
+        _, size, what, passes, is_mapped = self.followed.pop(key)
         self.true_counts.pop(key, None)
         self.live[what] -= size
         self.mapped -= size if is_mapped else 0
         self.passing -= size if passes else 0
 
     def _rename(self, tensor: Tensor, what: str) -> None:
-        """Say what a tensor is for, now that it is known."""
-        entry = self.held.get(id(tensor.untyped_storage()))
+        """Change what a tensor is for."""
+        entry = self.followed.get(id(tensor.untyped_storage()))
         if entry and entry[2] != what:
             self.live[entry[2]] -= entry[1]
             self.live[what] += entry[1]
             entry[2] = what
 
     def _rounded(self, size: int) -> int:
-        """Return what a device takes for a size."""
+        """Return the bytes that a device allocates for a size."""
         return size if self.kind == "cpu" else -(-size // 512) * 512
 
-    def _look(self, more: int = 0) -> None:
-        """Remember the state, with so many bytes more, if more is in use than ever."""
+    def _note_peak(self, more: int = 0) -> None:
+        """Remember what is in use, plus so many bytes, if it is the peak."""
         self.most_passing = max(self.most_passing, self.passing + (more if more <= LARGEST_IN_HEAP else 0))
         total = sum(self.live.values()) + more
-        self.phases[self.phase] = max(total, self.phases.get(self.phase, 0))
         if total >= self.peak:  # also if a later step, in which the optimizer has its state, needs as much
             self.peak, self.peak_phase, self.heap = total, self.phase, total - self.mapped
             self.at_peak = {**self.live, COPIES: more}
 
     def _holes(self) -> int:
-        """Return the bytes that the C library keeps from the system between what is in use, by a rule (see above)."""
+        """Return the freed bytes that the C library does not give back, by a rule (see above)."""
         if self.kind != "cpu" or platform.libc_ver()[0] != "glibc":
             return 0
         return max(self.most_passing // 2, 2 * self.most_passing - self.heap)
 
     def _copies(self, packet: Any, given: tuple, outputs: list[Tensor]) -> int:
-        """Return the bytes of the copies, in oneDNN's own layout, that a CPU computes a convolution with.
+        """Return the bytes of a convolution's copies in the layout of oneDNN, on CPUs.
 
-        Beside what it makes, a convolution has copies of what it is given and of what it makes, first the one, then
-        the other; for the gradient of its weights, copies of both of its inputs.
+        A forward convolution copies its input, frees that copy, then copies its output. The gradient of the weights
+        needs copies of both inputs at once.
         """
         if self.kind != "cpu" or packet not in CONVOLUTIONS:
             return 0
@@ -268,7 +267,7 @@ class MemoryTracker(TorchDispatchMode):
         return first.nbytes + second.nbytes if given[-1][1] else max(first.nbytes, second.nbytes)
 
     def _time(self, packet: Any, given: tuple, kwargs: dict, out: Any) -> None:
-        """Add how long an operation will take: as long as its products need or as its memory does."""
+        """Count the multiplications of an operation, and its seconds if the speeds are known."""
         kind, flops = count_flops(packet, given, kwargs, out)
         self.flops += flops
         if self.rates is None:
@@ -283,17 +282,17 @@ class MemoryTracker(TorchDispatchMode):
             self.seconds += seconds
 
     def costs(self) -> Costs:
-        """Return what was found."""
+        """Return what was counted."""
         memory = {what: size for what, size in (self.at_peak | {HOLES: self._holes()}).items() if size > 0}
         micro_steps = max(self.micro_steps, 1)
         seconds = (self.seconds / micro_steps, self.optimizer_seconds)
-        return Costs(memory, self.peak_phase, self.phases, self.flops // micro_steps, seconds)
+        return Costs(memory, self.peak_phase, self.flops // micro_steps, seconds)
 
 
 class _Functions(DeviceContext):
-    """Does what devices do above the level of operations: autocast's casts, and fused attention.
+    """Does what happens above the level of operations: the casts of autocast, and fused attention.
 
-    It is a `DeviceContext` in name only: gradient checkpointing takes those along to where it computes forward again.
+    It is a `DeviceContext` because gradient checkpointing enters those again when it repeats the forward pass.
     """
 
     __enter__, __exit__ = TorchFunctionMode.__enter__, TorchFunctionMode.__exit__
@@ -305,7 +304,7 @@ class _Functions(DeviceContext):
         self.floats = FLOAT_ON_CPU if tracker.kind == "cpu" else FLOAT_ON_GPU
 
     def __torch_function__(self, func, types, given=(), kwargs=None):
-        """Call a function as a device would."""
+        """Call a function as it runs on the device."""
         kwargs, tracker = kwargs or {}, self.tracker
         if func is Tensor.backward:
             tracker.micro_steps += 1
@@ -320,7 +319,7 @@ class _Functions(DeviceContext):
         return func(*given, **kwargs)
 
     def cast(self, dtype: torch.dtype, value: Any) -> Any:
-        """Return a tensor of floats in a dtype; weights that train are cast once."""
+        """Return a float tensor in a dtype. Cast each weight that trains only once."""
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
         is_weight = value.is_leaf and value.requires_grad and dtype is self.tracker.half
@@ -333,7 +332,7 @@ class _Functions(DeviceContext):
 
 
 def is_kept_in_bf16(func: Callable, kwargs: dict) -> bool:
-    """Say whether a function is a norm that the scripts keep from float32, by `devices.keep_norms_in_bf16`."""
+    """Tell whether a function is a norm that the scripts compute in bf16, by `keep_norms_in_bf16`."""
     weight = kwargs.get("weight") if func in (F.group_norm, F.layer_norm) else None
     return weight is not None and weight.dtype is torch.bfloat16
 
@@ -348,7 +347,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attend as fused kernels do: the matrix of all pairs is never in memory. Arguments as torch's function has."""
+    """Attend as fused kernels do, without the matrix of all pairs in memory. The arguments are those of torch."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     options = {"attn_mask": attn_mask, "scale": scale}
