@@ -441,7 +441,7 @@ def add_validation_args(add, switch) -> None:
     add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds of previews.")
     add("--validation_epochs", type=int, help="Epochs between rounds. Overrides --validation_steps.")
     sampler = "DPMSolverMultistepScheduler"
-    add("--validation_scheduler", default=sampler, metavar="CLASS", help="Sampler: any of diffusers that fits DDPM.")
+    add("--validation_scheduler", default=sampler, metavar="CLASS", help="Scheduler class of diffusers for previews.")
     add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per preview.")
     add("--validation_guidance_scale", type=float, default=7.5, help="Guidance scale of the previews. 1: none.")
     add("--validation_resolution", metavar="SIZES", help="Sizes of the previews: 64,64x96. Unset: --resolution.")

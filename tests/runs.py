@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def wait_until(holds, what: str, seconds: float = TIMEOUT) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} s for {what}")
         time.sleep(0.01)
+
+
+def list_sources() -> list[str]:
+    """Return the Python files that git tracks, or all without git; untracked ones are people's own experiments."""
+    found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/*.py")]
+    if shutil.which("git"):
+        tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
+        found = [name for name in found if name in tracked] or found
+    return found
 
 
 # What a run leaves behind.

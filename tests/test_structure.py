@@ -10,23 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import list_sources
 from utils.check_sync import read_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
-
-
-def list_sources() -> list[str]:
-    """Return the Python files that git tracks, or all without git; untracked ones are people's own experiments."""
-    found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/*.py")]
-    if shutil.which("git"):
-        tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split(
-            "\n"
-        )
-        found = [name for name in found if name in tracked] or found
-    return found
-
-
 MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
 TRACKS_MEMORY = "utils/memory/memory_estimate.py"  # runs a script's own step, without content
 UTILS = sorted(name for name in list_sources() if name.startswith("utils/"))

@@ -39,7 +39,7 @@ def show_costs(script: ModuleType, flags: dict[str, Any], plan: Any, accelerator
     try:
         tool_names.check_names(script, "--dry_run")
         costs = estimate_costs(script, flags, plan, accelerator, accelerator.device)
-    except (UserError, RuntimeError, TypeError, ValueError) as error:  # what cannot do without content
+    except (UserError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # needs content, or a name
         costs = {"peak memory": f"not known: {error}"}
     run_summary.show_run(accelerator, "What it would cost, at most and about", costs)
 
