@@ -237,7 +237,7 @@ def test_two_processes_see_the_pictures_of_one(trainer, tmp_path, shaped, script
     assert run.code == 0, run.text
     counts = [round(line["samples_per_second"] * line["seconds"]) for line in read_metrics(one)]
     assert {1, 2} == set(counts), "among these steps are short batches"
-    for line, other in zip(untimed(one), untimed(run.out)):
+    for line, other in zip(untimed(one), untimed(run.out), strict=True):
         assert line == pytest.approx(other, abs=1e-4, rel=1e-3)
     mine, theirs = read_tensors(one), read_tensors(run.out)
     for name in mine:
@@ -319,7 +319,7 @@ def test_auto_caches_where_cuts_come_again(trainer, tmp_path):
     for flags in ("", "--center_crop", "--latent_variants 1", "--center_crop --cache_latents off"):
         out = tmp_path / str(len(said))
         run = trainer.run("lora", out, f"--max_train_steps 10 {flags} --cache_dir {tmp_path / 'cache'}")
-        said[flags] = "Latents of" in run.stderr
+        said[flags] = "Cached the latents of" in run.stderr
         # Whoever crops at random is told that this costs encoding, and what would not.
         assert ("Latents are not cached: " in run.stderr) == (flags == "")
     assert list(said.values()) == [False, True, True, False]

@@ -101,7 +101,7 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
         script, prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
     )
     assert losses.shape == (4,)
-    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
+    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist(), strict=True)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     order = [2, 0, 3, 1]
     turned = losses_of(
@@ -141,6 +141,9 @@ def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_typ
     assert losses.isfinite().all() and prediction.grad.isfinite().all()
 
 
+LOSSES = ("loss", "loss_instance", "loss_prior")
+
+
 def combine(script, losses, is_prior, weight):
     """Combine losses that are each an equal part of the mean over their kind; class images have a weight."""
     shares = torch.where(is_prior, 1 / is_prior.sum().clamp(min=1), 1 / (~is_prior).sum())
@@ -152,9 +155,11 @@ def test_combine_in_every_order(script, weight):
     """Whatever the order, the loss is the mean over the photos and the weighted mean over the class images."""
     kinds = [(1.0, False), (3.0, False), (10.0, True), (40.0, True)]
     for order in itertools.permutations(kinds):
-        losses, is_prior = (torch.tensor(column) for column in zip(*order))
+        losses, is_prior = (torch.tensor(column) for column in zip(*order, strict=True))
         loss = combine(script, losses, is_prior, weight)
-        assert [part.item() for part in loss] == [2 + weight * 25, 2, 25]
+        assert {name: part.item() for name, part in loss.items()} == dict(
+            zip(LOSSES, [2 + weight * 25, 2, 25], strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -170,9 +175,9 @@ def test_combine_in_every_order(script, weight):
 def test_combine_with_uneven_parts(script, losses, is_prior, expected):
     """Each kind is averaged over its own examples, weighted here by 2; without class images there is no weight."""
     loss = combine(script, torch.tensor(losses), torch.tensor(is_prior), 2.0)
-    assert [None if part is None else part.item() for part in loss] == [
-        None if part is None else pytest.approx(part) for part in expected
-    ]
+    assert {name: part.item() for name, part in loss.items()} == {
+        name: pytest.approx(part) for name, part in zip(LOSSES, expected, strict=True) if part is not None
+    }
 
 
 def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
@@ -180,7 +185,7 @@ def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
     columns = ([1.0, 2.0, 4.0, 8.0], [0.5, 0.25, 0.5, 0.0], [1.0, 3.0, 2.0, 9.0])
     losses, shares, weights = (torch.tensor(column) for column in columns)
     loss = script.combine_losses(losses, shares, weights, torch.tensor([False, False, True, True]))
-    assert [part.item() for part in loss] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
+    assert [loss[name].item() for name in LOSSES] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
@@ -188,10 +193,10 @@ def test_gradients_reach_the_examples_that_count(script, weight):
     """An example's gradient is its share of its own mean, times the weight for a class image."""
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
     loss = combine(script, losses, torch.tensor([True, False, True, False, True]), weight)
-    loss.total.backward()
+    loss["loss"].backward()
     third = pytest.approx(weight / 3)
     assert losses.grad.tolist() == [third, 0.5, third, 0.5, third]
-    assert not loss.instance.requires_grad and not loss.prior.requires_grad
+    assert not loss["loss_instance"].requires_grad and not loss["loss_prior"].requires_grad
 
 
 def test_targets_by_hand(script):
@@ -430,8 +435,8 @@ def make_sampler(script, photos, batch, first=0, last=20, rank=0, processes=1, p
         script.Example(Path(str(number)), ("a prompt",), concept, Size(16, 16), kind)
         for number, kind in enumerate(kinds)
     ]
-    plan = SimpleNamespace(seed=seed, processes=processes, order=BatchOrder(examples, batch * processes, seed))
-    return script.StepSampler(plan, first, last, rank)
+    plan, order = SimpleNamespace(seed=seed, processes=processes), BatchOrder(examples, batch * processes, seed)
+    return script.StepSampler(plan, order, range(first, last), rank)
 
 
 @pytest.mark.parametrize(("photos", "batch"), [(7, 3), (6, 3), (1, 1), (1, 4), (2, 5), (5, 1)])
@@ -469,7 +474,7 @@ def test_two_processes_share_the_batches_of_one(script, priors):
     whole = list(make_sampler(script, 7, 4, priors=priors))
     ranks = [list(make_sampler(script, 7, 2, rank=rank, processes=2, priors=priors)) for rank in (0, 1)]
     assert len(whole) == 20
-    for step, (first, second) in zip(whole, zip(*ranks)):
+    for step, (first, second) in zip(whole, zip(*ranks, strict=True), strict=True):
         assert len(first) == len(second) == (4 if priors else 2)
         assert {visit.mean_weight for visit in step} == {1 / 4} and {
             visit.mean_weight for visit in first + second
@@ -722,6 +727,34 @@ def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
         ("seeds", torch.int64, [2**32 - 1, 5]),
     ):
         assert batch[key].dtype == dtype and batch[key].tolist() == values
+
+
+def test_a_crop_that_is_not_cached_is_encoded_in_its_step(script, tiny, pictures):
+    """A batch takes cached latents only if it finds all of its crops; what it trains on is the same to the bit."""
+    paths = [pictures / "wide.png", pictures / "tall.png"]
+    dataset = make_dataset(script, paths, 32)
+    size = dataset.examples[0].size
+    visits = [script.ExampleVisit(example, 0, size, 0.5, 7 + example) for example in (0, 1)]
+    crops = [(path, dataset.crop(visit)) for path, visit in zip(paths, visits, strict=True)]
+    plain = script.collate(dataset.__getitems__(visits))
+    moments = {place: script.encode_images(tiny.vae, dataset.pixels(*place)[None])[0] for place in crops}
+    expected = script.latents_or_pixels(plain, tiny.vae, 0.18215, torch.device("cpu"))
+    for held, key in ((crops, "moments"), (crops[:1], "pixel_values"), ([], "pixel_values")):
+        dataset.latents = {place: moments[place] for place in held}
+        batch = script.collate(dataset.__getitems__(visits))
+        assert (set(batch) - set(plain)) | {"pixel_values"} == {key, "pixel_values"} and key in batch
+        assert torch.equal(script.latents_or_pixels(batch, tiny.vae, 0.18215, torch.device("cpu")), expected)
+
+
+def test_a_second_data_set_has_batches_of_its_own(script, pictures):
+    """An evaluation needs its photos, a sampler over their order, and `make_loader`; training's order stays."""
+    train, held_out = (make_dataset(script, [pictures / name], 16) for name in ("wide.png", "tall.png"))
+    before = [train.order[number] for number in range(6)]
+    plan, accelerator = Namespace(seed=0, processes=1), Namespace(device=torch.device("cpu"))
+    sampler = script.StepSampler(plan, held_out.order, range(2), rank=0)
+    batches = list(script.make_loader(held_out.args, accelerator, held_out, sampler))
+    assert [set(batch["names"]) for batch in batches] == [{str(pictures / "tall.png")}] * 2
+    assert [train.order[number] for number in range(6)] == before
 
 
 # ------------------------------------------------------------------------------------------------------------- seeds

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.devices.device_memory import EIGHT_BIT, peak_memory_gb
+from utils.devices.device_memory import peak_memory_gb
 from utils.flags.flag_checks import is_given, is_installed
+from utils.flags.precision import EIGHT_BIT
 from utils.memory.memory_tracker import Costs, MemoryTracker
 from utils.memory.savings import WORTHWHILE, list_changes
 from utils.memory.speed_model import measure_rates
@@ -145,7 +146,7 @@ def run_two_steps(
     if plan.base.precomputes_text:
         encode_prompts(script, given, plan, prompts, tracker)
     dataset = script.DreamBoothDataset(given, plan, prompts)
-    visits, latents = next(iter(script.StepSampler(plan, 0, 1, 0))), None
+    visits, latents = next(iter(script.StepSampler(plan, dataset.order, range(1), 0))), None
     if script.count_crops(given, plan, dataset):
         vae = script.load_vae(given, plan, tracker.device)
         with tracker.watching("caching latents", [vae]):
@@ -199,7 +200,7 @@ def train(
             on_each_gradient(optimizer, tracker.count_as_weight)
         for micro_steps in (1, min(2, given.gradient_accumulation_steps)):
             for _ in itertools.repeat(None, micro_steps):
-                script.compute_loss(given, tracker, plan, models, batch).total.backward()
+                script.compute_loss(given, tracker, plan, models, batch)["loss"].backward()
             script.update_weights(given, tracker, models, 0, norms)
             for group in optimizer.param_groups:
                 for weight in group["params"]:
