@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.run.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +284,7 @@ def serve() -> None:
     """Import everything once, then fork for each request."""
     sys.path.insert(0, str(ROOT))
     modules = {script: __import__(Path(script).stem) for script in SCRIPTS.values()}
-    launch.import_what_is_imported_late()
+    accelerator_setup.import_what_is_imported_late()
     gc.freeze()  # children need not search what is imported here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which closes the pipe
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from utils.core.errors import UserError
+from utils.devices.launch import find_reason
 from utils.lab import benchmark, compare_projects, measured_runs, plots, step_timing
 from utils.lab.benchmark import Measurement
 from utils.lab.compare_projects import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison
 from utils.lab.step_timing import PARTS, Clock
-from utils.run import scripts
 
 PARSER = """
 import argparse
@@ -108,7 +108,7 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
 def test_the_reason_of_a_failure_is_found(lines, reason, tmp_path):
     """It is the script's last word, not the launcher's."""
     (tmp_path / "log").write_text(lines)
-    assert scripts.find_reason(tmp_path / "log") == lines.split("\n")[reason].strip()
+    assert find_reason(tmp_path / "log") == lines.split("\n")[reason].strip()
 
 
 def test_the_parts_of_a_step_add_up():

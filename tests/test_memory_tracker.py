@@ -152,7 +152,7 @@ def test_only_changes_that_change_something_are_tried():
     flags = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     flags |= {"mixed_precision": "bf16", "use_8bit_adam": True, "train_text_encoder": True, "text_encoder_lr": None}
     flags |= {"pre_compute_text_embeddings": None, "cache_latents": "on", "optimizer": "adamw", "weight_dtype": "bf16"}
-    flags |= {"base_model_precision": "nf4"}
+    flags |= {"base_model_precision": "nf4", "fused_backward": False}
     found = [words for words, _ in savings.list_changes(flags)]
     assert found == ["--train_batch_size 1 --gradient_accumulation_steps 8", "--no-train_text_encoder"]
 

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.runs import PROMPT, ROOT, SIZE
 from utils import demo, estimate_memory, preview_data
 from utils.core.errors import UserError
+from utils.devices import launch
 from utils.lab import benchmark, compare_losses, fidelity, kill_and_resume
 from utils.run import scripts
 from utils.run.scripts import FULL, LORA, SCRIPTS
@@ -65,7 +66,7 @@ def test_tools_for_users_take_a_copy(copy, tiny, tmp_path, capsys, monkeypatch):
     assert estimate_memory.main(["--device", "cuda", str(copy), *map(str, flags)]) == 0
     assert f"{copy.name} --pretrained" in (told := capsys.readouterr().out) and "GB on cuda" in told
     started = []
-    monkeypatch.setattr(scripts, "start", lambda script, *_, **__: started.append(script) or sys.exit(0))
+    monkeypatch.setattr(launch, "run_script", lambda what, script, *_, **__: started.append(script) or sys.exit(0))
     with pytest.raises(SystemExit):
         demo.main(["--output", str(tmp_path / "demo"), "--script", str(copy)])
     assert started == [copy]

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
-from utils.devices import launch
+from utils.data import decode_images
+from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam, shape_reader
 from utils.flags.command_line import convert_flag
 from utils.run import scripts
@@ -55,7 +56,7 @@ CELL = 128  # pixels of a picture on the sheet
 def main(argv: list[str] | None = None) -> int:
     """Write the photos, train, put the sheet together, and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     photos = args.output / "photos"
     try:
         result = args.output / RESULTS[scripts.method_of(args.script)]
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = args.output / "before-after.png"
-    images.save_png(compose([images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))], before, after), path)
+    opened = [decode_images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))]
+    atomic_files.save_png(compose(opened, before, after), path)
     print(tell(path, result, before, after))
     return 0
 
@@ -125,10 +127,8 @@ def train(script: Path, photos: Path, result: Path, steps: int | None) -> None:
         *f"{FLAGS} {FLAGS_OF[scripts.method_of(script)]}".split(),
         *([f"--max_train_steps={steps}"] if steps else []),
     ]
-    try:
-        scripts.finish(scripts.start(script, flags, variables=scripts.ONE_THREAD))
-    except UserError as error:
-        raise UserError(f"{script.name} failed, {error}. Its own message is above.") from error
+    # On networks this small, one thread is quickest.
+    launch.run_script(script.name, script, flags, OMP_NUM_THREADS="1")
 
 
 def draw(model: Path) -> list[list[Image.Image]]:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from utils.core.errors import exit_status
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.flags.command_line import convert_flag
 from utils.memory import memory_estimate
 from utils.run import run_summary, scripts, tool_names
@@ -37,7 +37,7 @@ EDGE = 1024  # pixels of the photo that stands for all
 def main(argv: list[str] | None = None) -> int:
     """Print the estimate and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     script = scripts.load_script(args.script)
     tool_names.check_names(script, "utils.estimate_memory")
     with standing_in(args.shape) as stand_ins:

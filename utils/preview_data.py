@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import exit_status
-from utils.data import images, prompt_cleaning
+from utils.data import prompt_cleaning
 from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
 from utils.run import run_summary, scripts, tool_names
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     tool_names.check_names(script, "utils.preview_data")
     sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(sheet, args.output)
+    atomic_files.save_png(sheet, args.output)
     print(args.output)
     return 0
 
@@ -74,14 +75,14 @@ def draw_sheet(script: ModuleType, args: argparse.Namespace, count: int) -> Imag
     dataset = script.DreamBoothDataset(args, plan, prompts)
     begun = plan.first_step * args.gradient_accumulation_steps
     pictures, labels = [], []
-    for draws in script.StepSampler(plan, dataset.order, range(begun, begun + count), rank=0):
+    for draws in script.StepSampler(plan, begun, begun + count, rank=0):
         for draw in draws:
             picture, label = describe(dataset, prompts.texts, draw, base.is_if)
             pictures.append(widen(picture))
             labels.append(label)
         if len(pictures) >= count:
             break
-    summary = run_summary.describe_pictures(vars(args), plan, dataset.order, None)
+    summary = run_summary.describe_pictures(vars(args), plan, None)
     words = "; ".join(f"{name}: {text}" for name, text in summary.items() if name in ("masks", "sizes"))
     photos = sum(not example.is_prior for example in plan.examples)
     title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"

@@ -15,12 +15,14 @@ def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int =
     widths = [max(3, *(len(row[column]) for row in whole)) for column in range(len(heads))]
     widths[:texts] = [max(3, *(len(row[column]) for row in (heads, *rows))) for column in range(texts)]
     marks = ["<"] * texts + [">"] * (len(heads) - texts)
-    rule = ["-" * width if mark == "<" else "-" * (width - 1) + ":" for width, mark in zip(widths, marks)]
+    rule = ["-" * width if mark == "<" else "-" * (width - 1) + ":" for width, mark in zip(widths, marks, strict=True)]
     return "\n".join(_join(row, widths, marks, texts) for row in (heads, rule, *rows))
 
 
 def _join(row: Sequence[str], widths: list[int], marks: list[str], texts: int) -> str:
     """Return a line of the table."""
     if len(row) == len(widths):
-        return f"| {' | '.join(f'{cell:{mark}{width}}' for cell, mark, width in zip(row, marks, widths))} |"
-    return f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(row[:texts], widths))} | {row[-1]} |"
+        return (
+            f"| {' | '.join(f'{cell:{mark}{width}}' for cell, mark, width in zip(row, marks, widths, strict=True))} |"
+        )
+    return f"| {' | '.join(f'{row[column]:<{widths[column]}}' for column in range(texts))} | {row[-1]} |"

@@ -27,11 +27,11 @@ import sys
 import time
 from pathlib import Path
 
-from utils.core import markdown
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
-from utils.data import images
-from utils.devices import device_memory, launch
+from utils.devices import accelerator_setup, launch
 from utils.flags.command_line import convert_flag
+from utils.flags.precision import has_accelerator
 from utils.lab import plots
 from utils.lab.compare_projects import COMPARED, compare
 from utils.lab.measured_runs import (
@@ -49,7 +49,7 @@ from utils.lab.measured_runs import (
     size_of,
 )
 from utils.lab.step_timing import PARTS
-from utils.run import checkpoints, scripts
+from utils.run import scripts
 from utils.run.scripts import SCRIPTS
 from utils.synthetic.model_sizes import SHAPES
 
@@ -118,7 +118,7 @@ class Measurement:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, write it as JSON and draw it; return 1 if anything failed."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         folders = prepare(args.output, args.shape)
         measured, table, more = compare(chosen(args), args, folders) if args.against else survey(args, folders)
@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     report = {"shape": args.shape, "size": args.size, "steps": args.steps, "warm_up": WARM_UP, **machine, **more}
     report["measurements"] = [dataclasses.asdict(one) for one in measured]
     path = args.output / ("against.json" if args.against else "benchmark.json")
-    checkpoints.atomic_write_text(path, json.dumps(report, indent=2) + "\n")
-    images.save_png(plots.draw_bars(title, measured), path.with_suffix(".png"))
+    atomic_files.write_whole(path, json.dumps(report, indent=2) + "\n")
+    atomic_files.save_png(plots.draw_bars(title, measured), path.with_suffix(".png"))
     print(f"Wrote {path} and {path.with_suffix('.png')}")
     return int(any(one.problem for one in measured))
 
@@ -160,7 +160,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="measure this copy of a script, and only what its method is measured in",
     )
     # On CPUs without matrix units, bf16 is slower than float32, and compiling takes longer than it saves.
-    best = BEST if device_memory.has_accelerator() else ""
+    best = BEST if has_accelerator() else ""
     add(
         "--best",
         default=best,
@@ -220,7 +220,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
         "Parts are seconds of another run that waits for the device around them; other is noise, loss and logs. A "
         "fused backward pass updates weights within it: that is optimizer, and stops the device for each weight.",
     ]
-    if "fp32" in device["peaks"] and device_memory.has_accelerator():
+    if "fp32" in device["peaks"] and has_accelerator():
         notes.append("In fp32, cuDNN's convolutions may use TF32, which is faster than the matrix products' fp32.")
     return measured, "\n\n".join([make_table(measured), *notes]), device
 
@@ -228,10 +228,7 @@ def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Mea
 def measure_device(folders: dict[str, Path], precisions: set[str]) -> dict:
     """Return the device's peak in some precisions, and the number of threads, in a process like those of the runs."""
     run = Run(folders, "peak")
-    try:
-        run.finish(scripts.start(TIMING, ["peak", str(run.found), *sorted(precisions)], run.log))
-    except UserError as error:
-        raise UserError(f"The device could not be measured: {error}") from error
+    launch.run_script("measuring the device", TIMING, ["peak", str(run.found), *sorted(precisions)], run.log)
     found = json.loads(run.found.read_text(encoding="utf-8"))
     run.clean()
     return found

@@ -14,9 +14,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from utils.core import markdown
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
-from utils.data import images
+from utils.devices import launch
 from utils.flags.command_line import convert_flag
 from utils.lab import plots
 from utils.run import scripts
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         if PLAIN in losses:
             print(f"\n{make_table(label, losses)}\n")
             plot = plots.draw_lines(f"{label}: loss, means of {plots.WINDOW} steps", losses)
-            images.save_png(plot, args.output / f"{label}.png")
+            atomic_files.save_png(plot, args.output / f"{label}.png")
             report = json.dumps({"script": label, "options": options, "losses": losses}, indent=1)
             (args.output / f"{label}.json").write_text(report + "\n", encoding="utf-8")
     return int(failed)
@@ -128,10 +128,7 @@ def train(script: Path, name: str, flags: str, args: argparse.Namespace) -> list
         *f"{COMMON} {FLAGS[scripts.method_of(script)]} {flags}".split(),
     ]
     log = run.with_suffix(".log")
-    try:
-        scripts.finish(scripts.start(script, words, log, scripts.ONE_THREAD), log)
-    except UserError as error:
-        raise UserError(f"{scripts.label_of(script)}, {name}: {error}") from error
+    launch.run_script(f"{scripts.label_of(script)}, {name}", script, words, log, OMP_NUM_THREADS="1")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
@@ -142,7 +139,9 @@ def make_table(label: str, losses: dict[str, list[float]]) -> str:
     quarter = len(plain) // 4
     for name, values in losses.items():
         end, reference = statistics.fmean(values[-quarter:]), statistics.fmean(plain[-quarter:])
-        apart = statistics.fmean(abs(one - other) for one, other in zip(values, plain)) / statistics.fmean(plain)
+        apart = statistics.fmean(
+            abs(one - other) for one, other in zip(values, plain, strict=True)
+        ) / statistics.fmean(plain)
         rows.append((name, f"{end:.4f}", f"{end / reference:.1%}", f"{apart:.2%}"))
     heads = (label, "loss of the last quarter", "of the plain run's", "difference, step by step")
     return markdown.make_table(heads, rows)

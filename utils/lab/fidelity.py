@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from utils.core import markdown
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
-from utils.devices import launch
+from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
 from utils.flags.command_line import convert_flag
@@ -47,15 +47,15 @@ from utils.lab.fidelity_recipes import (
     Column,
     Recipe,
 )
-from utils.run import checkpoints, scripts
+from utils.run import scripts
 from utils.run.scripts import ROOT, SCRIPTS
 from utils.sampling import cascade, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
 from utils.synthetic.shapes import SUBJECTS, WORD
 
-# The environment of a run: on one thread, offline.
-ALONE = {**scripts.ONE_THREAD, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Of each run: one thread, offline.
+VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Record:
 def main(argv: list[str] | None = None) -> int:
     """Run what was not run yet, print the tables and write them; return 1 if a run failed or is out of its range."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tables = "\n\n".join(make_tables(records))
-    checkpoints.atomic_write_text(args.output / "fidelity.md", tables + "\n")
+    atomic_files.write_whole(args.output / "fidelity.md", tables + "\n")
     minutes = (time.monotonic() - began) / 60
     print(f"\n{tables}\n\n{len(records)} measurements in {minutes:.0f} minutes, kept in {args.output}")
     surprises = find_surprises(records) if args.quick else []
@@ -169,7 +169,7 @@ def run_all(args: argparse.Namespace) -> list[Record]:
     if args.jobs == 1:
         return [record for lane in lanes for record in run_lane(*lane)]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(itertools.chain.from_iterable(pool.map(run_lane, *zip(*lanes))))
+        return list(itertools.chain.from_iterable(pool.map(run_lane, *zip(*lanes, strict=True))))
 
 
 def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]:
@@ -178,7 +178,7 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     Raises:
         UserError: A run failed.
     """
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     torch.set_num_threads(1)
     names = [name for name in chosen(args) if RECIPES[name].model == model]
     records = []
@@ -222,7 +222,7 @@ def measure(
     scores = examine(result, subject, WORD if name else "", args.exam_seeds)
     record = Record(name, model, subject, seed, seconds, scores, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.atomic_write_text(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    atomic_files.write_whole(path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     if name:
         shutil.rmtree(result)
     print(f"{seconds:5.0f} s  {name or model}, {subject}, seed {seed}", flush=True)
@@ -253,10 +253,7 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         *f"--seed={seed} --report_to=none --checkpointing_steps=100000 {recipe.flags}".split(),
     ]
     log, began = result.with_suffix(".log"), time.perf_counter()
-    try:
-        scripts.finish(scripts.start(args.paths[recipe.method], words, log, ALONE), log)
-    except UserError as error:
-        raise UserError(f"{name} on the {subject}: {error}") from error
+    launch.run_script(f"{name} on the {subject}", args.paths[recipe.method], words, log, **VARIABLES)
     return result, time.perf_counter() - began
 
 

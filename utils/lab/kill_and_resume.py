@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from utils.core.errors import UserError
-from utils.devices import launch
+from utils.devices import accelerator_setup
 from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
 from utils.run import scripts
@@ -59,7 +59,7 @@ class Tally:
 def main(argv: list[str] | None = None) -> int:
     """Torture the scripts and say how it went; return 1 if a run failed or ended in other bits."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     failed = False
     try:
         prepare(args.output)
@@ -112,7 +112,7 @@ def prepare(output: Path) -> None:
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"--output {output} is not empty. Remove it, or use another folder.")
-    launch.import_what_is_imported_late()
+    accelerator_setup.import_what_is_imported_late()
     make_model(output / "model", "tiny")
     shapes.write_photos(output / "photos", shapes.SUBJECT)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.data import images
-from utils.devices import device_memory
+from utils.core import atomic_files
+from utils.core.errors import UserError
+from utils.devices import launch
+from utils.flags.precision import has_accelerator
 from utils.run import scripts
 from utils.synthetic import shapes
 from utils.synthetic.model_sizes import SHAPES
@@ -46,8 +48,8 @@ def prepare(output: Path, shape: str) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
     subject, pictures = next(iter(shapes.SUBJECTS)), np.random.default_rng(0)
     for number, picture in enumerate(shapes.draw_photos(subject, PHOTOS, 512, pictures, list(shapes.COLOURS))):
-        images.save_png(picture, folders["photos"] / f"{number}.png")
-        images.save_png(picture, folders["class-images"] / f"{number:05d}.png")
+        atomic_files.save_png(picture, folders["photos"] / f"{number}.png")
+        atomic_files.save_png(picture, folders["class-images"] / f"{number:05d}.png")
     return folders
 
 
@@ -72,12 +74,13 @@ class Run:
         self.found.unlink(missing_ok=True)
         program, words = (TIMING, [mode, str(self.found), str(script), *flags]) if mode else (script, flags)
         # What one run has compiled would let the next one start sooner.
-        compiled = {"TORCHINDUCTOR_CACHE_DIR": str(self.caches.absolute() / "compiled")}
-        return scripts.start(program, words, self.log, compiled)
+        compiled = str(self.caches.absolute() / "compiled")
+        return launch.start_script(program, words, self.log, TORCHINDUCTOR_CACHE_DIR=compiled)
 
     def finish(self, process: subprocess.Popen) -> None:
         """Wait for the end; raise UserError if the run failed."""
-        scripts.finish(process, self.log)
+        if status := process.wait():
+            raise UserError(f"exit status {status}: {launch.find_reason(self.log)}")
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -108,7 +111,7 @@ def number(value: float | None, digits: str) -> str:
 
 def describe_machine(threads: int | None) -> dict:
     """Return what a measurement depends on: the device, the threads of each run, and versions."""
-    device = torch.accelerator.current_accelerator() if device_memory.has_accelerator() else None
+    device = torch.accelerator.current_accelerator() if has_accelerator() else None
     versions = {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
     used = f", {threads} thread{'s' * (threads != 1)}" if threads else ""
     cpu = f"{cpu_name()}, {os.cpu_count()} cores{used}"

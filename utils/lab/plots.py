@@ -11,7 +11,7 @@ from utils.lab.step_timing import PARTS
 LETTERS, ROW, HEAD, BAR, ROOM = 20, 36, 136, 560, 120  # of the plot, in pixels; ROOM is for the number behind a bar
 INK, FAINT_INK, PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 # By Okabe and Ito: told apart by the colour-blind, too.
-PART_COLOURS = dict(zip(PARTS, ("#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#BBBBBB")))
+PART_COLOURS = dict(zip(PARTS, ("#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#BBBBBB"), strict=True))
 WHOLE, SPEED = "#7F8A99", "#D55E00"
 WINDOW = 25  # steps that a point of the plot is the mean of
 SIZE, MARGIN = (900, 420), 60  # of the plot, in pixels

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from utils.core.errors import UserError
-from utils.devices.device_memory import EIGHT_BIT, peak_memory_gb
+from utils.devices.device_memory import peak_memory_gb
 from utils.flags.flag_checks import is_given, is_installed
+from utils.flags.precision import EIGHT_BIT
 from utils.memory.memory_tracker import Costs, MemoryTracker
 from utils.memory.savings import WORTHWHILE, list_changes
 from utils.memory.speed_model import measure_rates
