@@ -112,7 +112,7 @@ def test_the_docstring_tells_the_commit_and_whether_there_were_changes(repositor
         (["{}/random.py"], "random.py would hide the module random from the script. Choose another name."),
         (["{}/torch.py"], "torch.py would hide the module torch"),
         (["{}/utils.py"], "utils.py would hide the module utils"),
-        (["{}/my_copy.py", "--from", "lorra"], "--from lorra is neither full nor lora nor a file."),
+        (["{}/my_copy.py", "--from", "lorra"], "lorra is not a training script. Give the path of a .py file"),
     ],
 )
 def test_nothing_is_overwritten_or_hidden(words, message, tmp_path):

@@ -78,7 +78,10 @@ def edit(method: str, name: str, folder: Path) -> str:
 def run_pair(trainer: Trainer, method: str, name: str, folder: Path, flags: str = "") -> tuple[str, Path, Path]:
     """Run a script and an edited copy of it; return what the copy printed, and both output folders."""
     outs = folder / "edited", folder / "plain"
-    jobs = [trainer.start(script, out, flags) for script, out in zip((edit(method, name, folder), method), outs)]
+    jobs = [
+        trainer.start(script, out, flags)
+        for script, out in zip((edit(method, name, folder), method), outs, strict=True)
+    ]
     edited, plain = (job.finish() for job in jobs)
     assert (edited.code, plain.code) == (0, 0), edited.text + plain.text
     return edited.stdout, *outs

@@ -17,9 +17,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from utils.core.errors import UserError, exit_status, explain_write_errors
+from utils.run import scripts
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {"full": ROOT / "train_dreambooth.py", "lora": ROOT / "train_dreambooth_lora.py"}
 MARK = re.compile(r"^# Same in \w+\.py\r?\n", re.MULTILINE)
 FLAGS = '--pretrained_model_name_or_path MODEL --instance_data_dir photos/ --instance_prompt "a photo of sks dog"'
 
@@ -27,10 +26,8 @@ FLAGS = '--pretrained_model_name_or_path MODEL --instance_data_dir photos/ --ins
 def main(argv: list[str] | None = None) -> int:
     """Write the copy, say what to do next, and return the exit status."""
     args = parse_args(argv)
-    source, target = SCRIPTS.get(args.source, Path(args.source)), args.target
+    source, target = scripts.find_script(args.source), args.target
     check_target(target)
-    if not source.is_file():
-        raise UserError(f"--from {args.source} is neither full nor lora nor a file.")
     origin = describe_origin(source)
     text = make_copy(source.read_bytes().decode(), source.name, target.name, origin)
     with explain_write_errors(target):
@@ -112,8 +109,8 @@ def ask_git(folder: Path, *words: str) -> str:
 def describe_next_steps(target: Path) -> list[str]:
     """Return what to do with a copy, a line each."""
     notes, folder = [], target.resolve().parent
-    if folder != ROOT.resolve():
-        notes = [f"To find utils/ from there, once: pip install -e {ROOT}"]
+    if folder != scripts.ROOT:
+        notes = [f"To find utils/ from there, once: pip install -e {scripts.ROOT}"]
         if found := [name for name in ("utils/__init__.py", "utils.py") if (folder / name).exists()]:
             notes += [f"But {folder / found[0]} hides the utils/ that the script needs: rename it, or move the copy."]
     return [
