@@ -1,5 +1,6 @@
 """What happens inside of a run: both scripts' `main` in this process, with a look at what its parts are given."""
 
+import dataclasses
 import json
 import logging
 import shlex
@@ -178,6 +179,35 @@ def test_the_loss_is_computed_in_float32(monkeypatch, here, script, flags):
     assert given == combined == [{torch.float32}]
 
 
+def test_previews_come_when_they_were_asked_for(monkeypatch, here, script):
+    """Before the first step, as often as it was said, and after the last step."""
+    rounds = watch(monkeypatch, script, "validate", lambda args, accelerator, plan, models, step, stop: step)
+    monkeypatch.setattr(script, "save_result", lambda *given: None)
+    here(script, f"{PREVIEWS} --max_train_steps 5 --validation_steps 2 --checkpointing_steps 3")
+    assert rounds == [0, 2, 4, 5]
+    rounds.clear()
+    here(script, f"{PREVIEWS} --max_train_steps 6 --validation_steps 9 --resume_from_checkpoint checkpoint-3")
+    assert rounds == [6]
+    rounds.clear()
+    # 5 photos, 2 a batch, 2 batches a step: 2 steps an epoch.
+    flags = "--max_train_steps 5 --validation_epochs 1 --gradient_accumulation_steps 2"
+    here(script, f"{PREVIEWS} {flags} --validation_steps 1", "epochs")
+    assert rounds == [0, 2, 4, 5]
+
+
+def test_processes_share_the_previews(monkeypatch, here, script, tmp_path):
+    """Each draws its own part of the pictures."""
+    validate = script.validate
+
+    def as_one_of_two(args, accelerator, plan, *rest):
+        validate(args, accelerator, dataclasses.replace(plan, processes=2), *rest)
+
+    monkeypatch.setattr(script, "validate", as_one_of_two)
+    here(script, f"{PREVIEWS} --num_validation_images 3 --max_train_steps 1")
+    drawn = tmp_path / "out" / "samples" / "step-000001"
+    assert [path.name for path in sorted(drawn.iterdir())] == ["00.png", "02.png", "grid.png"]
+
+
 # Gradients.
 
 
@@ -209,6 +239,51 @@ def test_a_gradient_is_the_mean_over_micro_steps_before_it_is_clipped(monkeypatc
     assert read_metrics(tmp_path / "out")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for part, own in zip(given[0], mean):
         torch.testing.assert_close(part, own * (longest / norm if longest else 1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_gradient_is_that_of_its_own_step(monkeypatch, here, script):
+    """Nothing of the step before is left in it."""
+    found, given, loss_of = [], [], script.compute_loss
+
+    def compute_loss(args, accelerator, plan, models, batch):
+        loss = loss_of(args, accelerator, plan, models, batch)
+        found.append(gradients_of(models, loss.total))
+        return loss
+
+    monkeypatch.setattr(script, "compute_loss", compute_loss)
+    watch(monkeypatch, torch.optim.AdamW, "step", lambda optimizer, *rest: given.append(
+        [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+    ))  # fmt: skip
+    here(script, "--max_train_steps 3 --max_grad_norm 0")
+    for own, parts in zip(found, given):
+        for part, wanted in zip(parts, own):
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_freed_by_updates_in_the_backward_pass(monkeypatch, here, script):
+    """When a step ends, no weight has one: that is what it saves memory for."""
+    left = watch(
+        monkeypatch, script.MetricLog, "add", lambda log, *rest: [p for p in log.weights if p.grad is not None]
+    )
+    here(script, "--fused_backward --max_grad_norm 0")
+    assert left == [[], []]
+
+
+@pytest.mark.parametrize("flags", ["", "--fused_backward --max_grad_norm 0", f"{BF16} --weight_dtype bf16"])
+def test_each_network_has_its_own_rate(monkeypatch, here, script, flags):
+    """However weights are updated, those of the text encoder do not move at a rate of 0."""
+    ends = []
+
+    def look(args, accelerator, plan, models, *rest):
+        ends.append([[w.detach().clone() for w in group["params"]] for group in models.optimizer.param_groups])
+
+    watch(monkeypatch, script, "train", look)
+    watch(monkeypatch, script, "save_result", look)
+    flags = f"{flags} --train_text_encoder --text_encoder_lr 0 --adam_weight_decay 0"
+    here(script, f"{flags} --learning_rate 1e-2 --max_train_steps 2")
+    (unet, text), (unet_after, text_after) = ends
+    assert all(torch.equal(*pair) for pair in zip(text, text_after))
+    assert not all(torch.equal(*pair) for pair in zip(unet, unet_after))
 
 
 def test_the_scaler_of_fp16_changes_no_step_and_is_saved(monkeypatch, here, script, tmp_path):
@@ -372,7 +447,9 @@ def test_nothing_is_left_out_of_what_runs_have_in_common(monkeypatch, here, name
 
 def test_checkpoints_from_before_a_flag_are_of_its_default(monkeypatch, here):
     """They do not know of it; a run that sets it does not go on with them."""
-    for entry, script in (*((e, train_dreambooth) for e in ("repeats", "prior_target", "optimizer", "weight_dtype", "trained weights")),):
+    for entry, script in (
+        *((e, train_dreambooth) for e in ("repeats", "prior_target", "optimizer", "weight_dtype", "trained weights")),
+    ):
         ours = planned(monkeypatch, here, script).fits
         theirs = {key: value for key, value in ours.items() if key != entry}
         resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours)
@@ -389,7 +466,9 @@ def test_a_result_says_how_prompts_are_read_and_not_where_the_base_lay(here, tin
     out = tmp_path / "out"
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert pipeline.tokenizer.model_max_length == 20 and pipeline.text_encoder.config.use_attention_mask is True
-    files = [path for part in pipeline.components for path in (out / part).rglob("*.json")] + [out / "model_index.json"]
+    files = [path for part in pipeline.components for path in (out / part).rglob("*.json")] + [
+        out / "model_index.json"
+    ]
     assert len(files) > 6 and [path for path in files if str(tiny) in path.read_text()] == []
     assert [path for path in files if str(tiny.parent) in path.read_text()] == []
     assert json.loads((out / "model_index.json").read_text())["_name_or_path"] == tiny.name

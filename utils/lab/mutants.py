@@ -12,9 +12,9 @@ exactly once, the new text, the tests that must notice it, and a few words on wh
     new = '"dropout", 0'
     tests = "tests/test_steps.py::test_seeds"
 
-The list of modules `imports` in these files is imported once. "module:function" calls a function as well. Each change
-is made in a copy of the working tree. A fork of this process runs pytest there, which saves the seconds of the imports.
-First, all tests run without a change: they must pass.
+The modules of the list `imports` in these files are imported once. "module:function" calls a function as well. Each
+change is made in a copy of the working tree. A fork of this process runs pytest there, which saves the time of the
+imports. First, all tests run without a change: they must pass.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 LISTS = "tests/mutants"
 PATIENCE = 300  # seconds after which tests count as hung
 POLL = 0.05  # seconds between two looks at the running tests
-ENDS = {0: "survived", 1: "killed", -signal.SIGKILL: "killed"}  # by pytest's exit status; other ones: the tests failed to run
+ENDS = {0: "survived", 1: "killed", -signal.SIGKILL: "killed"}  # by pytest's exit status; the last: hung
 FAILED = "did not run"
 
 
