@@ -1,18 +1,31 @@
 #!/usr/bin/env python
-"""Teach Stable Diffusion or DeepFloyd IF one subject from a few photos by training all of the U-Net (DreamBooth).
+"""Fine-tune a text-to-image diffusion model (Stable Diffusion, DeepFloyd IF) on one subject: DreamBooth.
 
     accelerate launch train_dreambooth.py --pretrained_model_name_or_path MODEL --instance_data_dir photos/ \
         --instance_prompt "a photo of sks dog" --max_train_steps 800 --learning_rate 5e-6
 
-A run from top to bottom is `main`. To change an experiment, edit one function:
+`main` is the table of contents. It does this, in this order, and the file has a section for each:
 
-    one training step .............. compute_loss             the data and its captions ...... list_photos
-    which weights train ............ prepare_training         crops, flips, pixel values ..... DreamBoothDataset
-    noise and timesteps ............ sample_noise             which example comes when ....... StepSampler
-    what stage II is fed ........... stage_two_inputs         the optimizer .................. make_optimizer
-    what is to be predicted ........ prediction_target        the schedule ................... learning_rate
-    the weight of each example ..... example_losses           previews and their sampler ..... make_preview_pipeline
-    instance against class ......... combine_losses           what is kept ................... save_result
+    check everything ......... parse_args, detect_model, list_examples, make_plan
+    class images, prompts .... draw_class_images, encode_prompts; then the text encoder is freed
+    networks ................. load_models, prepare_training
+    data ..................... DreamBoothDataset, StepSampler, collate; cache_latents
+    optimizer ................ make_optimizer, learning_rate, wrap_and_resume
+    loss ..................... compute_loss: sample_noise, stage_two_inputs, prediction_target, example_losses
+    loop ..................... train: compute_loss, update_weights, save_checkpoint, validate
+    result ................... save_result, share
+
+To change an experiment, edit one function:
+
+    one training step ........ compute_loss          photos and captions ...... list_photos
+    which weights train ...... prepare_training      crops, flips, pixels ..... DreamBoothDataset
+    noise and timesteps ...... sample_noise          order of the photos ...... StepSampler
+    stage II's input ......... stage_two_inputs      the optimizer ............ make_optimizer
+    the target ............... prediction_target     the schedule ............. learning_rate
+    the loss of an example ... example_losses        previews, their sampler .. make_preview_pipeline
+    instance + class loss .... combine_losses        what is saved ............ save_result
+
+Tools such as `python -m utils.preview_data SCRIPT` call functions of this file by name; docs/changing.md lists them.
 
 Letters in shapes: B batch, C channels, H W height and width in pixels, h w in latents, L tokens, D text width,
 T train timesteps, N distinct prompts.
@@ -27,6 +40,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import math
 import random
@@ -48,42 +62,32 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
-from utils.data import geometry, images, masks, prompt_cleaning
-from utils.data.batch_order import BatchOrder, split_batch
-from utils.data.captions import STRATEGIES, find_captions
-from utils.data.concepts import Concept, find_concept_problems, read_concepts
-from utils.data.embedding_cache import open_cache
-from utils.data.geometry import CROP_STYLES, UNITS, Crop, Size, quarter
-from utils.data.latent_cache import content_hash, open_latents
-from utils.devices import device_memory, shards
-from utils.devices.graceful_stop import StopRequest, ignore_signals
-from utils.devices.gradient_checkpointing import checkpoint_all_but_attention
-from utils.devices.launch import connect, on_main_process
-from utils.devices.network_speed import compile_blocks
-from utils.flags.command_line import flags_to_repeat, make_grouped_parser, parse_with_config
-from utils.flags.flag_checks import find_out_of_range, is_installed, messages_if, ranges_of
-from utils.hub import publish
-from utils.hub.hub_datasets import open_source
-from utils.hub.model_card import write_card
-from utils.memory.memory_estimate import show_costs
-from utils.memory.out_of_memory import explain_out_of_memory
+from utils.data import (
+    batch_order,
+    captions,
+    concepts,
+    embedding_cache,
+    geometry,
+    images,
+    latent_cache,
+    masks,
+    prompt_cleaning,
+)
+from utils.data.geometry import Crop, Size
+from utils.devices import device_memory, graceful_stop, gradient_checkpointing, launch, network_speed, shards
+from utils.flags import command_line, flag_checks
+from utils.hub import hub_datasets, model_card, publish
+from utils.memory import memory_estimate, out_of_memory
 from utils.models import model_files
-from utils.models.variance import variational_bound
-from utils.optim.optimizers import OPTIMIZERS, find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
-from utils.optim.schedules import SCHEDULES, check_warmup, find_rate_problems, rate_of_step
-from utils.optim.stochastic_rounding import in_float32
-from utils.run import checkpoints
-from utils.run.flag_conflicts import find_model_conflicts, find_unused_flags
-from utils.run.folder_checks import find_folder_problems
-from utils.run.metric_log import MetricLog, find_tracker_problems, start_trackers, track_images, tracker_names
-from utils.run.resume_checks import check_resume_keys, resume_keys_of_run
-from utils.run.run_summary import describe_run, show_run
+from utils.optim import optimizers, schedules, stochastic_rounding
+from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
 from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
@@ -93,6 +97,21 @@ METHOD_TAGS = []
 DEFAULT_OUTPUT_DIR = "dreambooth-model"
 DEFAULT_LEARNING_RATE = 5e-6
 TRAINS_WHOLE_NETWORKS = True
+SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial one_cycle".split()
+# Allowed values of flags that are numbers. Unless named here: whole numbers 1 or more, fractions 0 or more.
+FLAG_RANGES = {
+    "local_rank": "any",
+    "repeats": "from 1 to 10,000",
+    **dict.fromkeys(("seed", "dataloader_num_workers", "lr_warmup_steps"), "0 or more"),
+    **dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)"),
+}
+# A resumed run must have the same values of these flags, and others of `make_plan` and `resume_checks`.
+RESUME_FLAGS = (
+    *("revision", "instance_prompt", "class_prompt", "repeats", "prior_target", "tokenizer_name"),
+    *("train_text_encoder", "optimizer", "use_8bit_adam", "weight_dtype", "train_batch_size"),
+    *("gradient_accumulation_steps", "train_variance"),
+)
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -110,29 +129,33 @@ KINDS = {  # by the U-Net's input channels, the VAE, and the U-Net's class embed
     (6, None, "timestep"): ModelKind.IF_STAGE_2,
 }
 # diffusers' classes that draw previews, by name, because importing them takes time.
-PIPELINES = dict(zip(ModelKind, ("StableDiffusionPipeline", "IFPipeline", "IFSuperResolutionPipeline")))
+PIPELINES = {
+    ModelKind.STABLE_DIFFUSION: "StableDiffusionPipeline",
+    ModelKind.IF_STAGE_1: "IFPipeline",
+    ModelKind.IF_STAGE_2: "IFSuperResolutionPipeline",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What the checkpoint's own config files say, and what follows from its kind; no weights."""
+    """What the base model's config files say, and what follows from its kind. No weights."""
 
     kind: ModelKind
     index: dict  # model_index.json: the library and class of each component
-    scheduler: dict  # its config, with the variance that results and previews are drawn with
+    scheduler: dict  # its config, with the variance type that results and previews use
     image_noising_scheduler: dict | None  # of stage II
     conditioning: str | None  # of stage II: noise_level or timesteps
     prediction_type: str  # epsilon or v_prediction
-    size_multiple: int  # width and height in pixels are multiples of it
+    size_multiple: int  # width and height in pixels are multiples of this
     vae_scale_factor: int  # pixels along the edge of a latent; 1 for models that work on pixels
     scaling_factor: float  # of latents, as the U-Net is given them
-    learns_variance: bool  # the U-Net puts out twice its image channels
-    uses_attention_mask: bool  # from the text encoder, as the model's pipeline will when it draws
+    learns_variance: bool  # the U-Net has twice as many output channels as image channels
+    uses_attention_mask: bool  # padding tokens are masked, as the model's own pipeline does
     precomputes_text: bool  # the text encoder is freed before the U-Net is loaded
-    vocabulary: int | None  # words that its text encoder knows
+    vocabulary: int | None  # number of tokens that its text encoder knows
     tokens: int | None  # per prompt; None: the tokenizer's own limit
-    native_size: Size  # in pixels, of what its pipeline draws unless told otherwise
-    resolution: Size  # in pixels, to train at
+    native_size: Size  # in pixels, the size that its pipeline draws by default
+    resolution: Size  # of training, in pixels
     preview_sizes: list[Size]
 
     @property
@@ -142,19 +165,19 @@ class ModelInfo:
 
     @property
     def low_res_size(self) -> Size | None:
-        """The size in pixels of what stage II enlarges to the resolution; None for others."""
-        return quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
+        """The size in pixels of stage II's input image; None for other kinds."""
+        return geometry.quarter(self.resolution) if self.kind is ModelKind.IF_STAGE_2 else None
 
 
 class Example(NamedTuple):
-    """One picture of the run: known before any pixel is read."""
+    """One image of the run: known before any pixel is read."""
 
     path: Path
-    prompts: tuple[str, ...]  # one is drawn at each visit
-    concept: Concept
-    size: Size  # in pixels, that it is cut to; a class image is cut like the photo that it stands beside
+    prompts: tuple[str, ...]  # each visit takes one of them at random
+    concept: concepts.Concept
+    size: Size  # of its crop, in pixels; in a batch, a class image takes the size of the photo it belongs to
     is_prior: bool = False
-    is_missing: bool = False  # a class image that is still to be drawn
+    is_missing: bool = False  # a class image that the base model has not drawn yet
     mask: Path | None = None
 
 
@@ -174,24 +197,24 @@ class Plan:
 
     base: ModelInfo
     examples: list[Example]
-    order: BatchOrder
     seed: int
     processes: int
-    first_step: int  # optimizer steps done by the run that this one continues
-    steps: int  # optimizer steps at the end of the run
+    first_step: int  # optimizer steps that the resumed run has done; 0 for a new run
+    steps: int  # optimizer steps when the run ends, with those of the resumed run
     steps_per_epoch: int
-    learning_rates: tuple[float, ...]  # of the U-Net and, if it is trained, of the text encoder
+    epoch_length: int  # micro-steps until every photo and every class image was visited
+    learning_rates: dict[str, float]  # the peak, by the name of the network that trains
     noise_offset: float
     frozen_dtype: torch.dtype
-    previews: list[preview_pipeline.Preview]  # the pictures of each round of validation
+    previews: list[preview_pipeline.Preview]  # the images of each round of validation
     output_dir: Path
     resume_from: Path | None
-    fits: dict  # what a checkpoint of this run and the run that resumes it must have in common
+    resume_keys: dict  # what a run that resumes a checkpoint of this one must have in common with it
 
 
 @dataclasses.dataclass
 class PromptTable:
-    """Every distinct prompt of the run, a row each."""
+    """Every distinct prompt of the run, one per row."""
 
     texts: list[str]
     ids: Tensor  # (N, L) int64 tokens, on the training device
@@ -205,25 +228,17 @@ class PromptTable:
 
 @dataclasses.dataclass
 class Models:
-    """The networks of the run, and what optimizes them; as `accelerate` wraps them, once it does."""
+    """The networks of the run and their optimizer, wrapped by `accelerate` from `wrap_and_resume` on."""
 
     prompts: PromptTable
     unet: nn.Module
-    vae: nn.Module | None  # None for models that work on pixels, or if no step needs it; on the CPU if previews do
+    vae: nn.Module | None  # None for pixel models, and if latents are cached; on the CPU if only previews need it
     text_encoder: nn.Module | None
     noise_scheduler: DDPMScheduler
     image_noising_scheduler: DDPMScheduler | None  # of stage II
     trained: dict[str, nn.Module]  # those that are optimized: "unet" and perhaps "text_encoder"
-    copies: dict[str, nn.Module]  # of those as they were before, where a full run needs them
+    copies: dict[str, nn.Module]  # the trained networks as they were before, if --prior_target needs them
     optimizer: Optimizer | None = None
-
-
-class Loss(NamedTuple):
-    """The loss that is minimised and its two parts, scalars each; `prior` is None without class images."""
-
-    total: Tensor
-    instance: Tensor
-    prior: Tensor | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,15 +253,15 @@ def main(argv: list[str] | None = None) -> int:
         return print_dry_run(args, accelerator, plan)
     repository = prepare_output_folder(args, accelerator, plan)
 
-    with StopRequest() as stop, explain_out_of_memory(accelerator, vars(args)) as networks:
-        # 2. Words to tensors; a text encoder that the loop does not need is freed here.
+    with graceful_stop.StopRequest() as stop, out_of_memory.explain_out_of_memory(accelerator, vars(args)) as networks:
+        # 2. Prompts to tensors. A text encoder that the loop does not need is freed here.
         prompts = encode_prompts(args, accelerator, plan)
 
-        # 3. Draw missing class images, and what stage II previews enlarge; the pipelines that draw are freed.
+        # 3. Draw missing class images, and the small images for stage II's previews. Then free these pipelines.
         draw_class_images(args, accelerator, plan, prompts, stop)
         write_start_images(args, accelerator, plan, prompts)
 
-        # 4. Pictures to latents, where they are cut alike again and again; the VAE is freed.
+        # 4. Images to latents, if the same crops repeat. Then free the VAE.
         dataset = DreamBoothDataset(args, plan, prompts)
         dataset.latents = cache_latents(args, accelerator, plan, dataset)
 
@@ -258,12 +273,12 @@ def main(argv: list[str] | None = None) -> int:
         wrap_and_resume(args, accelerator, plan, models)
 
         # 6. The loop.
-        loader = make_loader(args, accelerator, plan, dataset)
-        summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
-        show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}", summary)
-        finished = train(args, accelerator, plan, models, loader, stop)
+        summary = describe_run(args, accelerator, plan, dataset.order, models)
+        title = f"{METHOD} of {args.pretrained_model_name_or_path} to {plan.output_dir}"
+        run_summary.show_run(accelerator, title, summary)
+        finished = train(args, accelerator, plan, models, dataset, stop)
 
-        # 7. The result. An upload may outlast the patience of waiting processes: they must be let go before it.
+        # 7. The result. Distributed training ends before the upload: waiting processes would time out.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
             with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
@@ -278,9 +293,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Parse the flags, over those of --config if it is given, and exit with status 2 naming every mistake in them."""
+    """Parse the flags, those of --config first, or exit with status 2 and name every mistake."""
     parser = make_parser()
-    args = parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
+    args = command_line.parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
     if problems := find_problems(args) + find_method_problems(args):
         parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
     return args
@@ -289,7 +304,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags, in groups."""
     learned, trained = (add_model_args, add_data_args), (add_training_args, add_optimizer_args, add_method_args)
-    return make_grouped_parser(__doc__, (*learned, *trained, add_validation_args, add_result_args))
+    return command_line.make_grouped_parser(__doc__, (*learned, *trained, add_validation_args, add_result_args))
 
 
 def add_model_args(add, switch) -> None:
@@ -298,129 +313,129 @@ def add_model_args(add, switch) -> None:
     add("--pretrained_model_name_or_path", metavar="MODEL", help="Hub id or folder of the base model (required).")
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
     add("--variant", help="Variant of the weight files, for example fp16.")
-    add("--stage_one_model_name_or_path", metavar="MODEL", help="IF's stage I, to draw what stage II then enlarges.")
+    add("--stage_one_model_name_or_path", metavar="MODEL", help="IF's stage I, to draw the small images for stage II.")
     labels = ["noise_level", "timesteps"]
-    add("--class_labels_conditioning", choices=labels, help="Of stage II: timesteps as published; unset: noise_level.")
+    add("--class_labels_conditioning", choices=labels, help="Class label of stage II. Unset: noise_level.")
     add("--tokenizer_name", help="Hub id or folder of another tokenizer than the model's own.")
-    add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt; unset: the model's own limit.")
+    add("--tokenizer_max_length", type=int, metavar="L", help="Tokens per prompt. Unset: the model's own limit.")
     switch("--train_text_encoder", help="Train the text encoder as well; not T5.")
-    kind_decides("--text_encoder_use_attention_mask", help="Hide padding from it; samplers must, too. IF: always.")
-    kind_decides(
-        "--pre_compute_text_embeddings", help="Encode prompts once, free the text encoder; unset: unless it trains."
-    )
-    add("--text_encoder_precision", choices=precisions, help="For precomputing; unset: as --mixed_precision.")
-    add("--cache_dir", metavar="DIR", help="Keeps embeddings and latents for later runs; unset: ~/.cache/dreambooth.")
+    kind_decides("--text_encoder_use_attention_mask", help="Mask padding tokens. IF: always on.")
+    kind_decides("--pre_compute_text_embeddings", help="Encode prompts once. Unset: on, unless the encoder trains.")
+    add("--text_encoder_precision", choices=precisions, help="Of precomputed embeddings. Unset: as --mixed_precision.")
+    add("--cache_dir", metavar="DIR", help="Cache of embeddings and latents. Unset: ~/.cache/dreambooth.")
 
 
 def add_data_args(add, switch) -> None:
     """Add the flags of the photos and class images."""
     modes, precisions = [mode.name.lower() for mode in Image.Resampling], ["no", "fp32", "fp16", "bf16"]
-    targets, caching, own = ["images", "base_prediction"], ["auto", "on", "off"], STRATEGIES[0]
+    targets, caching, styles = ["images", "base_prediction"], ["auto", "on", "off"], geometry.CROP_STYLES
+    sources, units = captions.STRATEGIES, geometry.UNITS
     add("--instance_data_dir", metavar="DIR", help="Folder with photos of the subject, read recursively (required).")
-    add("--dataset_name", metavar="NAME", help="Photos of a Hub dataset instead, or of a local copy (needs datasets).")
-    add("--image_column", default="image", help="Its column of pictures.")
-    add("--caption_column", help="Its column of captions; unset: --caption_strategy.")
+    add("--dataset_name", metavar="NAME", help="Hub dataset with the photos, or its local copy (needs datasets).")
+    add("--image_column", default="image", help="Column with images, of --dataset_name.")
+    add("--caption_column", help="Column with captions. Unset: --caption_strategy.")
     add("--concepts_list", metavar="JSON", help="Several subjects: objects with these flags as keys; see README.")
-    add("--repeats", type=int, default=1, help="Visits to each photo in a pass over all: weighs concepts.")
-    add("--mask_data_dir", metavar="DIR", help="Masks named like the photos: the loss counts where they are light.")
+    add("--repeats", type=int, default=1, help="How often each photo comes per epoch. Balances concepts.")
+    add("--mask_data_dir", metavar="DIR", help="Masks with the photos' names. White counts in the loss.")
     add("--instance_prompt", help="What every photo shows, with an identifier: 'a photo of sks dog'.")
-    add("--caption_strategy", default=own, choices=STRATEGIES, help="Where captions are; textfile: beside the photos.")
-    switch("--prepend_instance_prompt", help="Begin each of those captions with the instance prompt.")
-    add("--resolution", metavar="SIZE", help="Pixels, as 512 or 512x640 (width x height); unset: the model's own.")
-    add("--crop_style", choices=CROP_STYLES, help="shifted_center: up to a tenth off, as IF had it. Unset: random.")
+    add("--caption_strategy", default=sources[0], choices=sources, help="textfile: a .txt file beside each photo.")
+    switch("--prepend_instance_prompt", help="Put the instance prompt before each of those captions.")
+    add("--resolution", metavar="SIZE", help="Pixels: 512, or 512x640 (width x height). Unset: the model's own.")
+    add("--crop_style", choices=styles, help="shifted_center: up to 10 % off, as IF was trained. Unset: random.")
     switch("--center_crop", help="The same as --crop_style center.")
-    add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: cut by each photo's shape.")
-    add("--resolution_type", default=UNITS[0], choices=UNITS, help="What preserve keeps: area, or the shorter edge.")
-    add("--bucket_step", type=int, help="Edges of buckets are multiples of it; unset: 64 px, at low resolution less.")
-    add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos; unset: none.")
-    add("--maximum_image_size", type=int, metavar="PX", help="Larger photos are cut out of a smaller version of them.")
-    add("--target_downsample_size", type=int, metavar="PX", help="The size of that version; see --resolution_type.")
-    switch("--stepwise_downsampling", help="Shrink by at most a quarter at a time; a little softer.")
-    switch("--random_flip", help="Mirror a picture left to right in half of its visits.")
-    add("--image_interpolation_mode", choices=modes, help="How pictures are resized; unset: lanczos, for IF bicubic.")
-    switch("--skip_bad_images", help="Go on without unreadable photos; off: an error that lists them.")
-    add("--caption_dropout", type=float, default=0.0, help="Share of captions replaced by the empty one, in [0, 1).")
-    add("--cache_latents", nargs="?", const="on", default="auto", choices=caching, help="auto: if crops come again.")
-    add("--latent_variants", type=int, metavar="K", help="Crops and flips per picture; unset: new ones at each visit.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that load pictures; 0: the trainer itself.")
-    switch("--with_prior_preservation", help="Train on class images beside the photos.")
+    add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: aspect-ratio buckets.")
+    add("--resolution_type", default=units[0], choices=units, help="preserve keeps the area, or the shorter edge.")
+    add("--bucket_step", type=int, help="Bucket sizes are multiples of this, in pixels. Unset: 64 from 512 px.")
+    add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos. Unset: none.")
+    add("--maximum_image_size", type=int, metavar="PX", help="Shrink larger photos before cropping.")
+    add("--target_downsample_size", type=int, metavar="PX", help="Size that such photos are shrunk to.")
+    switch("--stepwise_downsampling", help="Shrink by at most 25 % at a time. Slightly softer.")
+    switch("--random_flip", help="Mirror each image left to right half of the time.")
+    add("--image_interpolation_mode", choices=modes, help="How images are resized. Unset: lanczos, for IF bicubic.")
+    switch("--skip_bad_images", help="Go on without unreadable photos. Off: an error lists them.")
+    add("--caption_dropout", type=float, default=0.0, help='Share of captions replaced by "", in [0, 1).')
+    add("--cache_latents", nargs="?", const="on", default="auto", choices=caching, help="auto: if crops repeat.")
+    add("--latent_variants", type=int, metavar="K", help="Crops and flips per image. Unset: a new one each time.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that load images. 0: the trainer itself.")
+    switch("--with_prior_preservation", help="Also train on class images, so that the class is not forgotten.")
     add("--class_data_dir", metavar="DIR", help="Folder of class images; unset: class_images in --output_dir.")
-    add("--class_prompt", help="What the class images show, without the identifier: 'a photo of dog'.")
-    add("--prior_target", default="images", choices=targets, help="Of class images; base_prediction: none are drawn.")
-    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss; 0: none.")
-    add("--num_class_images", type=int, default=100, help="Class images used; missing ones are drawn by the model.")
-    add("--class_guidance_scale", type=float, help="For drawing class images; 1: none; unset: the pipeline's own.")
+    add("--class_prompt", help="What class images show, without the identifier: 'a photo of dog'.")
+    add("--prior_target", default="images", choices=targets, help="base_prediction: needs no class images.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class images' loss. 0: none.")
+    add("--num_class_images", type=int, default=100, help="Class images to use. Missing ones are drawn.")
+    add("--class_guidance_scale", type=float, help="To draw class images. 1: none. Unset: the pipeline's own.")
     add("--sample_batch_size", type=int, default=4, help="Class images drawn at a time, per process.")
-    add("--prior_generation_precision", choices=precisions, help="For drawing; unset: fp16 on a GPU, else fp32.")
+    add("--prior_generation_precision", choices=precisions, help="Of class images. Unset: fp16 on GPUs, else fp32.")
 
 
 def add_training_args(add, switch) -> None:
     """Add the flags of the run, its precision and devices."""
-    add("--output_dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR", help="Where everything is written.")
-    add("--seed", type=int, help="Batches and previews follow from it; unset: drawn, printed and kept in args.json.")
+    add("--output_dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR", help="Folder for the result and all else.")
+    add("--seed", type=int, help="Seed of all random choices. Unset: a random one, printed and kept in args.json.")
     add("--train_batch_size", type=int, default=4, metavar="B", help="Photos per micro-step and process.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps per optimizer step.")
-    add("--num_train_epochs", type=int, default=1, help="Length of the run when --max_train_steps is unset.")
-    add("--max_train_steps", type=int, help="Length of the run in optimizer steps; wins over --num_train_epochs.")
+    add("--num_train_epochs", type=int, default=1, help="Length of the run in epochs, if --max_train_steps is unset.")
+    add("--max_train_steps", type=int, help="Length of the run in optimizer steps. Overrides --num_train_epochs.")
     add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Checkpoints kept, newest first; unset: all.")
+    add("--checkpoints_total_limit", type=int, help="How many checkpoints to keep, the newest ones. Unset: all.")
     add("--resume_from_checkpoint", metavar="NAME", help="'latest', checkpoint-N in --output_dir, or a path.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of arithmetic; unset: accelerate's setting.")
-    switch("--gradient_checkpointing", help="Less memory for more time: activations are computed twice.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of the arithmetic. Unset: accelerate's setting.")
+    switch("--gradient_checkpointing", help="Save memory: compute activations again in the backward pass. Slower.")
     switch("--compile", help="Compile the U-Net's blocks: faster steps after minutes of compiling.")
     switch("--allow_tf32", help="Faster float32 products on NVIDIA GPUs since Ampere.")
     switch("--enable_xformers_memory_efficient_attention", help="Use xformers if installed; else torch's attention.")
-    switch("--dry_run", help="Check everything, say what the run would do, and end before anything is written.")
-    switch("--deterministic", help="Exact repetition on GPUs too, with slower kernels; a CPU needs no flag for it.")
-    switch("--set_grads_to_none", help="Has no work left to do: torch always does it.")
-    add("--local_rank", type=int, default=-1, help="Has no work left to do: the launcher's environment says it.")
+    switch("--dry_run", help="Check everything, estimate memory and time, and stop before anything is written.")
+    switch("--deterministic", help="Repeat runs exactly on GPUs too, with slower kernels. CPUs always do.")
+    switch("--set_grads_to_none", help="Has no effect: torch always does it.")
+    add("--local_rank", type=int, default=-1, help="Has no effect: the launcher sets it.")
 
 
 def add_optimizer_args(add, switch) -> None:
     """Add the flags of the loss, the optimizer and the learning rate."""
-    add("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="After the warm-up.")
-    add("--text_encoder_lr", type=float, help="Learning rate of the text encoder; unset: --learning_rate.")
-    switch("--scale_lr", help="Multiply the rates by accumulation steps x batch size x processes.")
+    add("--learning_rate", type=float, default=DEFAULT_LEARNING_RATE, help="Learning rate after the warm-up.")
+    add("--text_encoder_lr", type=float, help="Learning rate of the text encoder. Unset: --learning_rate.")
+    switch("--scale_lr", help="Multiply learning rates by accumulation steps x batch size x processes.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the learning rate changes.")
-    add("--lr_warmup_steps", type=int, default=500, help="Steps of warm-up; 'constant' has none.")
+    add("--lr_warmup_steps", type=int, default=500, help="Warm-up in optimizer steps. The constant schedule has none.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
-    add("--lr_end", type=float, help="Last rate of polynomial, unset: 1e-7, or one_cycle, unset: highest / 250,000.")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="adamw8bit: less memory; prodigy: finds its rate.")
+    add("--lr_end", type=float, help="Last learning rate. Unset: polynomial 1e-7, one_cycle peak / 250,000.")
+    names = optimizers.OPTIMIZERS
+    add("--optimizer", default=names[0], choices=names, help="adamw8bit: less memory. prodigy: finds its rate.")
     switch("--use_8bit_adam", help="The same as --optimizer adamw8bit: AdamW's state in 8 bits (bitsandbytes).")
     switch("--fused_backward", help="Update each weight in the backward pass and free its gradient at once.")
-    add("--weight_dtype", default="fp32", choices=["fp32", "bf16"], help="Of what trains; bf16 rounds stochastically.")
+    add("--weight_dtype", default="fp32", choices=["fp32", "bf16"], help="Of trained weights. bf16: half the memory.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of AdamW's first moment, in [0, 1).")
     add("--adam_beta2", type=float, default=0.999, help="Decay of AdamW's second moment, in [0, 1).")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay; 0: none.")
     add("--adam_epsilon", type=float, default=1e-8, help="Added to AdamW's denominator.")
-    add("--max_grad_norm", type=float, default=1.0, help="Longest gradient; a longer one is scaled down. 0: no limit.")
-    add("--snr_gamma", type=float, metavar="GAMMA", help="Min-SNR weighting, usually 5; unset: all timesteps alike.")
-    switch("--offset_noise", help="The same as --noise_offset 0.1, unless that is given too.")
-    add("--noise_offset", type=float, help="Strength of noise that is constant over each channel; unset: none.")
-    switch("--train_variance", help="Train IF's variance as well; off: what is trained draws with a fixed one.")
+    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this L2 norm. 0: no clipping.")
+    add("--snr_gamma", type=float, metavar="GAMMA", help="Min-SNR weighting, usually 5. Unset: none.")
+    switch("--offset_noise", help="The same as --noise_offset 0.1, unless that flag is given.")
+    add("--noise_offset", type=float, help="Strength of noise that is constant over each channel. Unset: none.")
+    switch("--train_variance", help="Also train IF's variance. Off: the result samples with a fixed variance.")
 
 
 def add_method_args(add, switch) -> None:
     """Add the flags of full fine-tuning."""
-    switch("--use_bitfit", help="Train biases only (arXiv 2106.10199): little memory, and a larger --learning_rate.")
-    switch("--skip_save_text_encoder", help="Leave the text encoder out of the result: users pass the base model's.")
+    switch("--use_bitfit", help="Train biases only (arXiv 2106.10199). Little memory. Needs a larger --learning_rate.")
+    switch("--skip_save_text_encoder", help="Leave the text encoder out of the result. Users take the base model's.")
 
 
 def add_validation_args(add, switch) -> None:
     """Add the flags of the pictures that are drawn during training."""
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
-    add("--validation_prompt", help="Draw this before the first step, while training, and at the end; unset: nothing.")
-    add("--validation_negative_prompt", default="", help="What the pictures are steered away from.")
-    add("--num_validation_images", type=int, default=4, help="Pictures per round, with the same seeds in each.")
-    add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds.")
-    add("--validation_epochs", type=int, help="Epochs between rounds; wins over --validation_steps.")
+    add("--validation_prompt", help="Draw previews of this before, during and after training. Unset: none.")
+    add("--validation_negative_prompt", default="", help="Negative prompt of the previews.")
+    add("--num_validation_images", type=int, default=4, help="Previews per round. Each round uses the same seeds.")
+    add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds of previews.")
+    add("--validation_epochs", type=int, help="Epochs between rounds. Overrides --validation_steps.")
     add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
-    add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per picture.")
-    add("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance; 1: none.")
-    add("--validation_resolution", metavar="SIZES", help="All pictures at each, as 64,64x96; unset: --resolution.")
-    add("--validation_images", nargs="+", metavar="FILE", help="What stage II enlarges, made a quarter of the size.")
-    add("--num_eval_images", type=int, help="Photos that stage II enlarges, made small, when no other is given.")
+    add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per preview.")
+    add("--validation_guidance_scale", type=float, default=7.5, help="Guidance scale of the previews. 1: none.")
+    add("--validation_resolution", metavar="SIZES", help="Sizes of the previews: 64,64x96. Unset: --resolution.")
+    add("--validation_images", nargs="+", metavar="FILE", help="Images that stage II's previews shrink and enlarge.")
+    add("--num_eval_images", type=int, help="Training photos for stage II's previews, if no images are given.")
 
 
 def add_result_args(add, switch) -> None:
@@ -440,24 +455,24 @@ def find_problems(args: Namespace) -> list[str]:
     crops = args.center_crop and args.crop_style not in (None, "center")
     return [
         *["--pretrained_model_name_or_path is required."] * lacks_model,
-        *find_concept_problems(vars(args)),
+        *concepts.find_concept_problems(vars(args)),
         *prompt_cleaning.find_undecodable(vars(args)),
-        *find_out_of_range(vars(args), ranges_of(vars(args))),
+        *flag_checks.find_out_of_range(vars(args), flag_checks.usual_ranges(vars(args)) | FLAG_RANGES),
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
         *device_memory.find_precision_problems(vars(args)),
-        *find_rate_problems(vars(args)),
-        *find_optimizer_problems(vars(args)),
+        *schedules.find_rate_problems(vars(args)),
+        *optimizers.find_optimizer_problems(vars(args)),
         *shards.find_unsupported(vars(args)),
-        *messages_if(
+        *flag_checks.messages_if(
             (text and args.pre_compute_text_embeddings, stale),
             (crops, f"--center_crop excludes --crop_style {args.crop_style}."),
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
-        *find_folder_problems(vars(args)),
+        *folder_checks.find_folder_problems(vars(args)),
         *images.find_unreadable("--validation_images", args.validation_images or []),
-        *find_tracker_problems(tracker_names(args.report_to)),
+        *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
 
@@ -472,20 +487,21 @@ def find_method_problems(args: Namespace) -> list[str]:
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Connect the processes, set up logging and arithmetic, and say once which flags have no work to do."""
+    """Connect the processes, set up logging and arithmetic, and warn of flags that have no effect."""
     device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
-    trackers, logs = tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
-    accelerator = connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, args.output_dir, logs)
-    for note in find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
+    folders = (args.output_dir, logs)
+    accelerator = launch.connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, *folders)
+    for note in flag_conflicts.find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
 
 def detect_model(args: Namespace) -> ModelInfo:
-    """Tell from the checkpoint's config files what it is.
+    """Read the base model's config files and decide what kind of model it is.
 
     Raises:
-        UserError: The checkpoint is none that this script trains, or flags contradict it.
+        UserError: This script cannot train the model, or flags contradict it.
     """
     name = args.pretrained_model_name_or_path
     configs = model_files.read_configs(name, args.revision, args.hub_token)
@@ -497,14 +513,12 @@ def detect_model(args: Namespace) -> ModelInfo:
     prediction_type = scheduler.get("prediction_type", "epsilon")
     learns_variance = unet.get("out_channels") == 2 * (3 if is_if else 4)
     if learns_variance:
-        # Untrained, the variance that the U-Net predicts belongs to other predictions than it will make.
+        # Fine-tuning changes the prediction. An untrained variance no longer fits it: sample with a fixed one.
         scheduler |= {"variance_type": "learned_range" if args.train_variance else "fixed_small"}
     factor = 2 ** (len((unet if is_if else vae)["block_out_channels"]) - 1)
     own = Size.of_config(unet.get("sample_size") or 64)
     usual = str(own) if is_if else "768" if prediction_type == "v_prediction" else "512"
-    uses_attention_mask = (
-        is_if or args.text_encoder_use_attention_mask or configs.text_encoder.get("use_attention_mask")
-    )
+    masks_padding = configs.text_encoder.get("use_attention_mask") or args.text_encoder_use_attention_mask
     base = ModelInfo(
         kind=kind,
         index=configs.index,
@@ -516,7 +530,7 @@ def detect_model(args: Namespace) -> ModelInfo:
         vae_scale_factor=1 if is_if else factor,
         scaling_factor=1.0 if is_if else vae.get("scaling_factor", 0.18215),
         learns_variance=learns_variance,
-        uses_attention_mask=bool(uses_attention_mask),
+        uses_attention_mask=bool(is_if or masks_padding),
         precomputes_text=is_if or (not args.train_text_encoder and args.pre_compute_text_embeddings is not False),
         vocabulary=configs.text_encoder.get("vocab_size"),
         tokens=args.tokenizer_max_length or (77 if is_if else None),
@@ -524,8 +538,10 @@ def detect_model(args: Namespace) -> ModelInfo:
         resolution=Size.parse(args.resolution or usual),
         preview_sizes=list(dict.fromkeys(geometry.parse_list(args.validation_resolution or args.resolution or usual))),
     )
-    problems = find_model_conflicts(vars(args), base, configs.text_encoder.get("max_position_embeddings", 77))
-    small = [quarter(size) for size in base.preview_sizes if not (args.validation_images or args.num_eval_images)]
+    longest = configs.text_encoder.get("max_position_embeddings", 77)
+    problems = flag_conflicts.find_model_conflicts(vars(args), base, longest)
+    has_images = args.validation_images or args.num_eval_images
+    small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
         raise UserError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
@@ -533,27 +549,29 @@ def detect_model(args: Namespace) -> ModelInfo:
 
 
 def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
-    """List the photos and class images of all concepts with their captions, class images still to be drawn too.
+    """List the photos and class images of all concepts with their captions, also class images not drawn yet.
 
     Raises:
         UserError: No photos, unreadable ones without --skip_bad_images, or class images that nothing can draw.
     """
     width = base.resolution.width
     if not args.resolution and width > 2 * base.native_size.width:
-        logger.warning(
-            f"the model draws {base.native_size} px, but trains at {width}: --resolution sets another size."
-        )
+        logger.warning(f"The model draws {base.native_size} px, but trains at {width}. See --resolution.")
     examples = []
-    for concept in read_concepts(vars(args)):
+    for concept in concepts.read_concepts(vars(args)):
         photos = list_photos(args, base, concept)
         examples += photos
         examples += list_class_images(args, base, concept, photos) if concept.class_data_dir else []
     return examples
 
 
-def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Example]:
-    """List the photos of a concept, each with its captions, its mask and the size that it is cut to."""
-    folder, call, unit = open_source(concept, args.cache_dir, args.hub_token), concept.flag_name, args.resolution_type
+def list_photos(args: Namespace, base: ModelInfo, concept: concepts.Concept) -> list[Example]:
+    """List the photos of a concept, each with its captions, its mask and the size of its crop."""
+    folder, call, unit = (
+        hub_datasets.open_source(concept, args.cache_dir, args.hub_token),
+        concept.flag_name,
+        args.resolution_type,
+    )
     found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
     found = images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
@@ -562,14 +580,17 @@ def list_photos(args: Namespace, base: ModelInfo, concept: Concept) -> list[Exam
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
     images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
-    prompts = find_captions(strategy, folder, list(found), concept.instance_prompt, concept.prepend_instance_prompt)
+    words = (concept.instance_prompt, concept.prepend_instance_prompt)
+    prompts = captions.find_captions(strategy, folder, list(found), *words)
     lights = masks.find_masks(folder, found, concept.mask_data_dir, call("mask_data_dir"))
     options = {"concept": concept, "is_prior": concept.is_regularisation_data}
     return [Example(path, prompts[path], size=sizes[path], mask=lights.get(path), **options) for path in found]
 
 
-def list_class_images(args: Namespace, base: ModelInfo, concept: Concept, photos: list[Example]) -> list[Example]:
-    """List the class images of a concept; if the base model's prediction is their target, none has to be drawn."""
+def list_class_images(
+    args: Namespace, base: ModelInfo, concept: concepts.Concept, photos: list[Example]
+) -> list[Example]:
+    """List the class images of a concept. With --prior_target base_prediction, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
     paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
     if missing and args.prior_target == "base_prediction":
@@ -586,86 +607,124 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
     """Work out the numbers of the run.
 
     Raises:
-        UserError: The checkpoint to go on from is missing, or was written by a run that does not fit this one.
+        UserError: The checkpoint to resume is missing, or a different run wrote it.
     """
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        seed = on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
+        seed = launch.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
-    order = BatchOrder(examples, global_batch, seed)
-    steps_per_epoch = math.ceil(order.epoch_length / accumulation)
+    epoch_length = batch_order.BatchOrder(examples, global_batch, seed).epoch_length
+    steps_per_epoch = math.ceil(epoch_length / accumulation)
     scale = global_batch * accumulation if args.scale_lr else 1
-    rates = [args.learning_rate * scale]
+    rates = {"unet": args.learning_rate * scale}
     if args.train_text_encoder:
-        rates.append(rates[0] if args.text_encoder_lr is None else args.text_encoder_lr * scale)
-    fits = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
-    fits |= resume_keys_of_run(vars(args), base, examples) | method_resume_keys(args, base)
+        text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+        rates["text_encoder"] = text_rate * scale
+    resume_keys = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
+    resume_keys |= resume_checks.resume_keys_of_run(vars(args), RESUME_FLAGS, base, examples) | method_resume_keys(
+        args, base
+    )
     if resume_from is not None:
-        check_resume_keys(resume_from, state["fits"], fits)
+        resume_checks.check_resume_keys(resume_from, state["fits"], resume_keys)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
     plan = Plan(
         base=base,
         examples=examples,
-        order=order,
         seed=seed,
         processes=processes,
         first_step=state["step"],
         steps=args.max_train_steps or args.num_train_epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
-        learning_rates=tuple(rates),
+        epoch_length=epoch_length,
+        learning_rates=rates,
         noise_offset=(0.1 if args.offset_noise else 0.0) if args.noise_offset is None else args.noise_offset,
         frozen_dtype=PRECISIONS[accelerator.mixed_precision],
         previews=preview_pipeline.list_previews(base.preview_sizes, count or args.num_validation_images, seed),
         output_dir=Path(args.output_dir),
         resume_from=resume_from,
-        fits=fits,
+        resume_keys=resume_keys,
     )
-    check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
+    schedules.check_warmup(args.lr_scheduler, args.lr_warmup_steps, plan.steps)
     if args.max_train_steps is None and plan.steps < 50:
         logger.warning(f"{plan.steps} steps will teach little; --max_train_steps of some hundreds is usual.")
     return plan
 
 
 def method_resume_keys(args: Namespace, base: ModelInfo) -> dict:
-    """Return what only a full fine-tuning and its checkpoint must have in common."""
+    """Return what a resumed full run must have in common with its checkpoint, beyond what all runs must."""
     return {"trained weights": "biases" if args.use_bitfit else "all"}
 
 
 def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
-    """Say what the run would do, from configs and tokens alone; nothing is drawn, loaded, trained or written."""
+    """Print what the run would do, from configs and tokens alone; no weights are loaded and nothing is written."""
     empty = torch.device("meta")
     prompts = tokenize_prompts(args, plan, empty)
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
-    summary = describe_run(vars(args), plan, method_resume_keys(args, plan.base), models, accelerator.device)
-    show_run(accelerator, f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)", summary)
-    show_costs(sys.modules[__name__], vars(args), plan, accelerator)
+    summary = describe_run(args, accelerator, plan, DreamBoothDataset(args, plan, prompts).order, models)
+    title = f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)"
+    run_summary.show_run(accelerator, title, summary)
+    memory_estimate.show_costs(sys.modules[__name__], vars(args), plan, accelerator)
     return 0
 
 
+def describe_run(
+    args: Namespace, accelerator: Accelerator, plan: Plan, order: batch_order.BatchOrder, models: Models
+) -> dict[str, str]:
+    """Return the lines of the start-up screen by name; the model card lists them as well.
+
+    Args:
+        order: The order of the run's examples.
+        models: On the meta device if they are not loaded.
+    """
+    base, flags = plan.base, vars(args)
+    trained, frozen = device_memory.count_parameters(models.unet, models.vae, models.text_encoder)
+    kept = "float32" if args.weight_dtype == "fp32" else "bfloat16, rounded stochastically"
+    frozen_words = f"{frozen:.2f} M are frozen in {run_summary.describe_frozen(flags, plan)}"
+    variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
+    rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates.values())
+    optimizer = optimizers.NAMES[optimizers.optimizer_of(flags)]
+    optimizer += " in the backward pass" if args.fused_backward else ""
+    return {
+        "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
+        "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
+        "weights": f"{trained:.2f} M train in {kept}, {frozen_words}",
+        **{name: str(value) for name, value in method_resume_keys(args, base).items()},
+        "text encoder": run_summary.describe_text_encoder(flags, base),
+        **({"variance": variance} if base.learns_variance else {}),
+        **run_summary.describe_pictures(flags, plan, order, models),
+        "batch": run_summary.describe_batch(flags, plan.processes, order),
+        "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
+        "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
+        "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
+    }
+
+
 def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
-    """Create the Hub repository, if one is asked for and can be written, and the output folder; start the trackers."""
+    """Create the Hub repository, if asked for, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    repository = on_main_process(accelerator, publish.prepare_repository, *options) if args.push_to_hub else None
+    prepare = functools.partial(launch.on_main_process, accelerator, publish.prepare_repository)
+    repository = prepare(*options) if args.push_to_hub else None
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
-    used = flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
+    used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
         checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
-    start_trackers(accelerator, used, plan.output_dir)
+    metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
 
 
 def draw_class_images(
-    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable, stop: graceful_stop.StopRequest
 ) -> None:
-    """Draw the class images that are missing with the base model, all processes sharing the work.
+    """Draw missing class images with the base model. All processes share the work.
 
-    Image i of a folder depends on i, its prompt and the batch size alone: it is drawn in the batch that i falls in,
-    from a seed of i. For stage II, stage I draws it small first.
+    Image i depends only on i, the prompt and the batch size. Its seed is i, and it always shares a batch with the same
+    neighbours. For stage II, stage I draws it small first.
     """
     missing = {example.path: example.concept for example in plan.examples if example.is_missing}
     if not missing:
@@ -690,9 +749,9 @@ def draw_class_images(
 
 
 def draw_class_batch(
-    pipeline: DiffusionPipeline, prompts: PromptTable, concept: Concept, batch: range, small: list | None
+    pipeline: DiffusionPipeline, prompts: PromptTable, concept: concepts.Concept, batch: range, small: list | None
 ) -> list[Image.Image]:
-    """Draw the class images of some indices of a concept, or enlarge them if they are given small."""
+    """Draw a batch of a concept's class images, or enlarge it if small images are given."""
     prompt, guidance = concept.class_prompt, concept.class_guidance_scale
     seeds = [generator("enlarged class image" if small else "class image", index) for index in batch]
     if pipeline.text_encoder is None:
@@ -705,10 +764,10 @@ def draw_class_batch(
 
 
 def write_start_images(args: Namespace, accelerator: Accelerator, plan: Plan, prompts: PromptTable) -> None:
-    """Write what stage II's previews enlarge: given pictures or photos, made small, or what stage I draws."""
+    """Write the small images that stage II's previews start from: given images, photos, or what stage I draws."""
     # On each machine, because its folder may be its own.
     if args.validation_prompt and plan.base.kind is ModelKind.IF_STAGE_2 and accelerator.is_local_main_process:
-        small = [preview._replace(size=quarter(preview.size)) for preview in plan.previews]
+        small = [preview._replace(size=geometry.quarter(preview.size)) for preview in plan.previews]
         photos = [example.path for example in plan.examples if args.num_eval_images and not example.is_prior]
         folder = plan.output_dir / "samples" / "small"
         if paths := args.validation_images or photos:
@@ -731,9 +790,9 @@ def load_pipeline(args: Namespace, accelerator: Accelerator, base: ModelInfo, mo
 
 
 def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> PromptTable:
-    """Tokenize every prompt of the run and, if the text encoder is to be freed, embed them here and now.
+    """Tokenize every prompt of the run and, if the text encoder is not needed later, embed them.
 
-    Embeddings come from the cache; what it lacks is encoded and added.
+    Embeddings come from the cache. Missing ones are computed and added to it.
     """
     prompts = tokenize_prompts(args, plan, accelerator.device)
     if not plan.base.precomputes_text:
@@ -743,7 +802,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
     kind = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
+        cache = embedding_cache.open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
         embeds = cache.load_all(prompts.ids, prompts.mask)
         if missing := [row for row, known in enumerate(embeds) if known is None]:
             logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
@@ -758,17 +817,21 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
-    """Encode each cut of a picture that is worth it once, with a VAE that is then freed; None if none is worth it.
+    """Encode repeated crops once with the VAE, then free it; return None if latents are not cached.
 
-    What is kept for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w); visits draw from it anew.
+    The value for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w). Each visit samples from it.
     """
     if not (cuts := count_crops(args, plan, dataset)):
         return None
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    cache = open_latents(args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type)
+    cache = latent_cache.open_latents(
+        args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type
+    )
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        keys = {(path, cut): [content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts}
+        keys = {
+            (path, cut): [latent_cache.content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts
+        }
         latents = {cut: cache.load(key) for cut, key in keys.items()}
         missing = [cut for cut, moments in latents.items() if moments is None]
         vae = load_vae(args, plan, accelerator.device) if missing else None
@@ -777,12 +840,12 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
             cache.save(keys[cut], latents[cut], cut[0].name)
         del vae
         device_memory.free_memory()
-    logger.info(f"Latents of {len(cuts)} cuts, for {cuts.total()} visits, are in memory.")
+    logger.info(f"Cached the latents of {len(cuts)} crops.")
     return latents
 
 
 def tokenize_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
-    """Tokenize every prompt of the run, and say what the model will not see of it."""
+    """Tokenize every prompt of the run, and warn of words that the model will not see."""
     base, texts = plan.base, [prompt for example in plan.examples for prompt in example.prompts]
     if args.validation_prompt:
         texts += [args.validation_prompt, args.validation_negative_prompt]
@@ -799,8 +862,8 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
 
     Args:
         rows: (B,) int64 rows of the table, on the CPU.
-        together: Encode all in one call, as data parallelism needs for a network that trains. Otherwise one prompt a
-            call: then an embedding does not depend on its neighbours, and equals the precomputed one to the bit.
+        together: Encode all prompts in one call. Data parallelism needs this for a network that trains. If False,
+            encode one prompt per call, so that the result is bit-identical to the precomputed embedding.
 
     Returns:
         (B, L, D) embeddings in the text encoder's precision.
@@ -821,7 +884,7 @@ def embed_prompts(prompts: PromptTable, text_encoder: nn.Module | None, rows: Te
 
 
 def load(args: Namespace, kind: type, part: str | None = None, model: str | None = None, **options) -> Any:
-    """Load a part of the base model or of another one, or with part None the whole of it."""
+    """Load one part of the base model or of another model. Without a part: the whole model."""
     name = model or args.pretrained_model_name_or_path
     # Another model's branches have other names, but its weight files the same variants.
     revision = args.revision if name == args.pretrained_model_name_or_path else None
@@ -855,7 +918,7 @@ def load_vae(args: Namespace, plan: Plan, device: torch.device) -> nn.Module:
 def load_models(
     args: Namespace, plan: Plan, prompts: PromptTable, device: torch.device, latents: dict | None = None
 ) -> Models:
-    """Load the networks, frozen, on the device; on "meta" without their weights."""
+    """Load the frozen networks on the device. On "meta": without weights."""
     base = plan.base
     needs_vae = not base.is_if and (latents is None or args.validation_prompt)
     vae = load_vae(args, plan, device if latents is None else torch.device("cpu")) if needs_vae else None
@@ -864,15 +927,16 @@ def load_models(
     models = Models(prompts, unet, vae, None, *schedulers, {"unet": unet}, {})
     if prompts.embeds is None:
         trains_whole = args.train_text_encoder and TRAINS_WHOLE_NETWORKS
-        precision = args.weight_dtype if trains_whole else plan.fits["precision"]
+        precision = args.weight_dtype if trains_whole else plan.resume_keys["precision"]
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
     device_memory.keep_norms_in_bf16(unet)
-    if args.enable_xformers_memory_efficient_attention and is_installed("xformers"):
+    if args.enable_xformers_memory_efficient_attention and flag_checks.is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(None if args.compile else checkpoint_all_but_attention)
+        selective = gradient_checkpointing.checkpoint_all_but_attention
+        unet.enable_gradient_checkpointing(None if args.compile else selective)
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     return models
@@ -884,7 +948,7 @@ def load_unet(args: Namespace, plan: Plan, device: torch.device) -> nn.Module:
 
 
 def prepare_training(args: Namespace, plan: Plan, models: Models, device: torch.device) -> None:
-    """Let all weights of the U-Net train, or its biases alone, and those of the text encoder if it is trained."""
+    """Make the weights of the networks that train trainable: all, or the biases alone."""
     if args.prior_target == "base_prediction":
         models.copies = {name: copy.deepcopy(model).to(plan.frozen_dtype) for name, model in models.trained.items()}
     for model in models.trained.values():
@@ -893,11 +957,11 @@ def prepare_training(args: Namespace, plan: Plan, models: Models, device: torch.
 
 
 def wrap_for_devices(args: Namespace, accelerator: Accelerator, models: Models) -> None:
-    """Wrap what trains for data parallelism and, so that `forward` runs under autocast, for mixed precision."""
+    """Wrap the trained networks for data parallelism and mixed precision (autocast)."""
     if args.compile:
-        compile_blocks(models.unet)
+        network_speed.compile_blocks(models.unet)
     *wrapped, models.optimizer = accelerator.prepare(*models.trained.values(), models.optimizer)
-    models.trained = dict(zip(models.trained, wrapped))
+    models.trained = dict(zip(models.trained, wrapped, strict=True))
     models.unet, models.text_encoder = models.trained["unet"], models.trained.get("text_encoder", models.text_encoder)
 
 
@@ -905,11 +969,12 @@ def wrap_for_devices(args: Namespace, accelerator: Accelerator, models: Models) 
 
 
 class DreamBoothDataset(Dataset):
-    """The pictures of the run, cut and scaled anew at each visit, or their latents."""
+    """The images of the run, scaled and cropped anew at each visit, or their cached latents."""
 
     def __init__(self, args: Namespace, plan: Plan, prompts: PromptTable, latents: dict | None = None):
-        """Remember what is needed to cut pictures, and what `cache_latents` made of them; read none."""
+        """Keep what is needed to crop images; `latents` is what `cache_latents` returns. Reads no image."""
         self.args, self.examples, self.seed, self.latents = args, plan.examples, plan.seed, latents
+        self.order = batch_order.BatchOrder(self.examples, args.train_batch_size * plan.processes, plan.seed)
         rows = {text: row for row, text in enumerate(prompts.texts)}
         self.prompt_rows = [[rows[text] for text in one.prompts] for one in plan.examples]
         self.empty_row = rows.get("")
@@ -919,7 +984,7 @@ class DreamBoothDataset(Dataset):
         self.resampling = (Image.Resampling[mode.upper()], args.stepwise_downsampling)
 
     def crop(self, visit: ExampleVisit) -> Crop:
-        """Return where a visit cuts its picture and whether it mirrors it: by seed, example and visit alone."""
+        """Return the crop of a visit: a function of seed, example and number of the visit alone."""
         example, variants = self.examples[visit.example], self.args.latent_variants
         turn = visit.earlier_visits % variants if variants else visit.earlier_visits
         chance = random.Random(derive_seed(self.seed, "crop and flip", visit.example, turn))
@@ -928,19 +993,29 @@ class DreamBoothDataset(Dataset):
         box = masks.move_crop_onto_mask(example.mask, scaled, box)
         return Crop(scaled, box, example.concept.random_flip and chance.random() < 0.5)
 
-    def pixels(self, path: Path, cut: Crop) -> Tensor:
-        """Return a picture as it is cut, (3, H, W) float32 in [-1, 1]."""
-        image = images.crop_image(images.open_scaled(path, cut.scaled, *self.resampling), cut)
+    def pixels(self, path: Path, crop: Crop) -> Tensor:
+        """Return a cropped image, (3, H, W) float32 in [-1, 1]."""
+        image = images.crop_image(images.open_scaled(path, crop.scaled, *self.resampling), crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
+    def __getitems__(self, visits: list[ExampleVisit]) -> list[dict]:
+        """Return the examples of a batch: with cached latents if all of its crops are cached, else with pixels."""
+        places = [(self.examples[visit.example].path, self.crop(visit)) for visit in visits]
+        is_cached = self.latents is not None and all(place in self.latents for place in places)
+        return [self.load(visit, crop, is_cached) for visit, (_, crop) in zip(visits, places, strict=True)]
+
     def __getitem__(self, visit: ExampleVisit) -> dict:
-        """Return one example; what it is depends on the seed, the example and the visit alone."""
-        example, cut = self.examples[visit.example], self.crop(visit)
+        """Return one example: a function of seed, example and number of the visit alone."""
+        return self.__getitems__([visit])[0]
+
+    def load(self, visit: ExampleVisit, crop: Crop, is_cached: bool) -> dict:
+        """Return what `collate` stacks, for one visit."""
+        example = self.examples[visit.example]
         captions = random.Random(derive_seed(self.seed, "caption", visit.example, visit.earlier_visits))
         is_nameless = random.Random(derive_seed(visit.seed, "caption dropout")).random() < self.args.caption_dropout
-        cached = self.latents and {"moments": self.latents[example.path, cut]}
-        return (cached or {"pixel_values": self.pixels(example.path, cut)}) | {
-            "weight_map": masks.weight_map(example.mask, cut, visit.size, self.vae_scale_factor),
+        cached = is_cached and {"moments": self.latents[example.path, crop]}
+        return (cached or {"pixel_values": self.pixels(example.path, crop)}) | {
+            "weight_map": masks.weight_map(example.mask, crop, visit.size, self.vae_scale_factor),
             "prompt_rows": self.empty_row if is_nameless else captions.choice(self.prompt_rows[visit.example]),
             "is_prior": example.is_prior,
             "mean_weights": visit.mean_weight,
@@ -951,20 +1026,20 @@ class DreamBoothDataset(Dataset):
 
 
 class StepSampler:
-    """Say which examples each micro-step of a process visits: a function of the micro-step alone.
+    """Choose the examples of each micro-step of a process: a function of the micro-step alone.
 
-    `BatchOrder` has the order; since nothing is remembered from step to step, a resumed run needs no replay.
+    `BatchOrder` has the order. Nothing is remembered from step to step, so a resumed run needs no replay.
     """
 
-    def __init__(self, plan: Plan, first: int, last: int, rank: int):
-        """Cover the micro-steps `first` up to, not including, `last` for process `rank`."""
-        self.plan, self.micro_steps, self.rank = plan, range(first, last), rank
+    def __init__(self, plan: Plan, order: batch_order.BatchOrder, micro_steps: range, rank: int):
+        """Cover some micro-steps of an order, for process `rank`."""
+        self.plan, self.order, self.micro_steps, self.rank = plan, order, micro_steps, rank
 
     def __iter__(self) -> Iterator[list[ExampleVisit]]:
         """Yield the visits of each micro-step, instance images before the class images that belong to them."""
         for micro_step in self.micro_steps:
-            pairs = self.plan.order[micro_step]
-            places, mean_weight = split_batch(len(pairs), self.rank, self.plan.processes)
+            pairs = self.order[micro_step]
+            places, mean_weight = batch_order.split_batch(len(pairs), self.rank, self.plan.processes)
             photos = [("instance", place, pairs[place].photo) for place in places]
             priors = [("class", place, pairs[place].class_image) for place in places if pairs[place].class_image]
             yield [
@@ -985,44 +1060,44 @@ def collate(items: list[dict]) -> dict[str, Tensor]:
     return torch.utils.data.default_collate(items)
 
 
-def make_loader(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> DataLoader:
-    """Return the batches of the steps that are left, for this process."""
+def make_loader(args: Namespace, accelerator: Accelerator, dataset: Dataset, sampler: StepSampler) -> DataLoader:
+    """Return the batches that a sampler names, of the training set or of another one."""
     return DataLoader(
         dataset,
-        batch_sampler=make_samplers(args, plan)[accelerator.process_index],
+        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=graceful_stop.ignore_signals,
     )
 
 
-def make_samplers(args: Namespace, plan: Plan) -> list[StepSampler]:
-    """Return the samplers of the steps that are left, for each process."""
-    first, last = (steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps))
-    return [StepSampler(plan, first, last, rank) for rank in range(plan.processes)]
+def make_samplers(args: Namespace, plan: Plan, dataset: DreamBoothDataset) -> list[StepSampler]:
+    """Return the samplers of the training steps that are left, for each process."""
+    micro_steps = range(*(steps * args.gradient_accumulation_steps for steps in (plan.first_step, plan.steps)))
+    return [StepSampler(plan, dataset.order, micro_steps, rank) for rank in range(plan.processes)]
 
 
 def count_crops(args: Namespace, plan: Plan, dataset: DreamBoothDataset) -> Counter:
-    """Return how often the run will visit each (path, `Crop`), if the latents of these are to be kept, else nothing.
+    """Count how often each (path, `Crop`) will be used, or return nothing if their latents are not to be cached.
 
-    By --cache_latents auto, they are kept if cuts come again, and are 20,000 at most: at 512 px 2.6 GB of memory.
+    By --cache_latents auto, they are cached if crops repeat and are at most 20,000: 2.6 GB of memory at 512 px.
     """
     if plan.base.is_if or args.cache_latents == "off":
         return Counter()
-    visits = (visit for sampler in make_samplers(args, plan) for step_visits in sampler for visit in step_visits)
-    cuts = Counter((dataset.examples[visit.example].path, dataset.crop(visit)) for visit in visits)
-    if args.cache_latents == "auto" and 2 * len(cuts) > min(cuts.total(), 40_000):
-        logger.info(f"Latents are not cached: {len(cuts)} cuts in {cuts.total()} visits. See --latent_variants.")
+    visits = itertools.chain.from_iterable(itertools.chain.from_iterable(make_samplers(args, plan, dataset)))
+    crops = Counter((dataset.examples[visit.example].path, dataset.crop(visit)) for visit in visits)
+    if args.cache_latents == "auto" and 2 * len(crops) > min(crops.total(), 40_000):
+        logger.info(f"Latents are not cached: {len(crops)} crops in {crops.total()} visits. See --latent_variants.")
         return Counter()
-    return cuts
+    return crops
 
 
 def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
-    """Return the optimizer of what trains, one group of parameters for the U-Net and one for the text encoder."""
+    """Return the optimizer, with one group of parameters for each network that trains."""
     groups = [
-        {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
-        for model, rate in zip(models.trained.values(), plan.learning_rates)
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": plan.learning_rates[name]}
+        for name, model in models.trained.items()
     ]
     decay = {"weight_decay": args.adam_weight_decay}
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | decay
@@ -1039,22 +1114,59 @@ def make_optimizer(args: Namespace, plan: Plan, models: Models) -> Optimizer:
         from prodigyopt import Prodigy
 
         return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
-    return torch.optim.AdamW(groups, **adam, fused=has_fused_kernel(groups))
+    return torch.optim.AdamW(groups, **adam, fused=optimizers.has_fused_kernel(groups))
 
 
 def learning_rate(args: Namespace, step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step, counted from 0: a function of the step alone."""
-    options = (args.lr_warmup_steps, args.lr_num_cycles, args.lr_power, args.lr_end)
-    return rate_of_step(args.lr_scheduler, step, steps, peak, *options)
+    """Return the learning rate of a step: a function of the step alone, so a resumed run needs no history.
+
+    The curves are those of diffusers' schedules and, for one_cycle, of torch's OneCycleLR (cosine).
+
+    Args:
+        step: Counted from 0.
+        steps: Steps of the whole run.
+        peak: The highest learning rate.
+    """
+    name, warmup = args.lr_scheduler, args.lr_warmup_steps
+    if name == "constant":
+        return peak
+    if name == "one_cycle":
+        return one_cycle_rate(step, steps, peak, warmup, peak / 25e4 if args.lr_end is None else args.lr_end)
+    if step < warmup:
+        return peak * step / warmup
+    if name == "constant_with_warmup":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if name == "linear":
+        return peak * (1 - done)
+    if name == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if name == "cosine_with_restarts":
+        return 0.0 if done == 1 else peak * 0.5 * (1 + math.cos(math.pi * (args.lr_num_cycles * done % 1)))
+    end = min(1e-7 if args.lr_end is None else args.lr_end, peak)
+    return end + (peak - end) * (1 - done) ** args.lr_power
+
+
+def one_cycle_rate(step: int, steps: int, peak: float, warmup: int, end: float) -> float:
+    """Rise along half a cosine from peak / 25 to the peak, then fall along another one to `end`."""
+    top = max(warmup - 1, 0)
+    if step < top:
+        start, done = peak / 25, step / top
+        return peak + (start - peak) / 2 * (1 + math.cos(math.pi * done))
+    done = min(1.0, (step - top) / max(1, steps - 1 - top))
+    return end + (peak - end) / 2 * (1 + math.cos(math.pi * done))
 
 
 def wrap_and_resume(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
-    """Wrap what trains for devices, and restore it from the checkpoint that the plan names; draws need nothing."""
+    """Wrap the trained networks for devices and load the checkpoint, if any.
+
+    There is no random state to restore: all seeds follow from the step.
+    """
     if plan.resume_from is None:
         return wrap_for_devices(args, accelerator, models)
     with checkpoints.explaining_damage(plan.resume_from):
         load_weights(plan.resume_from, models)
-    wrap_for_devices(args, accelerator, models)  # may share out the weights; then the optimizer's state is, too
+    wrap_for_devices(args, accelerator, models)  # FSDP shards the weights here: the optimizer's state comes after
     checkpoints.load_optimizer(plan.resume_from, models.optimizer, accelerator.scaler)
     more = "" if plan.first_step < plan.steps else " Nothing is left to train: raise --max_train_steps to go on."
     logger.info(f"Resumed from {plan.resume_from}: {plan.first_step} of {plan.steps} steps are done.{more}")
@@ -1063,8 +1175,13 @@ def wrap_and_resume(args: Namespace, accelerator: Accelerator, plan: Plan, model
 # -------------------------------------------------------------------------------------------------------------- loss
 
 
-def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, batch: dict) -> Loss:
-    """Return the loss of one batch: add noise to the pictures, let the U-Net predict, compare with what is known."""
+def compute_loss(
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, batch: dict
+) -> dict[str, Tensor]:
+    """Return the loss of one batch: add noise to the images, let the U-Net predict, compare with the known target.
+
+    "loss" is minimized. Whatever else is returned is logged under its name, as a mean over micro-steps and processes.
+    """
     device, seeds, scheduler = accelerator.device, batch["seeds"].tolist(), models.noise_scheduler
     clean = latents_or_pixels(batch, models.vae, plan.base.scaling_factor, device)
     noise, timesteps = sample_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, plan.noise_offset)
@@ -1078,7 +1195,7 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     if plan.base.kind is ModelKind.IF_STAGE_2:
         noising, conditioning = models.image_noising_scheduler, plan.base.conditioning
         inputs |= stage_two_inputs(noisy, timesteps, clean, seeds, noising, conditioning)
-    # A U-Net with twice as many channels puts out the variance behind the prediction.
+    # A U-Net with twice as many output channels returns the variance after the prediction.
     prediction, *variance = models.unet(**inputs).sample.float().split(clean.shape[1], dim=1)
 
     prediction_type, is_prior = plan.base.prediction_type, batch["is_prior"]
@@ -1090,14 +1207,14 @@ def compute_loss(args: Namespace, accelerator: Accelerator, plan: Plan, models: 
     alphas_cumprod, weight_map = scheduler.alphas_cumprod.to(device), batch["weight_map"].to(device, non_blocking=True)
     losses = example_losses(prediction, wanted, weight_map, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     if args.train_variance:
-        bound = variational_bound(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
-        losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(bound, weight_map)
+        vlb = vlb_loss(prediction.detach(), variance[0], clean, noisy, timesteps, alphas_cumprod)
+        losses = losses + len(alphas_cumprod) / 1000 * weighted_mean(vlb, weight_map)
     weights = [batch[name].float().to(device, non_blocking=True) for name in ("mean_weights", "loss_weights")]
     return combine_losses(losses, *weights, is_prior)
 
 
 def predict_as_base(accelerator: Accelerator, models: Models, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what the base model predicts: copies of the networks, as they were before training."""
+    """Return the base model's prediction, from copies of the networks as they were before training."""
     text_encoder = models.copies.get("text_encoder", models.text_encoder)
     with torch.no_grad(), accelerator.autocast():
         embeds = embed_prompts(models.prompts, text_encoder, rows, together=False)
@@ -1105,32 +1222,33 @@ def predict_as_base(accelerator: Accelerator, models: Models, rows: Tensor, inpu
 
 
 def latents_or_pixels(batch: dict, vae: nn.Module | None, scale: float, device: torch.device) -> Tensor:
-    """Return what noise is added to: the pictures, or their scaled latents (arXiv 2112.10752, section 3.1).
+    """Return the clean latents or, for pixel models, the pixels (arXiv 2112.10752, section 3.1).
 
     Args:
-        batch: What `collate` returns; each picture's latents are drawn from its posterior, by its own seed.
-        vae: None for models that work on pixels, and if the batch has moments.
-        scale: Of the latents.
+        batch: What `collate` returns. Each image's latents are sampled from its posterior with its own seed.
+        vae: None for pixel models, and if the batch has moments.
+        scale: The VAE's scaling factor, by which latents are multiplied.
 
     Returns:
         (B, C, h, w) float32 on the device.
     """
+    if "moments" not in batch and vae is None:
+        return batch["pixel_values"].to(device, non_blocking=True)
     if "moments" not in batch:
-        pixel_values = batch["pixel_values"].to(device, non_blocking=True)
-        if vae is None:
-            return pixel_values
-        moments = encode_images(vae, pixel_values)
+        # With cached latents the VAE waits on the CPU, and only crops that are not cached need it.
+        place = next(vae.parameters()).device
+        moments = encode_images(vae, batch["pixel_values"].to(place, non_blocking=True))
     else:
-        moments = batch["moments"].to(device, non_blocking=True)
-    mean, deviation = moments.float().unbind(1)
+        moments = batch["moments"]
+    mean, deviation = moments.to(device, non_blocking=True).float().unbind(1)
     draws = [torch.randn(mean.shape[1:], generator=generator(seed, "posterior")) for seed in batch["seeds"].tolist()]
     return (mean + deviation * torch.stack(draws).to(device, non_blocking=True)) * scale
 
 
 def encode_images(vae: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Return the mean and deviation of the posteriors, (B, 2, C, h, w), of (B, 3, H, W) pictures in [-1, 1].
+    """Return mean and deviation of the VAE's posteriors, (B, 2, C, h, w), of (B, 3, H, W) images in [-1, 1].
 
-    One picture at a time: then what is found does not depend on its neighbours, not even in the last bit.
+    Images are encoded one by one, so that the result is bit-identical in any batch.
     """
     with torch.no_grad():
         found = [vae.encode(pixels).latent_dist for pixels in pixel_values.to(vae.dtype).split(1)]
@@ -1140,12 +1258,12 @@ def encode_images(vae: nn.Module, pixel_values: Tensor) -> Tensor:
 def sample_noise(
     shape: torch.Size, seeds: list[int], num_train_timesteps: int, offset: float, purpose: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Draw each example's noise and timestep from its own seed, on the CPU, so that the device does not matter.
+    """Sample each example's noise and timestep from its own seed, on the CPU, so that all devices get the same.
 
     Args:
         shape: (B, C, h, w).
-        offset: Strength of a second noise that is constant over each channel; 0: none.
-        purpose: Sets this noise apart from another of the same examples.
+        offset: Strength of offset noise, which is constant over each channel. 0: none.
+        purpose: Separates this noise from another one of the same examples.
 
     Returns:
         (B, C, h, w) float32 noise and (B,) int64 timesteps in [0, T).
@@ -1163,8 +1281,8 @@ def stage_two_inputs(
 ) -> dict[str, Tensor]:
     """Return the sample and class labels of a super-resolution U-Net (arXiv 2205.11487, section 2.4).
 
-    As when its pipeline draws, a picture of a quarter of the size is enlarged, noise of a random level is added, and
-    the level is the class label. The published examples ("timesteps") feed the noisy picture twice, and its timestep.
+    As its pipeline does: shrink by 4, enlarge, add noise of a random level, and pass the level as class label. The
+    published examples ("timesteps") feed the noisy image twice, with its timestep as class label.
 
     Args:
         noisy, clean: (B, 3, H, W) float32.
@@ -1178,7 +1296,7 @@ def stage_two_inputs(
     if conditioning == "timesteps":
         return {"sample": torch.cat([noisy, noisy], dim=1), "class_labels": timesteps}
     height, width = clean.shape[-2:]
-    # Bicubic overshoots; a picture to be enlarged never leaves [-1, 1].
+    # Bicubic interpolation overshoots. A real input image never leaves [-1, 1].
     low = F.interpolate(clean, (height // 4, width // 4), mode="bicubic", antialias=True).clamp(-1, 1)
     enlarged = F.interpolate(low, (height, width), mode="bilinear", align_corners=True)
     drawn = sample_noise(clean.shape, seeds, scheduler.config.num_train_timesteps, 0.0, "low resolution ")
@@ -1189,7 +1307,7 @@ def stage_two_inputs(
 def prediction_target(
     scheduler: DDPMScheduler, prediction_type: str, clean: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """Return what the U-Net is to predict: the noise, or the velocity (arXiv 2202.00512, appendix D)."""
+    """Return what the U-Net should predict: the noise, or the velocity (arXiv 2202.00512, appendix D)."""
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(clean, noise, timesteps)
     return noise
@@ -1208,10 +1326,10 @@ def example_losses(
 
     Args:
         prediction, wanted: (B, C, h, w) float32.
-        weight_map: (B, 1, h, w) float32 in [0, 1], how much each place counts.
+        weight_map: (B, 1, h, w) float32 in [0, 1], the weight of each pixel or latent.
         timesteps: (B,) int64 in [0, T).
         alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
-        snr_gamma: Signal-to-noise ratio from which on the weight falls; None: weight 1.
+        snr_gamma: Min-SNR gamma. Above this signal-to-noise ratio the weight falls. None: no weighting.
 
     Returns:
         (B,) float32.
@@ -1228,64 +1346,116 @@ def example_losses(
 
 
 def weighted_mean(values: Tensor, weight_map: Tensor) -> Tensor:
-    """Return each example's mean over its light places, (B,), of (B, C, h, w) values and a (B, 1, h, w) map."""
+    """Return each example's weighted mean, (B,), of (B, C, h, w) values and a (B, 1, h, w) map of weights."""
     weights = weight_map.expand_as(values)
     return (values * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
-def combine_losses(losses: Tensor, mean_weights: Tensor, loss_weights: Tensor, is_prior: Tensor) -> Loss:
-    """Return mean(instance) + weight × mean(class) (arXiv 2208.12242, equation 2).
+def vlb_loss(
+    noise: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """Return each pixel's variational lower bound, which trains the variance (arXiv 2102.09672, section 3.1).
+
+    Args:
+        noise: (B, C, H, W) predicted and detached.
+        variance: (B, C, H, W) in about [-1, 1]: -1 is the posterior's log variance, 1 the forward step's.
+        clean, noisy: (B, C, H, W) float32, clean in [-1, 1].
+        timesteps: (B,) int64 in [0, T).
+        alphas_cumprod: (T,) share of the signal in the variance at each timestep, in [0, 1].
+
+    Returns:
+        (B, C, H, W) float32 in bits per dimension.
+    """
+    before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+    beta = 1 - alphas_cumprod / before
+    smallest = beta * (1 - before) / (1 - alphas_cumprod)
+    smallest[0] = smallest[1]  # at t = 0 it is 0, which has no logarithm
+    tables = (alphas_cumprod, before, beta, smallest)
+    signal, before, beta, smallest = (table[timesteps][:, None, None, None] for table in tables)
+    share = (variance + 1) / 2
+    deviation = (0.5 * (share * beta.log() + (1 - share) * smallest.log())).exp()
+    # The mean of x_{t-1} is a mix of x_t and the clean picture, true or predicted (arXiv 2006.11239, equation 7).
+    predicted = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+    of_clean, of_noisy = before.sqrt() * beta / (1 - signal), (1 - beta).sqrt() * (1 - before) / (1 - signal)
+    true_mean, mean = (of_clean * picture + of_noisy * noisy for picture in (clean, predicted))
+    # Checking arguments would make the device wait at every step.
+    make_normal = functools.partial(Normal, validate_args=False)
+    true, model = make_normal(true_mean, smallest.sqrt().expand_as(clean)), make_normal(mean, deviation)
+    # The last step is scored by the probability of the picture's 256 levels (equation 13 there).
+    above = model.cdf(clean + 1 / 255).where(clean < 0.999, 1.0)
+    below = model.cdf(clean - 1 / 255).where(clean > -0.999, 0.0)
+    surprise = -(above - below).clamp(min=1e-12).log()
+    nats = torch.where((timesteps == 0)[:, None, None, None], surprise, kl_divergence(true, model))
+    return nats / math.log(2)
+
+
+def combine_losses(losses: Tensor, mean_weights: Tensor, loss_weights: Tensor, is_prior: Tensor) -> dict[str, Tensor]:
+    """Return mean(instance) + weight × mean(class) as "loss", and both means (arXiv 2208.12242, equation 2).
 
     Args:
         losses: (B,) one per example.
         mean_weights: (B,) weights that turn the sum into a mean over instance images, or over class images.
         loss_weights: (B,) loss weight of the concept, or --prior_loss_weight for class images.
         is_prior: (B,) bool, on the CPU so that its content is known without waiting for the device.
+
+    Returns:
+        Scalars: "loss", and without gradient "loss_instance" and, if there are class images, "loss_prior".
     """
     parts = losses * mean_weights
     total, parts = (parts * loss_weights).sum(), parts.detach()
     if not is_prior.any():
-        return Loss(total, parts.sum(), None)
+        return {"loss": total, "loss_instance": parts.sum()}
     of_prior = is_prior.to(losses.device, losses.dtype, non_blocking=True)
-    return Loss(total, (parts * (1 - of_prior)).sum(), (parts * of_prior).sum())
+    return {
+        "loss": total,
+        "loss_instance": (parts * (1 - of_prior)).sum(),
+        "loss_prior": (parts * of_prior).sum(),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
 def train(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, loader: DataLoader, stop: StopRequest
+    args: Namespace,
+    accelerator: Accelerator,
+    plan: Plan,
+    models: Models,
+    dataset: DreamBoothDataset,
+    stop: graceful_stop.StopRequest,
 ) -> bool:
-    """Train from the plan's first step to its last; return False if a signal stopped it, with a checkpoint saved."""
-    batches, optimizer = iter(loader), models.optimizer
+    """Train from the plan's first step to its last. Return False if a signal stopped the run, after a checkpoint."""
+    sampler, optimizer = make_samplers(args, plan, dataset)[accelerator.process_index], models.optimizer
+    batches = iter(make_loader(args, accelerator, dataset, sampler))
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    metrics = MetricLog(accelerator, plan.output_dir / "metrics.jsonl", plan.first_step, plan.steps, parameters)
+    path = plan.output_dir / "metrics.jsonl"
+    metrics = metric_log.MetricLog(accelerator, path, plan.first_step, plan.steps, parameters)
     every = args.validation_epochs * plan.steps_per_epoch if args.validation_epochs else args.validation_steps
     norms = []
     if args.fused_backward:
-        on_each_gradient(optimizer, functools.partial(update_weight, optimizer, norms))
+        optimizers.on_each_gradient(optimizer, functools.partial(update_weight, optimizer, norms))
     stop.begin_loop()
     if plan.first_step == 0 and args.validation_prompt:
         validate(args, accelerator, plan, models, 0, stop)
     accumulation = args.gradient_accumulation_steps
     for step in range(plan.first_step, plan.steps):
         began, done, losses, names = time.perf_counter(), step + 1, [], []
-        rates = [learning_rate(args, step, plan.steps, peak) for peak in plan.learning_rates]
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
+        rates = {name: learning_rate(args, step, plan.steps, peak) for name, peak in plan.learning_rates.items()}
+        for group, name in zip(optimizer.param_groups, models.trained, strict=True):
+            group["lr"] = rates[name]
         for micro_step in range(step * accumulation, done * accumulation):
             torch.manual_seed(derive_seed(plan.seed, "dropout", micro_step, accelerator.process_index))
             batch = next(batches)
             with accelerator.accumulate(*models.trained.values()):
                 loss = compute_loss(args, accelerator, plan, models, batch)
-                accelerator.backward(loss.total)
+                accelerator.backward(loss["loss"])
             losses.append(loss)
             names += batch["names"]
-        # Outside of `accumulate`, whose last turn has added up the processes' gradients.
+        # Outside of `accumulate`: its last micro-step has averaged the gradients of all processes.
         norm = update_weights(args, accelerator, models, derive_seed(plan.seed, "rounding", step), norms)
 
-        values = {"epoch": done * accumulation / plan.order.epoch_length, "grad_norm": norm}
-        values |= dict(zip(("lr", "lr_text_encoder"), rates))
+        values = {"epoch": done * accumulation / plan.epoch_length, "grad_norm": norm}
+        values |= {"lr" if name == "unet" else f"lr_{name}": rate for name, rate in rates.items()}
         metrics.add(done, began, len(names) * plan.processes, losses, values, names)
         stopped = stop.agree() is not None
         if stopped or done % args.checkpointing_steps == 0:
@@ -1304,7 +1474,10 @@ def train(
 def update_weights(
     args: Namespace, accelerator: Accelerator, models: Models, seed: int, norms: list[Tensor]
 ) -> Tensor:
-    """Let the optimizer take a step, unless backward has done so and left norms; return that of the whole gradient."""
+    """Run one optimizer step and return the gradient norm.
+
+    With --fused_backward the weights are already updated. Then only the norm is computed.
+    """
     if args.fused_backward:
         norm = torch.stack(norms).norm()
         norms.clear()
@@ -1316,7 +1489,7 @@ def update_weights(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-    torch.manual_seed(seed)  # alike in all processes
+    torch.manual_seed(seed)  # the same in all processes, so that all round alike
     for group, weight in pairs:
         update_weight(optimizer, norms, group, weight)
     norms.clear()
@@ -1324,15 +1497,15 @@ def update_weights(
 
 
 def update_weight(optimizer: Optimizer, norms: list[Tensor], group: dict, weight: nn.Parameter) -> None:
-    """Update one weight and free its gradient, of which the norm is kept; bf16 is rounded stochastically."""
-    with in_float32(optimizer, weight) as wide, narrowed_to(optimizer, group, wide):
+    """Update one weight, append its gradient norm to `norms`, free the gradient. bf16 is rounded stochastically."""
+    with stochastic_rounding.in_float32(optimizer, weight) as wide, optimizers.narrowed_to(optimizer, group, wide):
         norms.append(wide.grad.norm())
         optimizer.step()
     weight.grad = None
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int) -> None:
-    """Write checkpoint-N whole or not at all, then remove older ones beyond the limit; the main process does."""
+    """Write checkpoint-N whole or not at all, then remove older ones above the limit. The main process writes."""
     networks, state = (
         shards.gather_weights(accelerator, models.trained),
         shards.gather_optimizer_state(accelerator, models.optimizer),
@@ -1343,7 +1516,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, model
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             checkpoints.save_optimizer(folder, state, accelerator.scaler)
-            checkpoints.write_state(folder, step, plan.fits)
+            checkpoints.write_state(folder, step, plan.resume_keys)
         checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
@@ -1361,12 +1534,12 @@ def load_weights(folder: Path, models: Models) -> None:
 
 
 def validate(
-    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, stop: StopRequest
+    args: Namespace, accelerator: Accelerator, plan: Plan, models: Models, step: int, stop: graceful_stop.StopRequest
 ) -> None:
-    """Draw the validation prompt with the live weights, the same seeds each time, and leave training as it was.
+    """Draw the previews with the live weights, with the same seeds each time, and leave training as it was.
 
-    Nothing of the run's randomness is touched: the sampler has generators of its own, and training seeds each
-    micro-step. The processes share the pictures. Running out of memory is a warning, a wish to stop leaves some out.
+    Training's randomness is not touched: the sampler has its own generators, and training seeds each micro-step. The
+    processes share the images. Running out of memory is only a warning. A request to stop skips the remaining images.
     """
     samples = plan.output_dir / "samples"
     folder, small = samples / f"step-{step:06d}", samples / "small" if plan.base.low_res_size else None
@@ -1385,11 +1558,11 @@ def validate(
     if accelerator.is_main_process:
         names, title = [preview.name for preview in plan.previews], f"{args.validation_prompt} (step {step})"
         if pictures := preview_pipeline.write_grid(names, folder, title):
-            track_images(accelerator, "validation", pictures, step)
+            metric_log.track_images(accelerator, "validation", pictures, step)
 
 
 def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Module | None) -> dict[str, Any]:
-    """Return what previews have in common, as a pipeline takes it."""
+    """Return the arguments that all previews pass to their pipeline."""
     rows = prompts.rows_of(args.validation_prompt, args.validation_negative_prompt)
     with torch.no_grad():
         prompt, negative = embed_prompts(prompts, text_encoder, rows, together=False).split(1)
@@ -1414,7 +1587,7 @@ def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan,
 
 
 def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> None:
-    """Write a pipeline folder, all in float32: what was trained, the base's other parts, and how prompts were read."""
+    """Write a pipeline folder in float32: the trained networks, the base's other parts, how prompts are read."""
     parts = {name: part and part.float() for name, part in shards.gather_weights(accelerator, models.trained).items()}
     models.vae = models.text_encoder = None
     if args.skip_save_text_encoder or plan.base.precomputes_text:
@@ -1445,7 +1618,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
 
 
 def add_text_encoder(args: Namespace, plan: Plan) -> None:
-    """Add the text encoder that was freed before training to a result that is safe by now, should it not load."""
+    """Add the text encoder, which was freed before training. The result is already saved, should this fail."""
     kind = model_files.component_class(plan.base.index, "text_encoder")
     try:
         text_encoder = load(args, kind, "text_encoder", dtype=torch.float32)
@@ -1461,14 +1634,16 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
 
 
 def set_masking(args: Namespace, base: ModelInfo, text_encoder: nn.Module) -> None:
-    """Let the result's own config say that padding is hidden, where a flag has hidden it; IF's pipelines know."""
+    """Write into the result's config that padding is masked, if a flag says so. IF's pipelines always mask."""
     if args.text_encoder_use_attention_mask and not base.is_if:
         text_encoder.config.use_attention_mask = True
 
 
-def share(args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: StopRequest) -> None:
-    """Write the model card and, if asked, upload; a failed upload leaves the result and says how to try again."""
-    write_card(vars(args), plan, METHOD_TAGS, summary, repository)
+def share(
+    args: Namespace, plan: Plan, summary: dict[str, str], repository: str | None, stop: graceful_stop.StopRequest
+) -> None:
+    """Write the model card and, if asked, upload. A failed upload keeps the result and says how to try again."""
+    model_card.write_card(vars(args), plan, METHOD_TAGS, summary, repository)
     if repository:
         stop.begin_upload(publish.say_how_to_upload(plan.output_dir, repository))
         logger.info(f"Uploaded to {publish.upload_result(plan.output_dir, repository, args.hub_token)}")

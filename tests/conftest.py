@@ -65,7 +65,7 @@ def make_dataset(script, paths, resolution=16, seed=0, is_if=False, **flags):
     texts, concept = ["", "a photo of sks dog"], make_concept(**of_concept)
     examples = [script.Example(path, tuple(texts[1:]), concept, size) for path in paths]
     base = SimpleNamespace(is_if=is_if, vae_scale_factor=1 if is_if else 8)
-    plan = SimpleNamespace(seed=seed, base=base, examples=examples)
+    plan = SimpleNamespace(seed=seed, base=base, examples=examples, processes=1)
     args = Namespace(**vars(script.make_parser().parse_args([])) | flags)
     return script.DreamBoothDataset(args, plan, SimpleNamespace(texts=texts))
 

@@ -319,7 +319,7 @@ def test_auto_caches_where_cuts_come_again(trainer, tmp_path):
     for flags in ("", "--center_crop", "--latent_variants 1", "--center_crop --cache_latents off"):
         out = tmp_path / str(len(said))
         run = trainer.run("lora", out, f"--max_train_steps 10 {flags} --cache_dir {tmp_path / 'cache'}")
-        said[flags] = "Latents of" in run.stderr
+        said[flags] = "Cached the latents of" in run.stderr
         # Whoever crops at random is told that this costs encoding, and what would not.
         assert ("Latents are not cached: " in run.stderr) == (flags == "")
     assert list(said.values()) == [False, True, True, False]

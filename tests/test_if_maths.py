@@ -19,9 +19,9 @@ import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import make_concept, make_dataset, visit_of
 from tests.if_models import PIPELINES, STAGES, quiet, write_models
+from train_dreambooth import vlb_loss
 from utils.core.seeds import derive_seed, generator
 from utils.data.geometry import Size
-from utils.models.variance import variational_bound
 
 SEEDS = [derive_seed(0, "example", number) for number in range(12000)]
 WORDS = [
@@ -170,7 +170,7 @@ def test_stage_one_is_fed_the_noisy_picture(script, pipelines):
     assert torch.equal(fed["timestep"], timesteps)
     torch.testing.assert_close(fed["sample"], kept.sqrt() * pictures + (1 - kept).sqrt() * noise)
     assert output.shape == (3, 6, 16, 16)
-    torch.testing.assert_close(loss.total, (output[:, :3] - noise).square().mean())
+    torch.testing.assert_close(loss["loss"], (output[:, :3] - noise).square().mean())
 
 
 def enlarged_part(inputs: dict, seeds: list[int], alphas: torch.Tensor) -> torch.Tensor:
@@ -301,7 +301,7 @@ def bound_by_hand(noise, variance, clean, noisy, timestep) -> float:
 def bound(noise, variance, clean, noisy, timesteps, dtype=torch.float64) -> torch.Tensor:
     """Return the bound for lists of numbers, an example each."""
     columns = [torch.tensor(column, dtype=dtype).view(-1, 1, 1, 1) for column in (noise, variance, clean, noisy)]
-    return variational_bound(*columns, torch.tensor(timesteps), ALPHAS.to(dtype)).mean(dim=(1, 2, 3))
+    return vlb_loss(*columns, torch.tensor(timesteps), ALPHAS.to(dtype)).mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 2, 30, 500, 998, 999])
@@ -330,7 +330,7 @@ def test_the_bound_is_the_mean_of_an_examples_numbers():
     timesteps = [700, 0, 1]
     light = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.5], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])[:, None]
     pictures = (noise, variance, clean, noisy)
-    terms = variational_bound(*pictures, torch.tensor(timesteps), ALPHAS.double())
+    terms = vlb_loss(*pictures, torch.tensor(timesteps), ALPHAS.double())
     found = train_dreambooth.weighted_mean(terms, light.double())
     for place, timestep in enumerate(timesteps):
         numbers = (tensor[place].flatten().tolist() for tensor in pictures)
@@ -386,7 +386,7 @@ def test_the_bounds_gradient_is_finite_at_every_step():
     noise, noisy = 3 * torch.randn(2, 1000, 3, 2, 2, generator=chance)
     variance = (torch.randn(1000, 3, 2, 2, generator=chance) * 2).requires_grad_()
     clean = torch.rand(1000, 3, 2, 2, generator=chance).mul(3).sub(1.5).clamp(-1, 1)
-    losses = variational_bound(noise, variance, clean, noisy, torch.arange(1000), ALPHAS)
+    losses = vlb_loss(noise, variance, clean, noisy, torch.arange(1000), ALPHAS)
     losses.sum().backward()
     assert losses.isfinite().all() and variance.grad.isfinite().all()
     assert variance.grad[1:].abs().amax(dim=(1, 2, 3)).min() > 0
@@ -403,12 +403,12 @@ def test_the_variance_is_taught_by_the_bound_and_the_prediction_is_not(script, p
     hybrid, same, output = one_step(script, pipeline, stage, pictures, embeds, train_variance=True)
     assert torch.equal(output, without) and torch.equal(fed["sample"], same["sample"])
     for loss in (plain, hybrid):
-        loss.total.backward()
+        loss["loss"].backward()
     assert torch.equal(output.grad[:, :3], without.grad[:, :3]) and without.grad[:, :3].abs().max() > 0
     assert not without.grad[:, 3:].any() and output.grad[:, 3:].abs().amax(dim=(1, 2, 3)).min() > 0
     alphas, noisy = pipeline.scheduler.alphas_cumprod, fed["sample"][:, :3]
-    terms = variational_bound(*output.detach().split(3, dim=1), pictures, noisy, fed["timestep"], alphas)
-    assert (hybrid.total - plain.total).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
+    terms = vlb_loss(*output.detach().split(3, dim=1), pictures, noisy, fed["timestep"], alphas)
+    assert (hybrid["loss"] - plain["loss"]).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- pictures and captions

@@ -10,10 +10,10 @@ from PIL import Image
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import ORIENTATION, draw_picture
+from train_dreambooth import vlb_loss
 from utils.core.errors import UserError
 from utils.data import images, masks
 from utils.data.geometry import Crop, Size
-from utils.models.variance import variational_bound
 
 
 @pytest.fixture(params=[train_dreambooth, train_dreambooth_lora], ids=lambda module: module.__name__)
@@ -235,7 +235,7 @@ def test_nothing_outside_a_mask_has_a_gradient(script):
     weights = torch.zeros(2, 1, 8, 8)
     weights[0, :, 2:5, 1:7], weights[1, :, :, 3] = 1, 0.5
     losses = script.example_losses(prediction, noise, weights, STEPS, ALPHAS, "epsilon", None)
-    terms = variational_bound(prediction.detach(), variance, clean, noisy, STEPS, ALPHAS)
+    terms = vlb_loss(prediction.detach(), variance, clean, noisy, STEPS, ALPHAS)
     bound = script.weighted_mean(terms, weights)
     (losses.sum() + bound.sum()).backward()
     for gradient in (prediction.grad, variance.grad):

@@ -140,6 +140,9 @@ def test_min_snr_and_its_gradient_are_finite_at_both_ends(script, prediction_typ
     assert losses.isfinite().all() and prediction.grad.isfinite().all()
 
 
+LOSSES = ("loss", "loss_instance", "loss_prior")
+
+
 def combine(script, losses, is_prior, weight):
     """Combine losses that are each an equal part of the mean over their kind; class images have a weight."""
     shares = torch.where(is_prior, 1 / is_prior.sum().clamp(min=1), 1 / (~is_prior).sum())
@@ -153,7 +156,9 @@ def test_combine_in_every_order(script, weight):
     for order in itertools.permutations(kinds):
         losses, is_prior = (torch.tensor(column) for column in zip(*order))
         loss = combine(script, losses, is_prior, weight)
-        assert [part.item() for part in loss] == [2 + weight * 25, 2, 25]
+        assert {name: part.item() for name, part in loss.items()} == dict(
+            zip(LOSSES, [2 + weight * 25, 2, 25], strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -169,9 +174,9 @@ def test_combine_in_every_order(script, weight):
 def test_combine_with_uneven_parts(script, losses, is_prior, expected):
     """Each kind is averaged over its own examples, weighted here by 2; without class images there is no weight."""
     loss = combine(script, torch.tensor(losses), torch.tensor(is_prior), 2.0)
-    assert [None if part is None else part.item() for part in loss] == [
-        None if part is None else pytest.approx(part) for part in expected
-    ]
+    assert {name: part.item() for name, part in loss.items()} == {
+        name: pytest.approx(part) for name, part in zip(LOSSES, expected, strict=True) if part is not None
+    }
 
 
 def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
@@ -179,7 +184,7 @@ def test_combine_weighs_each_example_and_shows_the_parts_unweighted(script):
     columns = ([1.0, 2.0, 4.0, 8.0], [0.5, 0.25, 0.5, 0.0], [1.0, 3.0, 2.0, 9.0])
     losses, shares, weights = (torch.tensor(column) for column in columns)
     loss = script.combine_losses(losses, shares, weights, torch.tensor([False, False, True, True]))
-    assert [part.item() for part in loss] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
+    assert [loss[name].item() for name in LOSSES] == [0.5 + 3 * 0.5 + 2 * 2, 0.5 + 0.5, 2]
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
@@ -187,10 +192,10 @@ def test_gradients_reach_the_examples_that_count(script, weight):
     """An example's gradient is its share of its own mean, times the weight for a class image."""
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
     loss = combine(script, losses, torch.tensor([True, False, True, False, True]), weight)
-    loss.total.backward()
+    loss["loss"].backward()
     third = pytest.approx(weight / 3)
     assert losses.grad.tolist() == [third, 0.5, third, 0.5, third]
-    assert not loss.instance.requires_grad and not loss.prior.requires_grad
+    assert not loss["loss_instance"].requires_grad and not loss["loss_prior"].requires_grad
 
 
 def test_targets_by_hand(script):
@@ -429,8 +434,8 @@ def make_sampler(script, photos, batch, first=0, last=20, rank=0, processes=1, p
         script.Example(Path(str(number)), ("a prompt",), concept, Size(16, 16), kind)
         for number, kind in enumerate(kinds)
     ]
-    plan = SimpleNamespace(seed=seed, processes=processes, order=BatchOrder(examples, batch * processes, seed))
-    return script.StepSampler(plan, first, last, rank)
+    plan, order = SimpleNamespace(seed=seed, processes=processes), BatchOrder(examples, batch * processes, seed)
+    return script.StepSampler(plan, order, range(first, last), rank)
 
 
 @pytest.mark.parametrize(("photos", "batch"), [(7, 3), (6, 3), (1, 1), (1, 4), (2, 5), (5, 1)])

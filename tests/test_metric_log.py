@@ -41,9 +41,10 @@ def recorder():
     return Recorder()
 
 
-def micro_step(total, instance, prior=None) -> tuple:
+def micro_step(total, instance, prior=None):
     """Return the losses of a micro-step as training has them."""
-    return tuple(None if part is None else torch.as_tensor(part) for part in (total, instance, prior))
+    values = {"loss": total, "loss_instance": instance, "loss_prior": prior}
+    return {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
 
 
 def add(log, step, loss=0.5, prior=None, **values):

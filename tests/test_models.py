@@ -133,7 +133,7 @@ def test_a_model_that_draws_much_smaller_pictures_is_named(script, parse, copy, 
     PartialState()
     Image.new("RGB", (600, 600)).save(Path(args.instance_data_dir, "photo.png"))
     script.list_examples(args, script.detect_model(args))
-    told = f"the model draws {8 * edge} px, but trains at 512: --resolution sets another size." in caplog.text
+    told = f"The model draws {8 * edge} px, but trains at 512. See --resolution." in caplog.text
     assert told == warns
 
 
@@ -403,7 +403,7 @@ def test_all_contradictions_are_told_at_once(script, parse, copy):
 def load(script, args, device="cpu"):
     """Load a model's networks, in float32."""
     fits = {"precision": "no"}
-    plan = SimpleNamespace(base=script.detect_model(args), frozen_dtype=torch.float32, fits=fits)
+    plan = SimpleNamespace(base=script.detect_model(args), frozen_dtype=torch.float32, resume_keys=fits)
     return script.load_models(args, plan, SimpleNamespace(embeds=None), torch.device(device))
 
 

@@ -10,10 +10,10 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import train_dreambooth
+from train_dreambooth import vlb_loss
 from utils.evaluation import exam
 from utils.lab import train_models
 from utils.lab.train_models import RECIPES
-from utils.models.variance import variational_bound
 from utils.sampling import results
 from utils.synthetic import shapes
 
@@ -110,7 +110,7 @@ def test_the_variational_term_is_that_of_the_scripts():
     signal = alphas_cumprod[timesteps][:, None, None, None]
     noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
     pictures = (noise + error, variance, clean, noisy)
-    expected = variational_bound(*pictures, timesteps, alphas_cumprod)
+    expected = vlb_loss(*pictures, timesteps, alphas_cumprod)
     found = train_models.variational_term(error, variance, timesteps, alphas_cumprod)
     assert found.item() == pytest.approx(expected.mean().item(), rel=1e-3)
 

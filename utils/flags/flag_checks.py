@@ -12,13 +12,6 @@ RANGES = {
     "1 or more": lambda value: 1 <= value < math.inf,
     "in [0, 1)": lambda value: 0 <= value < 1,
 }
-RANGES_OF = {
-    "local_rank": "any",
-    "repeats": "from 1 to 10,000",
-    **dict.fromkeys(("seed", "dataloader_num_workers", "lr_warmup_steps"), "0 or more"),
-    **dict.fromkeys(("adam_epsilon", "snr_gamma"), "above 0"),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "caption_dropout", "lora_dropout"), "in [0, 1)"),
-}
 
 
 def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[str]:
@@ -34,10 +27,10 @@ def find_out_of_range(values: dict[str, Any], ranges: dict[str, str]) -> list[st
     ]
 
 
-def ranges_of(flags: dict[str, Any]) -> dict[str, str]:
-    """Return the range of each flag that is a number: unless `RANGES_OF` has it, 1 or more if it is a whole one."""
+def usual_ranges(flags: dict[str, Any]) -> dict[str, str]:
+    """Return the usual range of each flag that is a number: whole numbers 1 or more, fractions 0 or more."""
     numbers = {name: value for name, value in flags.items() if type(value) in (int, float)}
-    return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()} | RANGES_OF
+    return {name: "1 or more" if type(value) is int else "0 or more" for name, value in numbers.items()}
 
 
 def find_unused(flags: dict[str, Any], needs: dict[str, str]) -> list[str]:

@@ -195,7 +195,8 @@ def split_steps(module: ModuleType, out: Path) -> None:
     clock = Clock()
     for name in ENCODING:
         setattr(module, name, clock.wrap("encode", getattr(module, name)))
-    module.MetricLog = functools.partial(open_log, clock, module.MetricLog)
+    module.metric_log.MetricLog = functools.partial(open_log, clock, module.metric_log.MetricLog)
+    module.make_loader = functools.partial(make_timed_loader, clock, module.make_loader)
     module.train = functools.partial(train_on_the_clock, clock, out, module.train)
 
 
@@ -206,12 +207,16 @@ def open_log(clock: Clock, kind: type, *arguments, **options) -> Any:
     return log
 
 
+def make_timed_loader(clock: Clock, make_loader: Callable, *arguments) -> TimedLoader:
+    """Return a loader of a script, on the clock."""
+    return TimedLoader(clock, make_loader(*arguments))
+
+
 def train_on_the_clock(clock: Clock, out: Path, train: Callable, *arguments) -> None:
     """Train, write the parts of all steps, and end the run: its result has nothing to be measured."""
     given = inspect.signature(train).bind(*arguments).arguments
     clock.device, models = given["accelerator"].device, given["models"]
     models.unet = TimedNetwork(clock, models.unet)
-    given["loader"] = TimedLoader(clock, given["loader"])
     owners = given | vars(models)  # the optimizer is among either
     for owner, methods in METHODS.items():
         for name, part in methods.items():

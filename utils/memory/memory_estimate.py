@@ -59,7 +59,7 @@ def go_through(
     if plan.base.precomputes_text:
         encode_prompts(script, given, plan, prompts, rehearsal)
     dataset = script.DreamBoothDataset(given, plan, prompts)
-    visits, latents = next(iter(script.StepSampler(plan, 0, 1, 0))), None
+    visits, latents = next(iter(script.StepSampler(plan, dataset.order, range(1), 0))), None
     if script.count_crops(given, plan, dataset):
         vae = script.load_vae(given, plan, rehearsal.device)
         with rehearsal.watching("caching latents", [vae]):
@@ -112,7 +112,7 @@ def train(
             on_each_gradient(optimizer, rehearsal.recognise)
         for micro_steps in (1, min(2, given.gradient_accumulation_steps)):
             for _ in itertools.repeat(None, micro_steps):
-                script.compute_loss(given, rehearsal, plan, models, batch).total.backward()
+                script.compute_loss(given, rehearsal, plan, models, batch)["loss"].backward()
             script.update_weights(given, rehearsal, models, 0, norms)
             for group in optimizer.param_groups:
                 for weight in group["params"]:

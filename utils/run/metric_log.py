@@ -55,7 +55,7 @@ class MetricLog:
         step: int,
         began: float,
         examples: int,
-        losses: list[tuple],
+        losses: list[dict[str, torch.Tensor]],
         values: dict[str, Any],
         names: Sequence[str] = (),
     ) -> None:
@@ -63,8 +63,8 @@ class MetricLog:
 
         Args:
             names: The files of this process's examples, to be named if the step goes wrong.
-            losses: For each micro-step its total, instance and prior loss, or None for the last; their means over
-                micro-steps and processes are written.
+            losses: For each micro-step what `compute_loss` returned. The mean of each key over micro-steps and
+                processes is written.
             began: `time.perf_counter()` at the start of the step.
             examples: How many examples all processes worked on in the step.
             values: Numbers, or tensors of one number that may still be on their way.
@@ -104,10 +104,11 @@ class MetricLog:
             logger.info("Compiling took %.0f s, %.0f s altogether.", seconds - self.compiling, seconds)
             self.compiling = seconds
 
-    def _mean(self, losses: list[tuple]) -> dict[str, torch.Tensor]:
-        """Return a step's losses by their names, still on the device."""
-        parts = zip(("loss", "loss_instance", "loss_prior"), zip(*losses))
-        means = {name: torch.stack(values).detach().mean() for name, values in parts if values[0] is not None}
+    def _mean(self, losses: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the mean of each key over the micro-steps that have it, and over processes, still on the device."""
+        names = dict.fromkeys(name for loss in losses for name in loss)
+        values = {name: [loss[name] for loss in losses if name in loss] for name in names}
+        means = {name: torch.stack(found).detach().mean() for name, found in values.items()}
         return self.accelerator.reduce(means, reduction="mean")
 
     def _write(self) -> None:

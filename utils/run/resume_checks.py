@@ -12,11 +12,6 @@ from utils.models.model_files import resume_keys_of_model
 
 logger = logging.getLogger(__name__)
 
-FLAGS = (
-    *("revision", "instance_prompt", "class_prompt", "repeats", "prior_target", "tokenizer_name"),
-    *("train_text_encoder", "optimizer", "use_8bit_adam", "weight_dtype", "train_batch_size"),
-    *("gradient_accumulation_steps", "train_variance"),
-)
 # What checkpoints were made with that do not know of a flag.
 SINCE = {
     "repeats": 1,
@@ -31,16 +26,17 @@ MASKS, SETTINGS = "content of the masks", "settings of the concepts"
 SET = ("mask_data_dir", "loss_weight", "prior_loss_weight", "crop_style", "random_flip")
 
 
-def resume_keys_of_run(flags: dict[str, Any], base: Any, examples: list) -> dict:
+def resume_keys_of_run(flags: dict[str, Any], names: tuple[str, ...], base: Any, examples: list) -> dict:
     """Return what both runs must have in common as to flags, model, pictures and captions.
 
     Args:
+        names: The flags whose values must be the same.
         base: The script's `ModelInfo`.
         examples: The script's `Example`s.
     """
     fits = {"resolution": str(base.resolution), "fed by": base.conditioning}
     fits |= resume_keys_of_model(flags["pretrained_model_name_or_path"], flags["revision"], flags["hub_token"])
-    return fits | {name: flags[name] for name in FLAGS} | resume_keys_of_pictures(examples, str(base.resolution))
+    return fits | {name: flags[name] for name in names} | resume_keys_of_pictures(examples, str(base.resolution))
 
 
 def resume_keys_of_pictures(examples: list, resolution: str) -> dict:

@@ -1,14 +1,10 @@
-"""A run in words: the start-up screen, and the settings of the model card."""
+"""The words of the start-up screen, which are also the settings of the model card; its lines are in the scripts."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-
-from utils.devices.device_memory import count_parameters
-from utils.optim.optimizers import NAMES, optimizer_of
 
 _LONGEST = 80  # characters of a prompt that are shown
 
@@ -19,43 +15,15 @@ def show_run(accelerator: Accelerator, title: str, summary: dict[str, str]) -> N
     accelerator.print(*(f"  {name + ' ':.<15} {text}" for name, text in summary.items()), sep="\n", flush=True)
 
 
-def describe_run(
-    flags: dict[str, Any], plan: Any, method: dict[str, Any], models: Any, device: torch.device
-) -> dict[str, str]:
-    """Return what a person wants to know of a run, by name, in the order of the screen.
+def describe_pictures(flags: dict[str, Any], plan: Any, order: Any, models: Any) -> dict[str, str]:
+    """Return what is said of photos, their sizes and masks, and of class images.
 
     Args:
         flags: As given, by name.
         plan: The script's `Plan`.
-        method: What only its method has, such as the rank of adapters.
-        models: The script's `Models`; on the meta device before they are loaded.
+        order: The `BatchOrder` of its examples.
+        models: The script's `Models`, or None if they are not to be described.
     """
-    base, rates = plan.base, " and ".join(f"{rate:g}" for rate in plan.learning_rates)
-    trained, frozen = count_parameters(models.unet, models.vae, models.text_encoder)
-    accumulated = f"{flags['gradient_accumulation_steps']} accumulated"
-    batch = f"{flags['train_batch_size']} x {plan.processes} processes x {accumulated}"
-    pictures = plan.order.batch * flags["gradient_accumulation_steps"] * (2 if plan.order.has_partners else 1)
-    variance = "trained" if flags["train_variance"] else "not trained: results draw with fixed_small"
-    optimizer = NAMES[optimizer_of(flags)] + (" in the backward pass" if flags["fused_backward"] else "")
-    kept = "float32" if flags["weight_dtype"] == "fp32" else "bfloat16, rounded stochastically"
-    return {
-        "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
-        "resolution": f"{base.resolution} px" + ("" if flags["resolution"] else ", the default for this model"),
-        "weights": f"{trained:.2f} M train in {kept}, {frozen:.2f} M are frozen in {describe_frozen(flags, plan)}",
-        **{name: str(value) for name, value in method.items()},
-        "text encoder": describe_text_encoder(flags, base),
-        **({"variance": variance} if base.learns_variance else {}),
-        **describe_pictures(flags, plan, models),
-        "batch": f"{batch} = {pictures} pictures a step",
-        "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
-        "loss": f"{base.prediction_type}, min-SNR {flags['snr_gamma'] or 'off'}, noise offset {plan.noise_offset:g}",
-        "learning rate": f"{rates}, {flags['lr_scheduler']}, {optimizer}",
-        "arithmetic": f"{plan.fits['precision']} mixed precision on {device.type}, seed {plan.seed}",
-    }
-
-
-def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str, str]:
-    """Return what is said of photos, their sizes and masks, and of class images; arguments as of `describe_run`."""
     photos = [example for example in plan.examples if not example.is_prior]
     priors = [example for example in plan.examples if example.is_prior]
     found = {"photos": f"{len(photos)} of {shorten(list_prompts(photos))}"}
@@ -68,8 +36,8 @@ def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str
         found["concepts"] = "; ".join(listed)
     if masked := sum(example.mask is not None for example in photos):
         found["masks"] = f"{masked} of {len(photos)} photos"
-    if list(plan.order.counts) != [plan.base.resolution]:
-        found["sizes"] = describe_sizes(plan)
+    if list(order.counts) != [plan.base.resolution]:
+        found["sizes"] = describe_sizes(order)
     weights = shorten(list(dict.fromkeys(f"{example.concept.prior_loss_weight:g}" for example in priors)))
     missing = len({example.path for example in priors if example.is_missing})
     found["class images"] = (
@@ -82,17 +50,24 @@ def describe_pictures(flags: dict[str, Any], plan: Any, models: Any) -> dict[str
     return found
 
 
+def describe_batch(flags: dict[str, Any], processes: int, order: Any) -> str:
+    """Return how many images an optimizer step takes, those of all processes; `order` is the run's `BatchOrder`."""
+    accumulated = f"{flags['gradient_accumulation_steps']} accumulated"
+    pictures = order.batch * flags["gradient_accumulation_steps"] * (2 if order.has_partners else 1)
+    return f"{flags['train_batch_size']} x {processes} processes x {accumulated} = {pictures} pictures a step"
+
+
 def describe_frozen(flags: dict[str, Any], plan: Any) -> str:
     """Return the precision of frozen weights, and that of the U-Net's if it is another."""
     precision, stored = str(plan.frozen_dtype).removeprefix("torch."), flags.get("base_model_precision", "no_change")
     return precision + ("" if stored == "no_change" else f", the U-Net's in {stored}")
 
 
-def describe_sizes(plan: Any) -> str:
-    """Return how many photos a pass has of each size, and how many batches they make."""
-    counts, batch = plan.order.counts, plan.order.batch
+def describe_sizes(order: Any) -> str:
+    """Return how many photos a pass of a `BatchOrder` has of each size, and how many batches they make."""
+    counts, batch = order.counts, order.batch
     listed = [f"{count} x {size} in {-(-count // batch)}" for size, count in sorted(counts.items())]
-    share = sum(counts.values()) / (batch * plan.order.pass_length)  # 1 if there is one size, whose passes run on
+    share = sum(counts.values()) / (batch * order.pass_length)  # 1 if there is one size, whose passes run on
     words = f"{', '.join(listed)}; batches of up to {batch}, {float(share):.0%} full"
     return words + (". A smaller --train_batch_size, accumulated, wastes less" if share < 0.75 else "")
 
