@@ -15,7 +15,6 @@ import train_dreambooth_lora
 from tests.runs import SCRIPTS, differing, read_metrics, read_tensors
 from tests.test_equalities import RANDOM, assert_resumed, assert_same_end, continue_from
 from utils.optim.optimizers import find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
-from utils.optim.schedules import SCHEDULES, rate_of_step
 from utils.optim.stochastic_rounding import in_float32, round_stochastically
 
 FLAGS = {
@@ -121,7 +120,7 @@ def test_each_optimizer_is_given_its_flags(script, flags):
     args = script.make_parser().parse_args(f"{SETTINGS} {flags}".split())
     models = SimpleNamespace(trained={"unet": torch.nn.Linear(2, 3), "text_encoder": torch.nn.Linear(4, 5)})
     models.trained["unet"].bias.requires_grad_(False)
-    optimizer = script.make_optimizer(args, SimpleNamespace(learning_rates=(2.0, 1.0)), models)
+    optimizer = script.make_optimizer(args, SimpleNamespace(learning_rates={"unet": 2.0, "text_encoder": 1.0}), models)
     kind, wanted = GIVEN[flags]
     assert type(optimizer) is kind and [group["lr"] for group in optimizer.param_groups] == [2.0, 1.0]
     for group in optimizer.param_groups:
@@ -129,10 +128,12 @@ def test_each_optimizer_is_given_its_flags(script, flags):
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_rates_stay_at_their_end(name):
-    """A run that was made longer by hand finds the last rate beyond the end of its schedule."""
-    rates = [rate_of_step(name, step, 10, 1.0, 2, 1, 1.0, None) for step in (10, 11, 25)]
+@pytest.mark.parametrize("script", [train_dreambooth, train_dreambooth_lora])
+@pytest.mark.parametrize("name", train_dreambooth.SCHEDULES)
+def test_rates_stay_at_their_end(script, name):
+    """Beyond the end of a schedule there is the last rate, and no other one."""
+    args = script.make_parser().parse_args(f"--lr_scheduler {name} --lr_warmup_steps 2".split())
+    rates = [script.learning_rate(args, step, 10, 1.0) for step in (10, 11, 25)]
     assert rates == [rates[0]] * 3 and 0 <= rates[0] <= 1
 
 

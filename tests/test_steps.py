@@ -18,9 +18,10 @@ import train_dreambooth_lora
 from tests.conftest import draw_picture
 from tests.runs import BASE_FLAGS, CLASS_PROMPT, PRIOR_FLAGS, read_metrics
 from utils.core.errors import UserError
+from utils.devices import graceful_stop
 from utils.make_model import make_model
 from utils.optim import stochastic_rounding
-from utils.run import resume_checks
+from utils.run import metric_log, resume_checks
 from utils.sampling import preview_pipeline
 
 BF16 = "--mixed_precision bf16"
@@ -78,6 +79,11 @@ def planned(monkeypatch, here, script, flags: str = "", processes: int = 1):
     return plans[0]
 
 
+def as_process(monkeypatch, script, number: int) -> None:
+    """Have a run take itself for the process of a number, once it has the batches of the only one."""
+    watch(monkeypatch, script, "make_loader", lambda *given: monkeypatch.setattr(Accelerator, "process_index", number))
+
+
 # Randomness.
 
 
@@ -86,11 +92,11 @@ def dropout_masks(monkeypatch, here, process: int, out: str) -> list[torch.Tenso
     script, masks = train_dreambooth_lora, []
 
     def hook_first(args, accelerator, plan, models, *rest):
-        patch.setattr(Accelerator, "process_index", process)
         dropouts = [layer for layer in models.unet.modules() if isinstance(layer, torch.nn.Dropout) and layer.p]
         dropouts[0].register_forward_hook(lambda layer, inputs, output: masks.append(output == 0))
 
     with monkeypatch.context() as patch:
+        as_process(patch, script, process)
         watch(patch, script, "train", hook_first)
         here(script, "--lora_dropout 0.5 --gradient_accumulation_steps 2", out)
     return masks
@@ -108,7 +114,7 @@ def test_dropout_differs_between_micro_steps_and_processes(monkeypatch, here):
 def test_weights_are_rounded_by_draws_of_the_step_alike_in_all_processes(monkeypatch, here, script, process):
     """Each step has draws of its own, which are neither those of dropout nor those of another process."""
     seeds = watch(monkeypatch, stochastic_rounding, "round_stochastically", lambda values: torch.initial_seed())
-    watch(monkeypatch, script, "train", lambda *given: monkeypatch.setattr(Accelerator, "process_index", process))
+    as_process(monkeypatch, script, process)
     here(script, f"{BF16} --weight_dtype bf16 --max_train_steps 3")
     wanted = [script.derive_seed(51, "rounding", step) for step in range(3)]
     assert list(dict.fromkeys(seeds)) == wanted and len(seeds) % 3 == 0
@@ -225,7 +231,7 @@ def test_a_gradient_is_the_mean_over_micro_steps_before_it_is_clipped(monkeypatc
 
     def compute_loss(args, accelerator, plan, models, batch):
         loss = loss_of(args, accelerator, plan, models, batch)
-        found.append(gradients_of(models, loss.total))
+        found.append(gradients_of(models, loss["loss"]))
         return loss
 
     monkeypatch.setattr(script, "compute_loss", compute_loss)
@@ -247,7 +253,7 @@ def test_a_gradient_is_that_of_its_own_step(monkeypatch, here, script):
 
     def compute_loss(args, accelerator, plan, models, batch):
         loss = loss_of(args, accelerator, plan, models, batch)
-        found.append(gradients_of(models, loss.total))
+        found.append(gradients_of(models, loss["loss"]))
         return loss
 
     monkeypatch.setattr(script, "compute_loss", compute_loss)
@@ -263,7 +269,7 @@ def test_a_gradient_is_that_of_its_own_step(monkeypatch, here, script):
 def test_gradients_are_freed_by_updates_in_the_backward_pass(monkeypatch, here, script):
     """When a step ends, no weight has one: that is what it saves memory for."""
     left = watch(
-        monkeypatch, script.MetricLog, "add", lambda log, *rest: [p for p in log.weights if p.grad is not None]
+        monkeypatch, metric_log.MetricLog, "add", lambda log, *rest: [p for p in log.weights if p.grad is not None]
     )
     here(script, "--fused_backward --max_grad_norm 0")
     assert left == [[], []]
@@ -317,8 +323,8 @@ def test_scaled_rates_count_processes(monkeypatch, here, script, processes, fact
     """--scale_lr multiplies by batch, accumulation and processes."""
     flags = "--scale_lr --gradient_accumulation_steps 3 --train_text_encoder --text_encoder_lr 1e-4"
     plan = planned(monkeypatch, here, script, flags, processes)
-    assert plan.learning_rates == pytest.approx((1e-3 * factor, 1e-4 * factor))
-    assert planned(monkeypatch, here, script, "", processes).learning_rates == (1e-3,)
+    assert plan.learning_rates == pytest.approx({"unet": 1e-3 * factor, "text_encoder": 1e-4 * factor})
+    assert planned(monkeypatch, here, script, "", processes).learning_rates == {"unet": 1e-3}
 
 
 @pytest.mark.parametrize(
@@ -342,7 +348,7 @@ def test_all_pictures_of_a_step_are_counted(monkeypatch, here, script, class_ima
             return plan_of(*given)
 
     monkeypatch.setattr(script, "make_plan", make_plan)
-    examples = watch(monkeypatch, script.MetricLog, "add", lambda log, step, began, count, *rest: count)
+    examples = watch(monkeypatch, metric_log.MetricLog, "add", lambda log, step, began, count, *rest: count)
     here(script, f"{PRIOR_FLAGS} --class_data_dir {class_images} --gradient_accumulation_steps 2")
     assert examples == [2 * 2 * 2 * processes] * 2
 
@@ -350,8 +356,8 @@ def test_all_pictures_of_a_step_are_counted(monkeypatch, here, script, class_ima
 def test_processes_stop_by_agreement(monkeypatch, here, script):
     """What one process alone was told does not stop it before the others know."""
     asked = []
-    monkeypatch.setattr(script.StopRequest, "check", lambda stop: 15 if asked else None)
-    monkeypatch.setattr(script.StopRequest, "agree", lambda stop: asked.append(stop) if len(asked) < 2 else 15)
+    monkeypatch.setattr(graceful_stop.StopRequest, "check", lambda stop: 15 if asked else None)
+    monkeypatch.setattr(graceful_stop.StopRequest, "agree", lambda stop: asked.append(stop) if len(asked) < 2 else 15)
     saved = watch(monkeypatch, script, "save_checkpoint", lambda args, accelerator, plan, models, step: step)
     here(script, "--max_train_steps 5")
     assert saved == [3]
@@ -424,7 +430,7 @@ def test_a_resumed_run_has_this_in_common(monkeypatch, here, places, entry):
     for name, script in SCRIPTS.items():
         if only not in ("", name):
             continue
-        theirs, ours = (planned(monkeypatch, here, script, text.format(**places)).fits for text in flags)
+        theirs, ours = (planned(monkeypatch, here, script, text.format(**places)).resume_keys for text in flags)
         assert theirs[entry] != ours[entry]
         with pytest.raises(UserError, match=rf"\n  {entry}: "):
             resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours)
@@ -436,25 +442,29 @@ def test_nothing_is_left_out_of_what_runs_have_in_common(monkeypatch, here, name
     script = SCRIPTS[name]
     plan = planned(monkeypatch, here, script)
     may_change = {resume_checks.MASKS, resume_checks.SETTINGS}
-    assert plan.fits.keys() == COMMON | OWN[name] | may_change
-    assert plan.fits["processes"] == 1 and planned(monkeypatch, here, script, "", 2).fits["processes"] == 2
-    assert plan.fits["script"] == script.METHOD
-    for entry in plan.fits.keys() - may_change:
+    assert plan.resume_keys.keys() == COMMON | OWN[name] | may_change
+    assert (
+        plan.resume_keys["processes"] == 1 and planned(monkeypatch, here, script, "", 2).resume_keys["processes"] == 2
+    )
+    assert plan.resume_keys["script"] == script.METHOD
+    for entry in plan.resume_keys.keys() - may_change:
         with pytest.raises(UserError, match=rf"\n  {entry}: "):
-            resume_checks.check_resume_keys(Path("checkpoint-1"), plan.fits | {entry: "another"}, plan.fits)
-    resume_checks.check_resume_keys(Path("checkpoint-1"), plan.fits | dict.fromkeys(may_change, {}), plan.fits)
+            resume_checks.check_resume_keys(
+                Path("checkpoint-1"), plan.resume_keys | {entry: "another"}, plan.resume_keys
+            )
+    resume_checks.check_resume_keys(
+        Path("checkpoint-1"), plan.resume_keys | {key: {} for key in may_change}, plan.resume_keys
+    )
 
 
-def test_checkpoints_from_before_a_flag_are_of_its_default(monkeypatch, here):
+@pytest.mark.parametrize("entry", ["repeats", "prior_target", "optimizer", "weight_dtype", "trained weights"])
+def test_checkpoints_from_before_a_flag_are_of_its_default(monkeypatch, here, entry):
     """They do not know of it; a run that sets it does not go on with them."""
-    for entry, script in (
-        *((e, train_dreambooth) for e in ("repeats", "prior_target", "optimizer", "weight_dtype", "trained weights")),
-    ):
-        ours = planned(monkeypatch, here, script).fits
-        theirs = {key: value for key, value in ours.items() if key != entry}
-        resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours)
-        with pytest.raises(UserError, match=rf"\n  {entry}: "):
-            resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours | {entry: "another"})
+    ours = planned(monkeypatch, here, train_dreambooth).resume_keys
+    theirs = {key: value for key, value in ours.items() if key != entry}
+    resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours)
+    with pytest.raises(UserError, match=rf"\n  {entry}: "):
+        resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours | {entry: "another"})
 
 
 # The result.

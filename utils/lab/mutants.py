@@ -2,7 +2,7 @@
 
     python -m utils.lab.mutants
 
-The changes are in tests/mutants/*.toml. Each has a file or a pattern of files, an old text that each of the files holds
+The changes are in tests/mutants/*.toml. Each has a file or a pattern of files, an old text that each of the files has
 exactly once, the new text, the tests that must notice it, and a few words on what breaks:
 
     [[mutant]]
