@@ -189,6 +189,16 @@ def test_a_square_photo_has_the_resolution_as_its_bucket():
         assert choose_bucket((1000, 1000), list_buckets(target, step, "pixel_area"), target) == target
 
 
+def test_of_two_buckets_that_cut_as_little_one_is_chosen_by_area_and_then_by_width():
+    """Whatever their order: a photo's bucket must not depend on how they were listed."""
+    target, near, far = Size(64, 64), Size(56, 72), Size(48, 80)
+    doubled, halved = Size(112, 144), Size(28, 36)
+    assert choose_bucket((560, 720), [doubled, near, halved, far], target) == near
+    assert choose_bucket((560, 720), [halved, far, near, doubled], target) == near
+    turned = [Size(56, 72), Size(72, 56)]
+    assert choose_bucket((64, 64), turned, target) == choose_bucket((64, 64), turned[::-1], target) == Size(56, 72)
+
+
 def test_the_usual_step_follows_from_the_resolution():
     """64 px for Stable Diffusion, 8 for IF's stage I, 32 for its stage II; less for small models."""
     sizes = {(512, 8): 64, (768, 8): 64, (1024, 8): 64, (256, 8): 32, (64, 8): 8, (64, 4): 8, (24, 8): 8, (256, 4): 32}

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from utils.core.errors import UserError
-from utils.data import tensor_cache
+from utils.data import latent_cache, tensor_cache
 from utils.data.embedding_cache import open_cache
 from utils.data.latent_cache import LatentCache, content_hash, open_latents
 
@@ -485,6 +485,28 @@ def test_versions_and_threads_decide_the_bits(options, package, monkeypatch):
         assert open_latents(**options).load(photo(0)[0]) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     assert open_latents(**options).load(photo(0)[0]) is None
+
+
+def test_a_photo_that_was_changed_has_another_hash(tmp_path):
+    """Also one of the same length, in a run that goes on."""
+    path, found = tmp_path / "photo.png", []
+    for number, content in enumerate((b"one", b"two", b"three", b"one")):
+        path.write_bytes(content)
+        os.utime(path, ns=(number, number))
+        found.append(content_hash(path))
+    assert len(set(found)) == 3 and found[0] == found[3] and len(found[0]) == 40
+
+
+def test_how_pictures_are_read_decides_the_bits(options, monkeypatch):
+    """After a change of the code that reads them, or of Pillow, entries are made anew."""
+    open_latents(**options).save(*photo(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache, "READING", latent_cache.READING + 1)
+        assert open_latents(**options).load(photo(0)[0]) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache.PIL, "__version__", "0.0.1")
+        assert open_latents(**options).load(photo(0)[0]) is None
+    assert open_latents(**options).load(photo(0)[0]) is not None
 
 
 def test_a_gpus_name_and_arithmetic_decide_the_bits(monkeypatch):

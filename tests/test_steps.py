@@ -11,14 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
 
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import draw_picture
-from tests.runs import BASE_FLAGS, CLASS_PROMPT, PRIOR_FLAGS, read_metrics
+from tests.runs import BASE_FLAGS, CLASS_PROMPT, PRIOR_FLAGS, differing, read_metrics, read_tensors
 from utils.core.errors import UserError
-from utils.devices import graceful_stop
+from utils.devices import device_memory, graceful_stop
 from utils.make_model import make_model
 from utils.optim import stochastic_rounding
 from utils.run import metric_log, resume_checks
@@ -493,3 +494,101 @@ def test_adapters_are_float32_on_a_base_in_the_runs_precision(monkeypatch, here,
     ))  # fmt: skip
     here(train_dreambooth_lora, f"{BF16} {flags} --max_train_steps 1")
     assert set(kinds) == {(torch.float32, True), (torch.bfloat16, False)}
+
+
+def test_adapters_in_bf16_are_saved_in_float32(here, tmp_path):
+    """A file has one precision, whatever the memory held."""
+    here(train_dreambooth_lora, f"{BF16} --weight_dtype bf16 --max_train_steps 1 --checkpointing_steps 1")
+    for folder in ("out", "out/checkpoint-1"):
+        assert {tensor.dtype for tensor in read_tensors(tmp_path / folder).values()} == {torch.float32}
+
+
+def test_adapters_begin_by_the_seed(here, tmp_path):
+    """The first run of a process and the next one begin alike; another seed begins elsewhere."""
+    for out, flags in {"one": "", "two": "", "three": "--seed 52"}.items():
+        here(train_dreambooth_lora, f"--learning_rate 0 --max_train_steps 1 {flags}", out)
+    one, two, three = (read_tensors(tmp_path / out) for out in ("one", "two", "three"))
+    assert differing(one, two) == []
+    assert all(name.endswith("lora_A.weight") for name in differing(one, three)) and differing(one, three)
+
+
+@pytest.mark.parametrize("flags", ["", "--train_text_encoder"])
+def test_networks_are_in_the_runs_precision_or_in_float32_if_they_train(monkeypatch, here, script, flags):
+    """What is frozen computes in bf16, and at rest; what trains keeps all of its digits."""
+    seen = []
+
+    def look(args, accelerator, plan, models, *rest):
+        networks = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text_encoder}
+        for name, network in networks.items():
+            kinds = {(weight.dtype, weight.requires_grad) for weight in network.parameters()}
+            seen.append((name, kinds, network.training))
+
+    watch(monkeypatch, script, "train", look)
+    here(script, f"{BF16} --no-pre_compute_text_embeddings {flags} --max_train_steps 1")
+    frozen, trains = (torch.bfloat16, False), (torch.float32, True)
+    trained = {trains} if script is train_dreambooth else {trains, frozen}
+    text = (trained, True) if flags else ({frozen}, False)
+    assert seen == [("unet", trained, True), ("vae", {frozen}, False), ("text_encoder", *text)]
+
+
+def test_a_result_has_the_tokenizer_that_was_given(here, tiny, tmp_path):
+    """It is another one than the base's, and people would feed the text encoder other words."""
+    other = shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((other / "tokenizer_config.json").read_text()) | {"model_max_length": 33}
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    here(train_dreambooth, f"--tokenizer_name {other} --max_train_steps 1")
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").tokenizer.model_max_length == 33
+
+
+def test_a_result_and_a_checkpoint_have_the_sampler_as_the_base_has_it(here, script, tiny, tmp_path):
+    """No defaults are written out, which another sampler would take over. A checkpoint says its own step."""
+    here(script, "--max_train_steps 3 --checkpointing_steps 2")
+    out = tmp_path / "out"
+    name = "scheduler/scheduler_config.json"
+    for folder in (out, out / "checkpoint-2"):
+        assert json.loads((folder / name).read_text()) == json.loads((tiny / name).read_text())
+    assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["step"] == 2
+
+
+def test_previews_come_from_their_seeds_and_are_as_wide_as_asked(here, script, tmp_path):
+    """Rounds without training in between draw the same pictures, no two in a round alike."""
+    flags = "--validation_resolution 64x32 --num_validation_images 2 --learning_rate 0 --adam_weight_decay 0"
+    here(script, f"{PREVIEWS} {flags} --max_train_steps 1")
+    rounds = [
+        [Image.open(tmp_path / "out" / "samples" / f"step-00000{step}" / f"0{index}.png") for index in (0, 1)]
+        for step in (0, 1)
+    ]
+    assert [[picture.size for picture in drawn] for drawn in rounds] == [[(64, 32)] * 2] * 2
+    (one, two), again = ([picture.tobytes() for picture in drawn] for drawn in rounds)
+    assert again == [one, two] and one != two
+
+
+def test_class_images_are_drawn_as_asked(monkeypatch, here, script):
+    """Each from a seed of its own, with the guidance of the flag, in batches of that size."""
+    calls = []
+
+    def look(pipeline, *given, **options):
+        seeds = [generator.initial_seed() for generator in options["generator"]]
+        calls.append((options["guidance_scale"], seeds))
+
+    watch(monkeypatch, StableDiffusionPipeline, "__call__", look)
+    flags = "--num_class_images 3 --sample_batch_size 2 --class_guidance_scale 2.5 --max_train_steps 1"
+    here(script, f"--with_prior_preservation --class_prompt '{CLASS_PROMPT}' {flags}")
+    seeds = [script.derive_seed("class image", index) for index in range(3)]
+    assert calls == [(2.5, seeds[:2]), (2.5, seeds[2:])]
+
+
+def test_flags_without_effect_are_told_at_the_start(here, script, caplog):
+    """By name, in a run as well as by the function that finds them."""
+    here(script, "--local_rank 0 --max_train_steps 1")
+    assert "--local_rank has no work left to do" in caplog.text
+
+
+def test_a_network_is_moved_back():
+    """After drawing, a VAE that only previews need makes room again."""
+    network, moves = torch.nn.Linear(2, 2), []
+    network.to = lambda device: moves.append(device.type)
+    for device in ("cpu", "meta"):
+        with device_memory.moved_to(torch.device(device), network):
+            moves.append("draws")
+    assert moves == ["draws", "meta", "draws", "cpu"]
