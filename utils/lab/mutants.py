@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         mutants = [one for one in mutants if args.only in f"{one.breaks}\n{one.file}\n{one.tests}"]
         stale = [one for one in mutants if not one.apply(args.root)]
         for one in mutants if args.list else stale:
-            print(f"{'stale' if one in stale else 'ready':10}{one.file}: {one.breaks}")
+            print(f"{'stale' if one in stale else 'ready':12}{one.file}: {one.breaks}")
         if args.list:
             print(f"{len(mutants)} changes, {len(stale)} stale")
             return int(bool(stale))
