@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_dreambooth
 import train_dreambooth_lora
 from tests.conftest import draw_picture
-from tests.runs import BASE_FLAGS, CLASS_PROMPT, PRIOR_FLAGS, differing, read_metrics, read_tensors
+from tests.runs import BASE_FLAGS, CLASS_PROMPT, PRIOR_FLAGS, WEIGHTS_FILE, differing, read_metrics, read_tensors
 from utils.core.errors import UserError
 from utils.devices import device_memory, graceful_stop
 from utils.make_model import make_model
@@ -471,9 +472,10 @@ def test_checkpoints_from_before_a_flag_are_of_its_default(monkeypatch, here, en
 # The result.
 
 
-def test_a_result_says_how_prompts_are_read_and_not_where_the_base_lay(here, tiny, tmp_path):
+@pytest.mark.parametrize("flags", ["", "--no-pre_compute_text_embeddings", "--train_text_encoder"])
+def test_a_result_says_how_prompts_are_read_and_not_where_the_base_lay(here, tiny, tmp_path, flags):
     """Its tokenizer has the run's length, its text encoder hides padding, and no file has the base's path."""
-    here(train_dreambooth, "--tokenizer_max_length 20 --text_encoder_use_attention_mask --max_train_steps 1")
+    here(train_dreambooth, f"--tokenizer_max_length 20 --text_encoder_use_attention_mask --max_train_steps 1 {flags}")
     out = tmp_path / "out"
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert pipeline.tokenizer.model_max_length == 20 and pipeline.text_encoder.config.use_attention_mask is True
@@ -501,6 +503,15 @@ def test_adapters_in_bf16_are_saved_in_float32(here, tmp_path):
     here(train_dreambooth_lora, f"{BF16} --weight_dtype bf16 --max_train_steps 1 --checkpointing_steps 1")
     for folder in ("out", "out/checkpoint-1"):
         assert {tensor.dtype for tensor in read_tensors(tmp_path / folder).values()} == {torch.float32}
+
+
+def test_adapters_have_the_names_that_older_versions_know(here, tmp_path):
+    """transformers 4 has a level more in CLIP's names, without which it finds no layer to adapt."""
+    here(train_dreambooth_lora, "--train_text_encoder --max_train_steps 1")
+    names = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    text = {name for name in names if name.startswith("text_encoder.")}
+    assert text and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in text)
+    assert all(name.startswith("unet.") for name in names.keys() - text)
 
 
 def test_adapters_begin_by_the_seed(here, tmp_path):
