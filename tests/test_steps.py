@@ -553,11 +553,12 @@ def test_a_result_has_the_tokenizer_that_was_given(here, tiny, tmp_path):
 
 def test_a_result_and_a_checkpoint_have_the_sampler_as_the_base_has_it(here, script, tiny, tmp_path):
     """No defaults are written out, which another sampler would take over. A checkpoint says its own step."""
-    here(script, "--max_train_steps 3 --checkpointing_steps 2")
-    out = tmp_path / "out"
-    name = "scheduler/scheduler_config.json"
+    base, out, name = shutil.copytree(tiny, tmp_path / "base"), tmp_path / "out", "scheduler/scheduler_config.json"
+    config = {key: value for key, value in json.loads((tiny / name).read_text()).items() if key != "timestep_spacing"}
+    (base / name).write_text(json.dumps(config))
+    here(script, f"--pretrained_model_name_or_path {base} --max_train_steps 3 --checkpointing_steps 2")
     for folder in (out, out / "checkpoint-2"):
-        assert json.loads((folder / name).read_text()) == json.loads((tiny / name).read_text())
+        assert json.loads((folder / name).read_text()) == config
     assert json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["step"] == 2
 
 
