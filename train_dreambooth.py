@@ -22,7 +22,7 @@ To change an experiment, edit one function:
     noise and timesteps ...... sample_noise          order of the photos ...... StepSampler
     stage II's input ......... stage_two_inputs      the optimizer ............ make_optimizer
     the target ............... prediction_target     the schedule ............. learning_rate
-    the loss of an example ... example_losses        previews, their sampler .. make_preview_pipeline
+    the loss of an example ... example_losses        the previews' sampler .... make_sampler
     instance + class loss .... combine_losses        what is saved ............ save_result
 
 Tools such as `python -m utils.preview_data SCRIPT` call functions of this file by name; docs/changing.md lists them.
@@ -34,7 +34,51 @@ Papers: DreamBooth arXiv 2208.12242, latent diffusion 2112.10752, velocity predi
 cascades 2205.11487, learned variance 2102.09672.
 """
 
-import utils.core.quick_imports  # isort: skip  # noqa: F401  (first: it nearly halves the seconds that the others take)
+import sys
+
+try:  # before all else, because quick_imports nearly halves the seconds that the other imports take
+    import utils.core.quick_imports  # noqa: F401
+    from utils.core import version_check
+    from utils.core.errors import UserError, exit_status
+    from utils.core.seeds import derive_seed, generator
+    from utils.data import (
+        batch_order,
+        cache,
+        captions,
+        class_images,
+        concepts,
+        decode_images,
+        geometry,
+        list_images,
+        masks,
+        prompt_cleaning,
+    )
+    from utils.data.geometry import Crop, Size
+    from utils.devices import accelerator_setup, device_memory, graceful_stop, network_speed, shards
+    from utils.flags import command_line, flag_checks, precision
+    from utils.hub import hub_datasets, model_card, publish
+    from utils.memory import memory_estimate, out_of_memory
+    from utils.models import layer_names, model_files
+    from utils.optim import optimizers, schedules, stochastic_rounding
+    from utils.run import (
+        atomic_folders,
+        checkpoints,
+        flag_conflicts,
+        folder_checks,
+        metric_log,
+        resume_checks,
+        run_summary,
+    )
+    from utils.sampling import preview_pipeline
+
+    version_check.check_names_used(__file__)
+except ImportError as error:
+    found = getattr(sys.modules.get("utils"), "__file__", "none")
+    sys.exit(
+        f"error: {error}; this script needs its repository's utils/ (found: {found}) and the packages of "
+        "requirements.txt: git clone REPOSITORY_URL, and run it in that folder, or `pip install -e` that folder."
+    )
+
 import argparse
 import copy
 import dataclasses
@@ -44,7 +88,6 @@ import itertools
 import json
 import math
 import random
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -66,29 +109,6 @@ from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-
-from utils.core.errors import UserError, exit_status
-from utils.core.seeds import derive_seed, generator
-from utils.data import (
-    batch_order,
-    captions,
-    concepts,
-    embedding_cache,
-    geometry,
-    images,
-    latent_cache,
-    masks,
-    prompt_cleaning,
-)
-from utils.data.geometry import Crop, Size
-from utils.devices import device_memory, graceful_stop, gradient_checkpointing, launch, network_speed, shards
-from utils.flags import command_line, flag_checks
-from utils.hub import hub_datasets, model_card, publish
-from utils.memory import memory_estimate, out_of_memory
-from utils.models import model_files
-from utils.optim import optimizers, schedules, stochastic_rounding
-from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
-from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
 
@@ -281,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         # 7. The result. Distributed training ends before the upload: waiting processes would time out.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
+            with atomic_folders.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -341,7 +361,7 @@ def add_data_args(add, switch) -> None:
     add("--caption_strategy", default=sources[0], choices=sources, help="textfile: a .txt file beside each photo.")
     switch("--prepend_instance_prompt", help="Put the instance prompt before each of those captions.")
     add("--resolution", metavar="SIZE", help="Pixels: 512, or 512x640 (width x height). Unset: the model's own.")
-    add("--crop_style", choices=styles, help="shifted_center: up to 10 % off, as IF was trained. Unset: random.")
+    add("--crop_style", choices=styles, help="shifted_center: up to a tenth off, as IF was trained. Unset: random.")
     switch("--center_crop", help="The same as --crop_style center.")
     add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: aspect-ratio buckets.")
     add("--resolution_type", default=units[0], choices=units, help="preserve keeps the area, or the shorter edge.")
@@ -349,7 +369,7 @@ def add_data_args(add, switch) -> None:
     add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos. Unset: none.")
     add("--maximum_image_size", type=int, metavar="PX", help="Shrink larger photos before cropping.")
     add("--target_downsample_size", type=int, metavar="PX", help="Size that such photos are shrunk to.")
-    switch("--stepwise_downsampling", help="Shrink by at most 25 % at a time. Slightly softer.")
+    switch("--stepwise_downsampling", help="Shrink by at most a quarter at a time. Slightly softer.")
     switch("--random_flip", help="Mirror each image left to right half of the time.")
     add("--image_interpolation_mode", choices=modes, help="How images are resized. Unset: lanczos, for IF bicubic.")
     switch("--skip_bad_images", help="Go on without unreadable photos. Off: an error lists them.")
@@ -424,13 +444,13 @@ def add_method_args(add, switch) -> None:
 
 def add_validation_args(add, switch) -> None:
     """Add the flags of the pictures that are drawn during training."""
-    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_prompt", help="Draw previews of this before, during and after training. Unset: none.")
     add("--validation_negative_prompt", default="", help="Negative prompt of the previews.")
     add("--num_validation_images", type=int, default=4, help="Previews per round. Each round uses the same seeds.")
     add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds of previews.")
     add("--validation_epochs", type=int, help="Epochs between rounds. Overrides --validation_steps.")
-    add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
+    sampler = "DPMSolverMultistepScheduler"
+    add("--validation_scheduler", default=sampler, metavar="CLASS", help="Scheduler class of diffusers for previews.")
     add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per preview.")
     add("--validation_guidance_scale", type=float, default=7.5, help="Guidance scale of the previews. 1: none.")
     add("--validation_resolution", metavar="SIZES", help="Sizes of the previews: 64,64x96. Unset: --resolution.")
@@ -461,7 +481,7 @@ def find_problems(args: Namespace) -> list[str]:
         *geometry.find_size_problems("--resolution", args.resolution),
         *geometry.find_size_problems("--validation_resolution", args.validation_resolution, many=True),
         *geometry.find_shrinking_problems(args.maximum_image_size, args.target_downsample_size),
-        *device_memory.find_precision_problems(vars(args)),
+        *precision.find_precision_problems(vars(args)),
         *schedules.find_rate_problems(vars(args)),
         *optimizers.find_optimizer_problems(vars(args)),
         *shards.find_unsupported(vars(args)),
@@ -471,7 +491,8 @@ def find_problems(args: Namespace) -> list[str]:
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
         *folder_checks.find_folder_problems(vars(args)),
-        *images.find_unreadable("--validation_images", args.validation_images or []),
+        *list_images.find_unreadable("--validation_images", args.validation_images or []),
+        *preview_pipeline.find_sampler_problems(args.validation_scheduler),
         *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
@@ -488,11 +509,11 @@ def find_method_problems(args: Namespace) -> list[str]:
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """Connect the processes, set up logging and arithmetic, and warn of flags that have no effect."""
-    device_memory.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
+    precision.set_determinism_and_tf32(args.deterministic, args.allow_tf32)
     trackers, logs = metric_log.tracker_names(args.report_to), Path(args.output_dir, args.logging_dir)
     folders = (args.output_dir, logs)
-    accelerator = launch.connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, *folders)
-    for note in flag_conflicts.find_unused_flags(vars(args)) + device_memory.find_slow_arithmetic(vars(args)):
+    accelerator = accelerator_setup.connect(args.mixed_precision, args.gradient_accumulation_steps, trackers, *folders)
+    for note in flag_conflicts.find_unused_flags(vars(args)) + precision.find_slow_arithmetic(vars(args)):
         logger.warning(note)
     return accelerator
 
@@ -540,6 +561,7 @@ def detect_model(args: Namespace) -> ModelInfo:
     )
     longest = configs.text_encoder.get("max_position_embeddings", 77)
     problems = flag_conflicts.find_model_conflicts(vars(args), base, longest)
+    problems += layer_names.find_unknown_layers(unet, method_resume_keys(args, base).get("layers"))
     has_images = args.validation_images or args.num_eval_images
     small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
@@ -572,13 +594,13 @@ def list_photos(args: Namespace, base: ModelInfo, concept: concepts.Concept) -> 
         concept.flag_name,
         args.resolution_type,
     )
-    found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
-    found = images.leave_out_small(found, args.minimum_image_size, unit)
+    found = list_images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
+    found = list_images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
     step = args.bucket_step or geometry.bucket_step(target, base.size_multiple)
     buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
-    images.warn_of_enlarging(found, sizes, target)
+    list_images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
     words = (concept.instance_prompt, concept.prepend_instance_prompt)
     prompts = captions.find_captions(strategy, folder, list(found), *words)
@@ -592,14 +614,14 @@ def list_class_images(
 ) -> list[Example]:
     """List the class images of a concept. With --prior_target base_prediction, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
-    paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
+    paths, missing = class_images.find(folder, prompt, concept.class_guidance_scale, wanted)
     if missing and args.prior_target == "base_prediction":
         paths, missing = [path for path in paths if path not in missing], set()
         if not paths:
             logger.info(f"{folder} holds no class images: the photos stand in for them, as {prompt!r}.")
             return [one._replace(prompts=(prompt,), is_prior=True, mask=None) for one in photos]
     if base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
-        images.raise_if_missing(folder, len(missing), len(paths))
+        class_images.raise_if_missing(folder, len(missing), len(paths))
     return [Example(path, (prompt,), concept, photos[0].size, True, path in missing) for path in paths]
 
 
@@ -612,7 +634,7 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
     resume_from, state = checkpoints.find_state(Path(args.output_dir), args.resume_from_checkpoint)
     seed = args.seed if args.seed is not None else state["fits"].get("seed")
     if seed is None:
-        seed = launch.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
+        seed = accelerator_setup.on_main_process(accelerator, random.SystemRandom().randrange, 2**32)
     photos, processes = sum(not example.is_prior for example in examples), accelerator.num_processes
     accumulation, global_batch = args.gradient_accumulation_steps, args.train_batch_size * processes
     epoch_length = batch_order.BatchOrder(examples, global_batch, seed).epoch_length
@@ -664,6 +686,7 @@ def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
+    models.optimizer = make_optimizer(args, plan, models)
     summary = describe_run(args, accelerator, plan, DreamBoothDataset(args, plan, prompts).order, models)
     title = f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)"
     run_summary.show_run(accelerator, title, summary)
@@ -681,13 +704,13 @@ def describe_run(
         models: On the meta device if they are not loaded.
     """
     base, flags = plan.base, vars(args)
-    trained, frozen = device_memory.count_parameters(models.unet, models.vae, models.text_encoder)
+    trained, frozen = run_summary.count_parameters(models.unet, models.vae, models.text_encoder)
     kept = "float32" if args.weight_dtype == "fp32" else "bfloat16, rounded stochastically"
     frozen_words = f"{frozen:.2f} M are frozen in {run_summary.describe_frozen(flags, plan)}"
     variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
     rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates.values())
-    optimizer = optimizers.NAMES[optimizers.optimizer_of(flags)]
-    optimizer += " in the backward pass" if args.fused_backward else ""
+    optimizer = optimizers.class_name(models.optimizer) + (" in the backward pass" if args.fused_backward else "")
+    sampler = f"{type(make_sampler(args, plan)).__name__}, {args.validation_num_inference_steps} steps"
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
@@ -700,6 +723,7 @@ def describe_run(
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
         "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
         "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        **({"previews": f"{len(plan.previews)} by {sampler}"} if args.validation_prompt else {}),
         "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
     }
 
@@ -707,12 +731,12 @@ def describe_run(
 def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan) -> str | None:
     """Create the Hub repository, if asked for, and the output folder; start the trackers."""
     options = (args.hub_model_id, plan.output_dir, args.hub_token, args.hub_private_repo)
-    prepare = functools.partial(launch.on_main_process, accelerator, publish.prepare_repository)
+    prepare = functools.partial(accelerator_setup.on_main_process, accelerator, publish.prepare_repository)
     repository = prepare(*options) if args.push_to_hub else None
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
-        checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
+        atomic_folders.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
     metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -730,7 +754,7 @@ def draw_class_images(
     if not missing:
         return
     base_model, hidden = args.pretrained_model_name_or_path, not accelerator.is_local_main_process
-    batches = images.list_class_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
+    batches = class_images.list_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
     words = dict.fromkeys(repr(concept.class_prompt) for concept in missing.values())
     logger.info(f"Drawing {len(missing)} class images of {' and '.join(words)}.")
     drawn = dict.fromkeys(batches)
@@ -740,12 +764,12 @@ def draw_class_images(
         for batch in stop.until_asked(tqdm(batches, desc="class images", disable=hidden)):
             drawn[batch] = draw_class_batch(pipeline, prompts, *batch, drawn[batch])
             if model == base_model:
-                images.save_class_images(*batch, drawn[batch], missing)
+                class_images.save(*batch, drawn[batch], missing)
         del pipeline
         device_memory.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
-    images.check_presence(missing)
+    class_images.raise_if_elsewhere(missing)
 
 
 def draw_class_batch(
@@ -799,21 +823,23 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
         return prompts
     precision = args.text_encoder_precision or accelerator.mixed_precision
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    kind = str(PRECISIONS.get(precision, precision))
+    dtype = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = embedding_cache.open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
-        embeds = cache.load_all(prompts.ids, prompts.mask)
-        if missing := [row for row, known in enumerate(embeds) if known is None]:
-            logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
-            text_encoder = load_text_encoder(args, plan, precision, accelerator.device)
-            for row in missing:
-                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
-                cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
-            del text_encoder
-            device_memory.free_memory()
+        known = cache.open_cache("embeddings", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
+        make = functools.partial(embed_rows, args, plan, precision, prompts)
+        embeds = known.fill(cache.prompt_keys(prompts.ids, prompts.mask), make)
     prompts.embeds = torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
     return prompts
+
+
+def embed_rows(args: Namespace, plan: Plan, precision: str, prompts: PromptTable, rows: list[int]) -> Iterator[Tensor]:
+    """Yield the embeddings, (L, D), of the prompts in some rows, from a text encoder that is then freed."""
+    text_encoder = load_text_encoder(args, plan, precision, prompts.ids.device)
+    for row in rows:
+        yield embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0]
+    del text_encoder
+    device_memory.free_memory()
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
@@ -821,27 +847,29 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
 
     The value for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w). Each visit samples from it.
     """
-    if not (cuts := count_crops(args, plan, dataset)):
+    if not (crops := list(count_crops(args, plan, dataset))):
         return None
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    cache = latent_cache.open_latents(
-        args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type
-    )
+    source, dtype = (args.pretrained_model_name_or_path, args.revision, args.hub_token), str(plan.frozen_dtype)
+    known = cache.open_cache("latents", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        keys = {
-            (path, cut): [latent_cache.content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts
-        }
-        latents = {cut: cache.load(key) for cut, key in keys.items()}
-        missing = [cut for cut, moments in latents.items() if moments is None]
-        vae = load_vae(args, plan, accelerator.device) if missing else None
-        for cut in tqdm(missing, desc="latents", disable=not missing or not accelerator.is_local_main_process):
-            latents[cut] = encode_images(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
-            cache.save(keys[cut], latents[cut], cut[0].name)
-        del vae
-        device_memory.free_memory()
-    logger.info(f"Cached the latents of {len(cuts)} crops.")
-    return latents
+        keys = [[cache.content_hash(path), *crop, *map(str, dataset.resampling)] for path, crop in crops]
+        latents = known.fill(keys, functools.partial(encode_crops, args, accelerator, plan, dataset, crops))
+    logger.info(f"Cached the latents of {len(crops)} crops.")
+    return dict(zip(crops, latents, strict=True))
+
+
+def encode_crops(
+    args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset, crops: list, places: list[int]
+) -> Iterator[Tensor]:
+    """Yield mean and deviation, (2, C, h, w), of the crops at some places, from a VAE that is then freed."""
+    vae = load_vae(args, plan, accelerator.device)
+    for place in tqdm(places, desc="latents", disable=not accelerator.is_local_main_process):
+        path, crop = crops[place]
+        moments = encode_images(vae, dataset.pixels(path, crop)[None].to(accelerator.device))[0]
+        yield cache.check_moments(moments, path.name)
+    del vae
+    device_memory.free_memory()
 
 
 def tokenize_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
@@ -931,11 +959,11 @@ def load_models(
         models.text_encoder = load_text_encoder(args, plan, precision, device)
     if args.train_text_encoder:
         models.trained["text_encoder"] = models.text_encoder
-    device_memory.keep_norms_in_bf16(unet)
+    network_speed.keep_norms_in_bf16(unet)
     if args.enable_xformers_memory_efficient_attention and flag_checks.is_installed("xformers"):
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        selective = gradient_checkpointing.checkpoint_all_but_attention
+        selective = network_speed.checkpoint_all_but_attention
         unet.enable_gradient_checkpointing(None if args.compile else selective)
     if args.gradient_checkpointing and args.train_text_encoder:
         models.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
@@ -988,14 +1016,14 @@ class DreamBoothDataset(Dataset):
         example, variants = self.examples[visit.example], self.args.latent_variants
         turn = visit.earlier_visits % variants if variants else visit.earlier_visits
         chance = random.Random(derive_seed(self.seed, "crop and flip", visit.example, turn))
-        scaled = geometry.scaled_size(images.upright_size(example.path), visit.size, self.shrinking)
+        scaled = geometry.scaled_size(decode_images.upright_size(example.path), visit.size, self.shrinking)
         box = geometry.crop_box(scaled, visit.size, example.concept.crop_style, chance)
         box = masks.move_crop_onto_mask(example.mask, scaled, box)
         return Crop(scaled, box, example.concept.random_flip and chance.random() < 0.5)
 
     def pixels(self, path: Path, crop: Crop) -> Tensor:
         """Return a cropped image, (3, H, W) float32 in [-1, 1]."""
-        image = images.crop_image(images.open_scaled(path, crop.scaled, *self.resampling), crop)
+        image = decode_images.crop(decode_images.open_scaled(path, crop.scaled, *self.resampling), crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitems__(self, visits: list[ExampleVisit]) -> list[dict]:
@@ -1512,12 +1540,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, model
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+        with atomic_folders.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             checkpoints.save_optimizer(folder, state, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.resume_keys)
-        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+        atomic_folders.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
 
@@ -1577,10 +1605,14 @@ def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Modu
 def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
-    scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
     unet = accelerator.unwrap_model(models.unet)
     kind = getattr(diffusers, PIPELINES[plan.base.kind])
-    return preview_pipeline.assemble(kind, unet=unet, scheduler=scheduler, **parts)
+    return preview_pipeline.assemble(kind, unet=unet, scheduler=make_sampler(args, plan), **parts)
+
+
+def make_sampler(args: Namespace, plan: Plan) -> diffusers.SchedulerMixin:
+    """Return the sampler of the previews, with the noise that the model was trained with."""
+    return getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
 
 
 # ------------------------------------------------------------------------------------------------------------ result
@@ -1607,7 +1639,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
             # A shared result should not tell in which folder the base model lay.
             if isinstance(part, DiffusionPipeline | diffusers.ModelMixin):
                 part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
-        with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+        with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         if plan.base.precomputes_text and not args.skip_save_text_encoder:
@@ -1628,7 +1660,7 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
     set_masking(args, plan.base, text_encoder)
     index = json.loads((plan.output_dir / "model_index.json").read_text(encoding="utf-8"))
     index["text_encoder"] = plan.base.index["text_encoder"]
-    with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+    with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
         text_encoder.save_pretrained(folder / "text_encoder")
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.devices import launch
+from utils.devices import accelerator_setup
+from utils.run.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"full": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}
@@ -133,7 +135,7 @@ class Trainer:
         """Start a run.
 
         Args:
-            script: "full" or "lora".
+            script: "full" or "lora", or the path of a copy.
             out: its output folder.
             flags: added to `BASE_FLAGS`, over which they win.
             how: "fork", or a key of `HOWS` for a process of its own.
@@ -149,11 +151,11 @@ class Trainer:
         log = self.home / f"run-{self.count}"
         (log / "cwd").mkdir(parents=True)
         if how == "fork":
-            request = {"script": SCRIPTS[script], "words": words, "log": str(log), "variables": variables}
+            request = {"script": SCRIPTS.get(script, script), "words": words, "log": str(log), "variables": variables}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             return self.remember(Job(log, out, None))
-        command = [sys.executable, *HOWS[how].split(), str(ROOT / SCRIPTS[script]), *words]
+        command = [sys.executable, *HOWS[how].split(), str(ROOT / SCRIPTS.get(script, script)), *words]
         with (log / "stdout").open("w") as stdout, (log / "stderr").open("w") as stderr:
             streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
             variables = self.variables | {"PYTHONPATH": str(ROOT)} | variables
@@ -186,6 +188,17 @@ def wait_until(holds, what: str, seconds: float = TIMEOUT) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} s for {what}")
         time.sleep(0.01)
+
+
+def list_sources() -> list[str]:
+    """Return the Python files that git tracks, or all without git; untracked ones are people's own experiments."""
+    found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/*.py")]
+    if shutil.which("git"):
+        tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
+        found = [name for name in found if name in tracked] or found
+    return found
 
 
 # What a run leaves behind.
@@ -314,14 +327,14 @@ def serve() -> None:
     """Import everything once, then fork for each request."""
     sys.path.insert(0, str(ROOT))
     modules = {script: __import__(Path(script).stem) for script in SCRIPTS.values()}
-    launch.import_what_is_imported_late()
+    accelerator_setup.import_what_is_imported_late()
     gc.freeze()  # children need not search what is imported here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which closes the pipe
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
     for line in sys.stdin:
         request = json.loads(line)
         if os.fork() == 0:
-            keep(modules[request["script"]], request)
+            keep(modules.get(request["script"]), request)
 
 
 def keep(module, request: dict) -> None:
@@ -354,6 +367,7 @@ def run_main(module, request: dict) -> int:
     os.environ.update(request["variables"])
     sys.argv = [str(ROOT / request["script"]), *request["words"]]
     try:
+        module = module or load_script(request["script"])  # of a copy, which is imported by its own run alone
         code = module.exit_status(module.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,5 +1,7 @@
 """Checkpoint folders: what counts as one, and what a kill at any file operation leaves behind."""
 
+import functools
+import gc
 import json
 import logging
 import os
@@ -8,44 +10,23 @@ import signal
 import stat
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.run import checkpoints
-from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
+from utils.run.atomic_folders import atomic_folder, prune, remove_leftovers
+from utils.run.checkpoints import find_checkpoint, list_checkpoints
+from utils.run.metric_log import truncate_metrics
 
 ROOT = Path(__file__).parents[1]
 
-# Does one thing to the output folder, and is killed just before its N-th operation on a file.
-VICTIM = """
-import os, signal, sys
-from pathlib import Path
-from utils.run import checkpoints
-
-def count(event, arguments):
-    if event in WATCHED:
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left.pop()
-
-def save():
-    with checkpoints.atomic_folder(out / "checkpoint-500") as folder:
-        (folder / "unet").mkdir()
-        (folder / "unet" / "weights").write_text("new")
-        state = '{"step": 500, "fits": {}, "files": {}, "content": "new"}'
-        (folder / "trainer_state.json").write_text(state)
-
-def prune():
-    checkpoints.prune(out, 1, 500)
-
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
-out, left = Path(sys.argv[1]), [None] * int(sys.argv[3])
-sys.addaudithook(count)
-{"save": save, "prune": prune}[sys.argv[2]]()
-"""
 
 
 def make_checkpoint(folder: Path, content: str = "old") -> Path:
@@ -64,11 +45,37 @@ def content_of(folder: Path) -> str:
     return weights
 
 
-def run_victim(out: Path, action: str, operations: int) -> bool:
-    """Run the victim for that many file operations; return whether it was killed."""
-    done = subprocess.run([sys.executable, "-c", VICTIM, out, action, str(operations)], cwd=ROOT, capture_output=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode != 0
+def save(out: Path) -> None:
+    """Save a checkpoint of two files."""
+    with atomic_folder(out / "checkpoint-500") as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("new")
+        (folder / "trainer_state.json").write_text('{"step": 500, "fits": {}, "files": {}, "content": "new"}')
+
+
+def is_killed(action: Callable[[], None], operations: int) -> bool:
+    """Do something in a fork that is killed just before its N-th operation on a file; return whether it was."""
+    pid = os.fork()
+    if not pid:
+        gc.disable()  # what this process holds is not the fork's to clean up
+        sys.addaudithook(functools.partial(kill_at, [None] * operations))
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def kill_at(left: list, event: str, _) -> None:
+    """Count an event, and kill this process if none is left."""
+    if event in WATCHED:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
 
 
 def names(paths) -> list[str]:
@@ -243,7 +250,7 @@ def test_a_kill_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(
         make_checkpoint(out / "checkpoint-400", "other")
         if old:
             make_checkpoint(final)
-        killed = run_victim(out, "save", operations)
+        killed = is_killed(functools.partial(save, out), operations)
         before = content_of(final) if final.exists() else "absent"
         remove_leftovers(out)
         after = content_of(final) if final.exists() else "absent"
@@ -263,7 +270,7 @@ def test_a_kill_at_any_operation_of_pruning_leaves_complete_checkpoints(tmp_path
         out = tmp_path / str(operations)
         for step in (300, 400, 500):
             make_checkpoint(out / f"checkpoint-{step}", str(step))
-        killed = run_victim(out, "prune", operations)
+        killed = is_killed(functools.partial(prune, out, 1, 500), operations)
         visible = sorted(out.glob("checkpoint-*"))
         assert [content_of(path) for path in visible] == [path.name[-3:] for path in visible]
         remove_leftovers(out)
@@ -331,7 +338,7 @@ def test_leftovers_of_a_live_process_and_foreign_hidden_files_stay(tmp_path):
     foreign = [tmp_path / ".saving-notes", tmp_path / ".saving-5-abc"]
     for path in foreign:
         path.mkdir()
-    code = "import sys; from pathlib import Path; from utils.run.checkpoints import atomic_folder\n"
+    code = "import sys; from pathlib import Path; from utils.run.atomic_folders import atomic_folder\n"
     code += "with atomic_folder(Path(sys.argv[1], 'checkpoint-5')): print('in', flush=True); sys.stdin.read()"
     live = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -361,14 +368,14 @@ def test_metrics_are_cut_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = '{"step": 1, "loss": 0.5}\n{"step": 2, "eval_loss": NaN}\n'
     path.write_text('{"step": 1, "loss": 0.5}\n{"st\n{"step": 3}\n[2]\n{"loss": 1}\n\n{"step": 2, "eval_loss": NaN}')
-    checkpoints.truncate_metrics(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == kept
     unchanged = path.stat().st_ino
-    checkpoints.truncate_metrics(path, 2)
+    truncate_metrics(path, 2)
     assert path.stat().st_ino == unchanged
-    checkpoints.truncate_metrics(path, 0)
+    truncate_metrics(path, 0)
     assert path.read_text() == ""
-    checkpoints.truncate_metrics(tmp_path / "missing.jsonl", 2)
+    truncate_metrics(tmp_path / "missing.jsonl", 2)
     assert names(tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -376,17 +383,17 @@ def test_metrics_of_another_encoding_are_dropped(tmp_path):
     """So that what is left can be read."""
     lines = '{"step": 1}\n{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(lines.encode("utf-16") + b"[" * 100_000 + b'\n{"step": 3}\n')
-    checkpoints.truncate_metrics(tmp_path / "metrics.jsonl", 3)
+    truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
 
 
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "args.json"
-    checkpoints.atomic_write_text(path, "größe\n")
+    atomic_files.write_whole(path, "größe\n")
     assert path.read_bytes() == "größe\n".encode()
     monkeypatch.setattr(os, "replace", lambda a, b: os.stat("/missing"))
     with pytest.raises(FileNotFoundError):
-        checkpoints.atomic_write_text(path, "new")
+        atomic_files.write_whole(path, "new")
     assert path.read_text() == "größe\n" and names(tmp_path.iterdir()) == ["args.json"]
 
 

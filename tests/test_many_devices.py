@@ -8,7 +8,7 @@ import torch
 from tests.if_models import flags_of, write_models
 from tests.runs import HOWS, ROOT, SCRIPTS, differing, names, read_metrics, read_optimizer, read_tensors, untimed
 from utils.core.errors import UserError
-from utils.devices import launch, zero_stages
+from utils.devices import accelerator_setup, zero_stages
 
 HOWS["fsdp"] = (
     f"-m accelerate.commands.launch --config_file {ROOT}/configs/fsdp2.yaml --mixed_precision no --main_process_port 0"
@@ -21,7 +21,7 @@ PROBE = """
 import torch
 from diffusers import UNet2DConditionModel
 from pathlib import Path
-from utils.devices.launch import connect
+from utils.devices.accelerator_setup import connect
 
 accelerator = connect(None, 1, [], ".", Path("logs"))
 unet = UNet2DConditionModel.from_pretrained("MODEL", subfolder="unet")
@@ -71,7 +71,7 @@ def test_two_processes_with_parts_do_what_one_does(runs, script):
     assert names(one / "checkpoint-2") == names(two / "checkpoint-2")
     assert names(one / "samples" / "step-000003") == names(two / "samples" / "step-000003")
     assert [line["step"] for line in read_metrics(two)] == [1, 2, 3]
-    for line, other in zip(untimed(one), untimed(two)):
+    for line, other in zip(untimed(one), untimed(two), strict=True):
         assert line == pytest.approx(other, abs=1e-5, rel=1e-4)
     for mine, theirs in (
         (read_tensors(one), read_tensors(two)),
@@ -109,9 +109,9 @@ def test_the_first_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     with pytest.raises(UserError, match=r"^accelerate is set to FSDP 1, instead of fsdp_version 2"):
-        launch.check_engine()
+        accelerator_setup.check_engine()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    launch.check_engine()
+    accelerator_setup.check_engine()
 
 
 def test_what_does_not_go_with_deepspeed_is_refused_by_name(monkeypatch):

@@ -24,7 +24,8 @@ from tests.conftest import make_concept, make_dataset, visit_of
 from utils.core.seeds import derive_seed, generator, shuffled
 from utils.data.batch_order import BatchOrder
 from utils.data.geometry import Size
-from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
+from utils.synthetic.model_sizes import NOISE_SCHEDULE, SHAPES
+from utils.synthetic.random_models import build_pipeline
 
 # The seeds of a run's examples, as far as statistics are concerned.
 SEEDS = [derive_seed(0, "example", number) for number in range(4000)]
@@ -100,7 +101,7 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
         script, prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
     )
     assert losses.shape == (4,)
-    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
+    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist(), strict=True)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     order = [2, 0, 3, 1]
     turned = losses_of(
@@ -154,7 +155,7 @@ def test_combine_in_every_order(script, weight):
     """Whatever the order, the loss is the mean over the photos and the weighted mean over the class images."""
     kinds = [(1.0, False), (3.0, False), (10.0, True), (40.0, True)]
     for order in itertools.permutations(kinds):
-        losses, is_prior = (torch.tensor(column) for column in zip(*order))
+        losses, is_prior = (torch.tensor(column) for column in zip(*order, strict=True))
         loss = combine(script, losses, is_prior, weight)
         assert {name: part.item() for name, part in loss.items()} == dict(
             zip(LOSSES, [2 + weight * 25, 2, 25], strict=True)
@@ -475,7 +476,7 @@ def test_two_processes_share_the_batches_of_one(script, priors):
     whole = list(make_sampler(script, 7, 4, priors=priors))
     ranks = [list(make_sampler(script, 7, 2, rank=rank, processes=2, priors=priors)) for rank in (0, 1)]
     assert len(whole) == 20
-    for step, (first, second) in zip(whole, zip(*ranks)):
+    for step, (first, second) in zip(whole, zip(*ranks, strict=True), strict=True):
         assert len(first) == len(second) == (4 if priors else 2)
         assert {visit.mean_weight for visit in step} == {1 / 4} and {
             visit.mean_weight for visit in first + second
@@ -747,6 +748,34 @@ def test_a_batch_has_the_promised_shapes_and_types(script, pictures):
         ("seeds", torch.int64, [2**32 - 1, 5]),
     ):
         assert batch[key].dtype == dtype and batch[key].tolist() == values
+
+
+def test_a_crop_that_is_not_cached_is_encoded_in_its_step(script, tiny, pictures):
+    """A batch takes cached latents only if it finds all of its crops; what it trains on is the same to the bit."""
+    paths = [pictures / "wide.png", pictures / "tall.png"]
+    dataset = make_dataset(script, paths, 32)
+    size = dataset.examples[0].size
+    visits = [script.ExampleVisit(example, 0, size, 0.5, 7 + example) for example in (0, 1)]
+    crops = [(path, dataset.crop(visit)) for path, visit in zip(paths, visits, strict=True)]
+    plain = script.collate(dataset.__getitems__(visits))
+    moments = {place: script.encode_images(tiny.vae, dataset.pixels(*place)[None])[0] for place in crops}
+    expected = script.latents_or_pixels(plain, tiny.vae, 0.18215, torch.device("cpu"))
+    for held, key in ((crops, "moments"), (crops[:1], "pixel_values"), ([], "pixel_values")):
+        dataset.latents = {place: moments[place] for place in held}
+        batch = script.collate(dataset.__getitems__(visits))
+        assert (set(batch) - set(plain)) | {"pixel_values"} == {key, "pixel_values"} and key in batch
+        assert torch.equal(script.latents_or_pixels(batch, tiny.vae, 0.18215, torch.device("cpu")), expected)
+
+
+def test_a_second_data_set_has_batches_of_its_own(script, pictures):
+    """An evaluation needs its photos, a sampler over their order, and `make_loader`; training's order stays."""
+    train, held_out = (make_dataset(script, [pictures / name], 16) for name in ("wide.png", "tall.png"))
+    before = [train.order[number] for number in range(6)]
+    plan, accelerator = Namespace(seed=0, processes=1), Namespace(device=torch.device("cpu"))
+    sampler = script.StepSampler(plan, held_out.order, range(2), rank=0)
+    batches = list(script.make_loader(held_out.args, accelerator, held_out, sampler))
+    assert [set(batch["names"]) for batch in batches] == [{str(pictures / "tall.png")}] * 2
+    assert [train.order[number] for number in range(6)] == before
 
 
 # ------------------------------------------------------------------------------------------------------------- seeds

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.runs import PRIOR_FLAGS, ROOT, SCRIPTS, Job, differing, names, read_tensors, untimed, wait_until
 from utils.core.errors import UserError
-from utils.devices import device_memory
+from utils.devices import device_memory, network_speed
 from utils.memory import out_of_memory
 
 
@@ -37,7 +37,7 @@ def test_a_step_that_needs_too_much_says_what_would_need_less(trainer, tmp_path,
     head, order, *lines = run.stderr[run.stderr.index("error: ") :].partition("\nWhat was asked for: ")[0].splitlines()
     assert re.fullmatch(r"error: Memory ran out on cpu: at most 0\.\d GB were in use\.", head)
     assert order == "Less is needed with, the largest saving first:"
-    changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines))
+    changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines), strict=True)
     assert set(changes) == {
         "--train_batch_size 1 --gradient_accumulation_steps 4",
         "--gradient_checkpointing",
@@ -89,7 +89,8 @@ FLAGS = {
     "gradient_checkpointing": False,
     "mixed_precision": "no",
     **{"use_8bit_adam": False, "optimizer": "adamw", "fused_backward": False, "base_model_precision": "nf4"},
-    "train_text_encoder": False,
+    **{"train_text_encoder": False, "pre_compute_text_embeddings": False},
+    **{"weight_dtype": "fp32", "cache_latents": "auto"},
     "text_encoder_precision": None,
     "sample_batch_size": 4,
     "prior_generation_precision": None,
@@ -217,7 +218,7 @@ def test_every_devices_words_for_it_are_known(text):
 def test_what_the_starting_process_had_does_not_count():
     """A process started by one with 0.6 GB has its own peak; the system's call for it tells the other's."""
     held = torch.ones(150_000_000)
-    code = "from utils import devices; print(device_memory.most_resident_bytes())"
+    code = "from utils.devices import device_memory; print(device_memory.most_resident_bytes())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 1e8 < int(done.stdout) < held.nbytes
     before = device_memory.most_resident_bytes()
@@ -230,11 +231,24 @@ def test_norms_stay_in_bf16_and_compute_what_they_did():
     for norm in (nn.GroupNorm(2, 8), nn.LayerNorm(8)):
         nn.init.normal_(norm.weight)
         network, hidden = nn.Sequential(copy.deepcopy(norm)), 3 + torch.randn(4, 8)
-        device_memory.keep_norms_in_bf16(network)
+        network_speed.keep_norms_in_bf16(network)
         assert torch.equal(network(hidden), norm(hidden))
         network.bfloat16()
-        device_memory.keep_norms_in_bf16(network)
+        network_speed.keep_norms_in_bf16(network)
         with torch.autocast("cpu", torch.bfloat16):
             found, expected = network(hidden), norm.bfloat16()(hidden.bfloat16())
         assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
         assert copy.deepcopy(network)[0].forward.args[0].__self__ is not network[0]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_each_kind_of_device_tells_its_own_memory(monkeypatch, kind):
+    """Not the process's; what is not used any more is given back there, too."""
+    asked, emptied = [], []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: asked.append(device) or 5 * 10**12)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: emptied.append(kind))
+    assert device_memory.peak_memory_gb(torch.device(kind, 0)) == 5000 and asked == [torch.device(kind, 0)]
+    assert 0 < device_memory.peak_memory_gb(torch.device("cpu")) < 1000 and len(asked) == 1
+    device_memory.free_memory()
+    assert emptied == [kind]

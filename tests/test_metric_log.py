@@ -2,13 +2,20 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from accelerate import PartialState, tracking
 from PIL import Image
 
+from tests.runs import ROOT
 from utils.core.errors import UserError
 from utils.run import checkpoints, metric_log
 from utils.run.metric_log import MetricLog, start_trackers, track_images
@@ -244,6 +251,18 @@ def test_the_progress_bar_counts_steps_and_shows_the_loss(recorder, tmp_path, ca
     assert "4/4" in capsys.readouterr().err
 
 
+def test_a_message_does_not_stand_in_the_line_of_the_progress_bar():
+    """It has a line of its own, and the bar follows it."""
+    code = (
+        "import logging, sys; from accelerate import Accelerator; from tqdm.auto import tqdm\n"
+        "from utils.devices.accelerator_setup import set_up_logging\n"
+        "set_up_logging(Accelerator(cpu=True)); bar = tqdm(total=3, desc='steps'); bar.update()\n"
+        "logging.getLogger('utils.run').info('half of it'); bar.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    assert re.search(r"steps: .*\r +\rINFO: half of it\n\rsteps: ", text := done.stderr.decode()), text
+
+
 def test_pictures_go_to_those_trackers_that_take_them():
     """TensorBoard gets one stack of pixels, others a list, and the rest nothing."""
     taken = []
@@ -251,14 +270,56 @@ def test_pictures_go_to_those_trackers_that_take_them():
         SimpleNamespace(
             name=name, log_images=lambda values, step, name=name, **options: taken.append((name, values, options))
         )
-        for name in ("tensorboard", "wandb", "mlflow")
+        for name in ("tensorboard", "wandb")
     ]
+    trackers.append(SimpleNamespace(name="mlflow"))
     pictures = [Image.new("RGB", (4, 2), "red"), Image.new("RGB", (4, 2), "blue")]
     track_images(SimpleNamespace(trackers=trackers), "validation", pictures, 3)
     (board, stack, options), (wandb, listed, _) = taken
     assert board == "tensorboard" and stack["validation"].shape == (2, 2, 4, 3) and options == {"dataformats": "NHWC"}
     assert stack["validation"][1, 0, 0].tolist() == [0, 0, 255]
     assert wandb == "wandb" and listed == {"validation": pictures}
+
+
+class AnyModule(ModuleType):
+    """Stand for a tracker's package: whatever is asked of it can be called and asked again."""
+
+    def __getattr__(self, name: str):
+        """Return a stand-in for everything."""
+        return MagicMock()
+
+
+@pytest.mark.parametrize("name", sorted(map(str, tracking.LOGGER_TYPE_TO_CLASS)))
+def test_each_tracker_that_accelerate_knows_takes_pictures_or_is_left_alone(monkeypatch, name):
+    """Its class of accelerate's gets what it takes: a list, a picture at a time, or nothing."""
+    for package in ("aim", "clearml", "swanlab", "wandb"):
+        monkeypatch.setitem(sys.modules, package, AnyModule(package))
+    tracker, pictures = make_tracker(name), [Image.new("RGB", (4, 2), color) for color in ("red", "blue")]
+    shown = take_pictures(monkeypatch, tracker)
+    track_images(SimpleNamespace(trackers=[tracker]), "validation", pictures, 3)
+    assert len(shown) == (2 if hasattr(tracker, "log_images") else 0)
+    assert all(np.asarray(picture).shape == (2, 4, 3) for picture in shown)
+
+
+def make_tracker(name: str):
+    """Make a tracker of accelerate's without its package and without starting a run."""
+    PartialState()  # trackers ask whether this is the main process
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind.__new__(kind)
+    tracker.writer = tracker.task = tracker.run = tracker.live = MagicMock()
+    return tracker
+
+
+def take_pictures(monkeypatch, tracker) -> list:
+    """Return a list that fills with the pictures that reach a tracker's own package."""
+    shown = []
+    for package in ("aim", "swanlab", "wandb"):
+        monkeypatch.setattr(sys.modules[package], "Image", lambda picture, **options: shown.append(picture))
+    if tracker.name == "tensorboard":
+        tracker.writer.add_images = lambda title, stack, **options: shown.extend(stack)
+    if tracker.name == "clearml":
+        tracker.task.get_logger().report_image = lambda image, **options: shown.append(image)
+    return shown
 
 
 def test_pictures_of_several_sizes_are_told_apart():

@@ -18,8 +18,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train_dreambooth
 import train_dreambooth_lora
 from utils.core.errors import UserError
-from utils.make_model import END, build_tokenizer, make_model
 from utils.models import model_files
+from utils.synthetic.random_models import make_model
+from utils.synthetic.small_tokenizers import END, build_tokenizer
 
 SUPPORTED = "Supported: Stable Diffusion 1.x/2.x, DeepFloyd IF stage I, DeepFloyd IF stage II."
 GONE = "(removed)"  # in a change of a config: the key is taken out
@@ -401,7 +402,7 @@ def test_all_contradictions_are_told_at_once(script, parse, copy):
     flags = ["--resolution=9", "--class_labels_conditioning=timesteps", "--num_eval_images=1", "--train_variance"]
     lines = refuse(script, parse(copy, *flags)).splitlines()[1:]
     starts = ("--num_eval_images", "--class_labels_conditioning", "--resolution or", "--train_variance")
-    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts))
+    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

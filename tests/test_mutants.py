@@ -45,7 +45,9 @@ def write_repository(folder: Path, *words: str, **texts: str) -> Path:
     (folder / "tests" / "test_toy.py").write_text(TESTS)
     entries = []
     for name in words:
-        values = dict(zip(("old", "new", "tests"), CHANGES[name])) | {"breaks": name, "file": "toy.py"} | texts
+        values = (
+            dict(zip(("old", "new", "tests"), CHANGES[name], strict=True)) | {"breaks": name, "file": "toy.py"} | texts
+        )
         values["tests"] = f"tests/test_toy.py::{values['tests']}"
         entries.append("\n".join(["[[mutant]]", *(f"{key} = {value!r}" for key, value in values.items())]))
     (folder / "tests" / "mutants" / "toy.toml").write_text("\n\n".join(["imports = ['json']", *entries]))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs import SCRIPTS, Job, wait_until
 from utils.core.errors import UserError
-from utils.devices import launch
+from utils.devices import accelerator_setup
 
 ENDLESS = "--max_train_steps 100000 --train_batch_size 1"
 
@@ -72,11 +72,12 @@ def test_photos_that_vanish_are_named_also_by_a_data_worker(trainer, photos, tmp
 # Engines.
 
 
-@pytest.mark.parametrize("engine", launch.ENGINES)
+@pytest.mark.parametrize("engine", accelerator_setup.ENGINES)
 def test_an_engine_that_is_not_supported_is_refused_by_name(trainer, tmp_path, engine):
     """Before anything is loaded or written, with or without its packages."""
     run = trainer.run("lora", tmp_path / "out", code=1, **{engine: "true"})
-    assert f"accelerate is set to {launch.ENGINES[engine]}, which this script does not support" in run.stderr
+    name = accelerator_setup.ENGINES[engine]
+    assert f"accelerate is set to {name}, which this script does not support" in run.stderr
     assert run.stderr.startswith("error: ") and "Traceback" not in run.text and not (tmp_path / "out").exists()
 
 
@@ -89,13 +90,13 @@ def test_engines_and_compilers_are_named_together(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"^accelerate is set to Megatron-LM with torch\.compile by INDUCTOR, which"):
-        launch.check_engine()
+        accelerator_setup.check_engine()
     monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "false")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    launch.check_engine()
+    accelerator_setup.check_engine()
 
 
 def test_the_variables_are_those_that_the_launcher_sets():
     """A launcher that renamed them would be believed to ask for nothing."""
     source = inspect.getsource(accelerate.utils.launch)
-    assert [name for name in launch.ENGINES if f'"{name}"' not in source] == []
+    assert [name for name in accelerator_setup.ENGINES if f'"{name}"' not in source] == []

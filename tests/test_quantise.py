@@ -15,9 +15,9 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils import make_model
-from utils.make_model import SHAPES
 from utils.models import adapters, quantize
+from utils.synthetic import random_models
+from utils.synthetic.model_sizes import SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own layer pads even kernels apart
 
@@ -81,7 +81,7 @@ def gradient_of(layer: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, t
 def build_unet(shape: str) -> UNet2DConditionModel:
     """Build the frozen U-Net of a shape, on the default device."""
     recipe = SHAPES[shape]
-    build = {"sd": make_model.build_unet, "if1": make_model.build_if1_unet, "if2": make_model.build_if2_unet}
+    build = {"sd": random_models.build_unet, "if1": random_models.build_if1_unet, "if2": random_models.build_if2_unet}
     text = recipe["text"]
     width = {"cross_attention_dim": text["hidden_size"]} if "hidden_size" in text else {}
     width = width or {"encoder_hid_dim": text["d_model"]}
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_dequantised_weight(precision, name):
     layer, inputs = make_layer(name)
     reduced = quantized(layer, precision)
     expected = gradient_of(dequantized(layer, reduced), inputs)
-    for found, wanted in zip(gradient_of(reduced, inputs), expected):
+    for found, wanted in zip(gradient_of(reduced, inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reduced.parameters())
 
@@ -247,11 +247,11 @@ def test_zeros_among_others_stay_zeros(precision):
 @every_precision
 def test_compiled_layers_compute_the_same(precision):
     """torch.compile traces layers whole, with and without gradients, under autocast and without it."""
-    layers, inputs = zip(*map(make_layer, ("reflecting", "odd", "linear")))
-    for layer, given in zip([quantized(layer, precision) for layer in layers], inputs):
+    layers, inputs = zip(*map(make_layer, ("reflecting", "odd", "linear")), strict=True)
+    for layer, given in zip([quantized(layer, precision) for layer in layers], inputs, strict=True):
         torch.compiler.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        for found, wanted in zip(gradient_of(compiled, given), gradient_of(layer, given)):
+        for found, wanted in zip(gradient_of(compiled, given), gradient_of(layer, given), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(compiled(given), layer(given))
@@ -268,7 +268,7 @@ def test_gpu(precision, name):
     assert difference(reduced.dequantize().cpu(), quantized(layer, precision).dequantize()) < 0.002
     assert difference(copy.deepcopy(reduced).cpu().dequantize(), reduced.dequantize().cpu()) < 1e-6
     reference = dequantized(layer.cuda(), reduced)
-    for found, wanted in zip(gradient_of(reduced, inputs.cuda()), gradient_of(reference, inputs.cuda())):
+    for found, wanted in zip(gradient_of(reduced, inputs.cuda()), gradient_of(reference, inputs.cuda()), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # TF32 may be on
 
 
@@ -362,7 +362,7 @@ def test_real_networks_are_covered(shape, gigabytes):
     """Of published sizes, 0.1 % of the weights stay in 16 bits: norms, biases, the first and the last layer."""
     with META:
         unet = build_unet(shape).bfloat16()
-    for precision, expected in zip(REDUCED, gigabytes):
+    for precision, expected in zip(REDUCED, gigabytes, strict=True):
         network = copy.deepcopy(unet)
         quantize.quantize_layers(network, precision, META)
         assert quantize.stored_bytes(network) / 1e9 == pytest.approx(expected, abs=6e-4)
@@ -471,7 +471,7 @@ def test_saved_adapters_come_back(precision, tmp_path, all_layers):
 @pytest.mark.parametrize("shape", ["tiny", "tiny-if1"])
 def test_previews_are_drawn(shape, all_layers):
     """The pipeline takes the network as any other."""
-    pipeline = make_model.BUILDERS[SHAPES[shape]["family"]](SHAPES[shape])
+    pipeline = random_models.BUILDERS[SHAPES[shape]["family"]](SHAPES[shape])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_modules(unet=build_adapted(shape, "nf4", seen=0.05).eval())
     options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 2.0}

@@ -131,7 +131,7 @@ def test_bf16_weights_are_not_rounded_to_the_nearest(monkeypatch, here, script):
     ))  # fmt: skip
     here(script, f"{BF16} --weight_dtype bf16 --max_train_steps 1 --checkpointing_steps 1")
     assert len(kept) == len(wanted) and {weight.dtype for weight in kept} == {torch.bfloat16}
-    is_nearest = torch.cat([(weight == want.bfloat16()).flatten() for weight, want in zip(kept, wanted)])
+    is_nearest = torch.cat([(weight == want.bfloat16()).flatten() for weight, want in zip(kept, wanted, strict=True)])
     assert 0.5 < is_nearest.float().mean() < 0.99
 
 
@@ -223,7 +223,7 @@ def gradients_of(models, loss) -> list[torch.Tensor]:
     """Return the gradients of a loss, which can be followed once more."""
     weights = [weight for group in models.optimizer.param_groups for weight in group["params"]]
     found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(weight) if one is None else one for one, weight in zip(found, weights)]
+    return [torch.zeros_like(weight) if one is None else one for one, weight in zip(found, weights, strict=True)]
 
 
 @pytest.mark.parametrize("longest", [0, 0.01])
@@ -241,11 +241,11 @@ def test_a_gradient_is_the_mean_over_micro_steps_before_it_is_clipped(monkeypatc
         [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
     ))  # fmt: skip
     here(script, f"--gradient_accumulation_steps 3 --max_train_steps 1 --max_grad_norm {longest}")
-    mean = [torch.stack(parts).mean(dim=0) for parts in zip(*found)]
+    mean = [torch.stack(parts).mean(dim=0) for parts in zip(*found, strict=True)]
     norm = torch.stack([part.norm() for part in mean]).norm().item()
     assert len(found) == 3 and norm > 0.02
     assert read_metrics(tmp_path / "out")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    for part, own in zip(given[0], mean):
+    for part, own in zip(given[0], mean, strict=True):
         torch.testing.assert_close(part, own * (longest / norm if longest else 1), rtol=1e-3, atol=1e-6)
 
 
@@ -263,8 +263,8 @@ def test_a_gradient_is_that_of_its_own_step(monkeypatch, here, script):
         [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
     ))  # fmt: skip
     here(script, "--max_train_steps 3 --max_grad_norm 0")
-    for own, parts in zip(found, given):
-        for part, wanted in zip(parts, own):
+    for own, parts in zip(found, given, strict=True):
+        for part, wanted in zip(parts, own, strict=True):
             torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -290,8 +290,8 @@ def test_each_network_has_its_own_rate(monkeypatch, here, script, flags):
     flags = f"{flags} --train_text_encoder --text_encoder_lr 0 --adam_weight_decay 0"
     here(script, f"{flags} --learning_rate 1e-2 --max_train_steps 2")
     (unet, text), (unet_after, text_after) = ends
-    assert all(torch.equal(*pair) for pair in zip(text, text_after))
-    assert not all(torch.equal(*pair) for pair in zip(unet, unet_after))
+    assert all(torch.equal(*pair) for pair in zip(text, text_after, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(unet, unet_after, strict=True))
 
 
 def test_the_scaler_of_fp16_changes_no_step_and_is_saved(monkeypatch, here, script, tmp_path):
@@ -309,7 +309,7 @@ def test_the_scaler_of_fp16_changes_no_step_and_is_saved(monkeypatch, here, scri
     here(script, f"{flags} 2", "plain")
     monkeypatch.setattr(script, "make_accelerator", make_accelerator)
     here(script, f"{flags} 2", "scaled")
-    for line, other in zip(read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "scaled")):
+    for line, other in zip(read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "scaled"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2)
     scalers = watch(monkeypatch, script, "train", lambda args, accelerator, *rest: accelerator.scaler.state_dict())

@@ -11,14 +11,16 @@ marker lets a copy go its own way.
 import argparse
 import ast
 import difflib
+import functools
 import io
-import os
 import re
 import shutil
 import sys
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils.core.atomic_files import write_whole
 
 # What an experiment edits stands in the script itself: these are defined in both, never imported.
 OWNED = (
@@ -148,10 +150,7 @@ def repair(canonical: Script, copy: Script) -> bool:
         lines[definition.start : definition.start + len(definition.lines)] = original.lines
     if lines == copy.lines:
         return False
-    temporary = copy.path.with_name(f"{copy.path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes("\n".join(lines).encode())
-    shutil.copymode(copy.path, temporary)
-    os.replace(temporary, copy.path)
+    write_whole(copy.path, "\n".join(lines), prepare=functools.partial(shutil.copymode, copy.path))
     return True
 
 

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
-from utils.data import images
-from utils.devices import launch
+from utils.data import decode_images, list_images
+from utils.devices import accelerator_setup
 from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
 from utils.evaluation.standard_errors import Estimate
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import checkpoints
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.cascade import STAGE_TWO, UPSCALER
 from utils.sampling.results import SAVED, Origin
@@ -48,7 +48,7 @@ Scores = dict[str, dict[str, Estimate]]  # of each measure: of the base model an
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write it, and return the exit status."""
     args = parse_args(argv)
-    launch.silence_libraries()
+    accelerator_setup.silence_libraries()
     try:
         scores, grid = evaluate_shapes(args) if args.subject else evaluate_photos(args)
     except UserError as error:
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     report["measures"] = {
         name: {of: dataclasses.asdict(value) for of, value in row.items()} for name, row in scores.items()
     }
-    checkpoints.atomic_write_text(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
-    images.save_png(grid, output / "grid.png")
+    atomic_files.write_whole(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
+    atomic_files.save_png(grid, output / "grid.png")
     print(make_table(scores))
     if not args.subject:
         print(f"\n{PUBLISHED[0].upper()}{PUBLISHED[1:]}.")
@@ -190,7 +190,7 @@ def show_answers(answers: dict[str, list[Answer]]) -> Image.Image:
     prompts = [list(dict.fromkeys(rows[number].question.prompt for rows in by_seed[RESULT])) for number in numbers]
     rows = [
         first if not others else f"{topics[number]}, a prompt a seed"
-        for number, (first, *others) in zip(numbers, prompts)
+        for number, (first, *others) in zip(numbers, prompts, strict=True)
     ]
     title = "Left: the base model, without the word. Right: the result. Numbers: the match with the subject."
     return make_sheet(cells, 2 * len(seeds), labels, rows, title)
@@ -231,7 +231,8 @@ def make_sheet(
 def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     """Draw the protocol's prompts with result and base model, and measure how like the photos and prompts they are."""
     prompts = choose_prompts(args)
-    photos = [images.open_rgb(path) for path in images.inspect_folder(args.photos, "--photos", False).sizes]
+    paths = list_images.inspect_folder(args.photos, "--photos", False).sizes
+    photos = [decode_images.open_rgb(path) for path in paths]
     device = results.choose_device(args.device, DTYPES[args.dtype])
     clip, dino = similarity.load_clip(args.clip, device), similarity.load_dino(args.dino, device)
     words = {BASE: args.class_word, RESULT: f"{args.word} {args.class_word}"}
@@ -247,7 +248,7 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
         rows = [draw(pipeline, kind, [text] * args.seeds, range(args.seeds), args) for text in asked]
         count = max(2, CLASS_PICTURES * args.seeds)
         of_class = draw(pipeline, kind, [f"a {args.class_word}"] * count, range(count), args)
-        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows)), of_class)
+        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows, strict=True)), of_class)
         drawn[of] = rows
     return join(scores), show_photos(photos, drawn, prompts)
 
@@ -290,11 +291,8 @@ def show_photos(
 
 def make_table(scores: Scores) -> str:
     """Return the scores as a Markdown table with their standard errors."""
-    heads = ("measure", BASE, RESULT)
-    rows = [heads, *((name, *(tell(row[of]) for of in (BASE, RESULT))) for name, row in scores.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rows.insert(1, (f"{'':-<{widths[0]}}", *(f"{'':->{width - 1}}:" for width in widths[1:])))
-    return "\n".join(f"| {row[0]:<{widths[0]}} | {row[1]:>{widths[1]}} | {row[2]:>{widths[2]}} |" for row in rows)
+    rows = [(name, *(tell(row[of]) for of in (BASE, RESULT))) for name, row in scores.items()]
+    return markdown.make_table(("measure", BASE, RESULT), rows)
 
 
 def tell(estimate: Estimate) -> str:

@@ -1,28 +1,14 @@
-"""Starting a script, and work that one of several processes does for all."""
+"""Starting scripts in processes of their own, and saying why one failed."""
 
-import datetime
-import importlib
-import logging
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
-from PIL import Image
 
 from utils.core.errors import UserError
-from utils.devices import shards
 
-# The launcher's variables, which come before accelerate's own state: of that, some ask for packages.
-ENGINES = {
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 LAUNCH = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -31,89 +17,44 @@ def launch_command(script: Path, flags: Sequence[str]) -> list[str]:
     return [sys.executable, *LAUNCH.split(), str(script), *flags]
 
 
-def on_main_process(accelerator: Accelerator, function: Callable, *arguments) -> Any:
-    """Call a function in the main process and return its answer, or raise its UserError, in every process.
-
-    So that a refusal ends all of them, and none waits for the others for ever.
-    """
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = function(*arguments)
-        except UserError as error:
-            answer[1] = str(error)
-    value, refusal = broadcast_object_list(answer)
-    if refusal is not None:
-        raise UserError(refusal)
-    return value
-
-
-def connect(precision: str | None, accumulation: int, trackers: list[str], output_dir: str, logs: Path) -> Accelerator:
-    """Return accelerate's connection of the processes, with messages set up.
+def start_script(script: Path, flags: Sequence[str], log: Path | None = None, **variables: str) -> subprocess.Popen:
+    """Start a training script in one process.
 
     Args:
-        precision: Of autocast; None: as accelerate is set.
-        accumulation: Micro-steps per optimizer step.
+        log: Takes what the script prints; missing parents are made. Without it, that is printed here.
+        variables: Of the environment, beside or instead of those of this process.
     """
-    check_engine()
-    plugin = shards.make_plugin(precision)
-    accelerator = Accelerator(
-        fsdp_plugin=plugin,
-        gradient_accumulation_steps=accumulation,
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(output_dir, str(logs)),
-        # One process may load or write gigabytes, or draw a picture more, while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
-    )
-    shards.enable_on_cpu(accelerator, plugin)
-    set_up_logging(accelerator)
-    return accelerator
+    command, environment = launch_command(script, flags), os.environ | variables
+    if log is None:
+        return subprocess.Popen(command, env=environment)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def set_up_logging(accelerator: Accelerator) -> None:
-    """Write messages to stderr, those of utils from the main process only, and none of the libraries' own."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    for library in ("httpx", "httpx2"):  # they list requests, some with addresses that let anybody send a file
-        logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each product in 8 bits
-    if not accelerator.is_main_process:
-        logging.getLogger("utils").setLevel(logging.ERROR)
-    silence_libraries()
+def run_script(what: str, script: Path, flags: Sequence[str], log: Path | None = None, **variables: str) -> None:
+    """Run a training script to its end; arguments as of `start_script`.
+
+    Args:
+        what: Names the run in the error.
+
+    Raises:
+        UserError: It failed.
+    """
+    process = start_script(script, flags, log, **variables)
+    try:
+        status = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    if status:
+        why = f"{find_reason(log)} (see {log})" if log else "its own message is above"
+        raise UserError(f"{what}: exit status {status}: {why}.")
 
 
-def silence_libraries() -> None:
-    """Turn off the libraries' progress bars and their warnings of parts that a file need not have."""
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def check_engine() -> None:
-    """Raise UserError if accelerate is set to an engine that was not tried here, or to compile."""
-    asked = [name for variable, name in ENGINES.items() if os.environ.get(variable, "").lower() in ("true", "1")]
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    if uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
-        asked.append("FSDP 1, instead of fsdp_version 2,")
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper()
-    if compiler != "NO":
-        asked.append(f"torch.compile by {compiler}")
-    if asked:
-        raise UserError(
-            f"accelerate is set to {' with '.join(asked)}, which this script does not support: it runs in one "
-            "process, in plain data parallelism, under FSDP 2 or DeepSpeed, not compiled. Launch with a file of "
-            "configs/, as by `accelerate launch --config_file configs/ddp.yaml`."
-        )
-
-
-def import_what_is_imported_late() -> None:
-    """Import what runs of the scripts import when they need it, so that a fork of this process finds it there."""
-    for module in ("bitsandbytes", "diffusers.loaders", "torch.utils.tensorboard"):
-        importlib.import_module(module)
-    late = "AutoencoderKL DDPMScheduler DPMSolverMultistepScheduler PNDMScheduler UniPCMultistepScheduler"
-    late += " IFPipeline IFSuperResolutionPipeline StableDiffusionPipeline UNet2DConditionModel"
-    for library, names in ((diffusers, late), (transformers, "CLIPTextModel CLIPTokenizer T5EncoderModel")):
-        for name in names.split():
-            getattr(library, name)
-    Image.init()
-    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("clip_text_model")
+def find_reason(log: Path) -> str:
+    """Return the last line of a log that says why a run failed."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if "rror" in line.partition(" ")[0] or re.match(r"- |\S+\.py: error: ", line)]
+    own = [line for line in told if "CalledProcessError" not in line]  # the launcher's, about the script's status
+    return (own or lines or ["it printed nothing"])[-1]

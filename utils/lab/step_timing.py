@@ -6,7 +6,7 @@
     python utils/lab/step_timing.py peak OUT.json [DTYPE …]             operations a second of large matrix products
 
 `utils.lab.benchmark` starts it. It imports nothing else of this repository, because the script that it runs may belong
-to another project whose modules have the same names.
+to another project whose modules have the same names. That is why `peak_memory_gb` repeats some of `device_memory`.
 """
 
 import functools
@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     if mode == "stamps":
         return run_with_stamps(Path(out), script)
     module = load_script(script)
+    from utils.run import tool_names  # only here: a script of another project may have modules of this name
+
+    if sentence := tool_names.describe_missing_names(module, f"utils.lab.step_timing {mode}"):
+        sys.exit(f"error: {sentence}")
     prepare = {"split": split_steps, "flops": count_flops}[mode]
     prepare(module, Path(out))
     sys.exit(module.exit_status(module.main))

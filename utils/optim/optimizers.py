@@ -1,4 +1,4 @@
-"""What the optimizers need and cannot do, for the checks of flags."""
+"""Optimizers by name: what they need and cannot do, updating one weight at a time, and loading their state."""
 
 import contextlib
 import functools
@@ -9,20 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.devices.device_memory import precision_of
 from utils.flags.flag_checks import is_installed, messages_if
+from utils.flags.precision import precision_of
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
-NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy")))
+NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy"), strict=True))
 # For each weight that trains, about. Adafactor keeps means over a weight's last two edges, which for a convolution of
 # 3 x 3 are two thirds of its size: on these U-Nets it needs what AdamW does in 8 bits.
-STATE_BYTES = dict(zip(OPTIMIZERS, (8, 2, 2, 16)))
+STATE_BYTES = dict(zip(OPTIMIZERS, (8, 2, 2, 16), strict=True))
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 
 def optimizer_of(flags: dict[str, Any]) -> str:
     """Return the optimizer's name among `OPTIMIZERS`."""
     return "adamw8bit" if flags["use_8bit_adam"] else flags["optimizer"]
+
+
+def class_name(optimizer: Any) -> str:
+    """Return the name of an optimizer's class, whatever accelerate and DeepSpeed have wrapped around it."""
+    while inner := getattr(optimizer, "optimizer", None):
+        optimizer = inner
+    return type(optimizer).__name__
 
 
 def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:

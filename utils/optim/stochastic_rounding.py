@@ -19,7 +19,7 @@ def round_stochastically(values: Tensor) -> Tensor:
     the device.
     """
     rounded = torch.empty_like(values, dtype=torch.bfloat16)
-    for place, part in zip(rounded.view(-1).split(AT_ONCE), values.reshape(-1).split(AT_ONCE)):
+    for place, part in zip(rounded.view(-1).split(AT_ONCE), values.reshape(-1).split(AT_ONCE), strict=True):
         noise = torch.randint(1 << DROPPED_BITS, part.shape, dtype=torch.int32, device=part.device)
         # The sign is a bit of its own, so noise adds to the magnitude; to infinity nothing may be added.
         noise = noise.masked_fill_(~part.isfinite(), 0).add_(part.view(torch.int32))
@@ -42,5 +42,5 @@ def in_float32(optimizer: Any, weight: nn.Parameter) -> Iterator[nn.Parameter]:
     if weight in optimizer.state:
         optimizer.state[wide] = optimizer.state.pop(weight)
     yield wide
-    optimizer.state[weight] = optimizer.state.pop(wide)
+    optimizer.state[weight] = optimizer.state.pop(wide, {})  # some optimizers keep none
     weight.data.copy_(round_stochastically(wide.detach()))

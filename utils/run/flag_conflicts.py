@@ -4,8 +4,8 @@ from typing import Any
 
 from utils.data.concepts import find_uneven, find_unused_keys, read_concepts
 from utils.data.prompt_cleaning import find_prompt_problems
-from utils.devices.device_memory import precision_of
 from utils.flags.flag_checks import find_unused, is_installed, messages_if
+from utils.flags.precision import precision_of
 
 
 def find_model_conflicts(flags: dict[str, Any], base: Any, longest: int) -> list[str]:

@@ -17,11 +17,14 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.core.atomic_files import write_whole
 from utils.core.errors import UserError, explain_write_errors
 from utils.devices import device_memory, network_speed
 from utils.run import checkpoints
 
 logger = logging.getLogger(__name__)
+
+ONE_BY_ONE = ("aim", "clearml")  # trackers whose accelerate class takes one picture a name, not a list
 
 
 class MetricLog:
@@ -47,7 +50,7 @@ class MetricLog:
         )
         self.file = None
         if accelerator.is_main_process:
-            checkpoints.truncate_metrics(path, first_step)
+            truncate_metrics(path, first_step)
             self.file = path.open("a" if first_step else "w", encoding="utf-8")
 
     def add(
@@ -64,7 +67,7 @@ class MetricLog:
         Args:
             names: The files of this process's examples, to be named if the step goes wrong.
             losses: For each micro-step what `compute_loss` returned. The mean of each key over micro-steps and
-                processes is written.
+                processes is written; all processes must have the same keys in a step.
             began: `time.perf_counter()` at the start of the step.
             examples: How many examples all processes worked on in the step.
             values: Numbers, or tensors of one number that may still be on their way.
@@ -144,16 +147,38 @@ class MetricLog:
         )
 
 
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines file whose "step" is at most `step`; drop later, torn and other lines."""
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    kept = [line for line in before.splitlines() if _line_step(line) <= step]
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        write_whole(path, after)
+
+
+def _line_step(line: bytes) -> float:
+    """Return the "step" of a line of JSON, infinity if there is none."""
+    try:
+        return float(json.loads(line.decode())["step"])  # bytes alone might be of another encoding
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return float("inf")
+
+
 def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:
     """Send pictures to those trackers that take pictures, those of another size than the first under its name."""
-    for tracker in accelerator.trackers:
+    for tracker in [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]:
         for size in dict.fromkeys(picture.size for picture in pictures):
             title = name if size == pictures[0].size else f"{name} {size[0]}x{size[1]}"
             alike = [picture for picture in pictures if picture.size == size]
             if tracker.name == "tensorboard":
                 stack = np.stack([np.array(picture) for picture in alike])
                 tracker.log_images({title: stack}, step, dataformats="NHWC")
-            elif tracker.name in ("wandb", "comet_ml", "clearml", "trackio"):
+            elif tracker.name in ONE_BY_ONE:
+                for number, picture in enumerate(alike):
+                    tracker.log_images({f"{title} {number}": picture}, step)
+            else:
                 tracker.log_images({title: alike}, step)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
+
+from utils.models.quantize import count_frozen
 
 _LONGEST = 80  # characters of a prompt that are shown
 
@@ -94,3 +97,10 @@ def describe_text_encoder(flags: dict[str, Any], base: Any) -> str:
 def shorten(prompts: list[str], shown: int = 3) -> str:
     """Return the first prompts, and how many others there are."""
     return " or ".join(prompts[:shown]) + (f" or {len(prompts) - shown} others" if len(prompts) > shown else "")
+
+
+def count_parameters(*networks: nn.Module | None) -> tuple[float, float]:
+    """Return how many million parameters train, and how many are frozen."""
+    there = [network for network in networks if network is not None]
+    trained = sum(weight.numel() for network in there for weight in network.parameters() if weight.requires_grad)
+    return trained / 1e6, sum(map(count_frozen, there)) / 1e6

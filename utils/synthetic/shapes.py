@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.seeds import derive_seed
-from utils.data import images
 
 COLOURS = {  # sRGB
     "red": (214, 40, 40),
@@ -48,6 +48,8 @@ RARE_WORDS = ("sks", "ohwx", "zwx", "xjy", "qvz", "wzx")  # in no caption; they 
 PLAIN_WORDS = ("a", "at", "the", "on", "background")
 PHOTOS, PHOTO_PIXELS = 5, 128  # of a subject, to train on
 CLASS_PICTURES = 96
+SUBJECT, WORD = "quartered circle", RARE_WORDS[0]  # of the demo, and of what is measured on one subject
+MODELS = Path(__file__).parents[2] / "models"  # small models that draw this world
 WORDS = (*PLAIN_WORDS, *CLASSES, *COLOURS, *SIZES, *PLACES, *RARE_WORDS)
 
 
@@ -238,7 +240,7 @@ def write_photos(folder: Path, subject: str, word: str | None = None) -> list[Pa
     rng = np.random.default_rng(derive_seed("photos", subject))
     scenes = photo_scenes(subject, PHOTOS, rng, split_backgrounds(subject)[0])
     paths = write_pictures(folder, [draw(scene, PHOTO_PIXELS) for scene in scenes])
-    for path, scene in zip(paths, scenes) if word else ():
+    for path, scene in zip(paths, scenes, strict=True) if word else ():
         text = phrase(scene.shape, word, scene.background, scene.size, scene.place)
         path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     return paths
@@ -255,8 +257,8 @@ def write_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
     """Write pictures as PNG, named by their numbers."""
     paths = [folder / f"{number}.png" for number in range(len(pictures))]
     folder.mkdir(parents=True, exist_ok=True)
-    for picture, path in zip(pictures, paths):
-        images.save_png(picture, path)
+    for picture, path in zip(pictures, paths, strict=True):
+        atomic_files.save_png(picture, path)
     return paths
 
 
