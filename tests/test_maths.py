@@ -260,8 +260,6 @@ def test_offset_noise_is_constant_over_each_channel(script):
     offset = noisy - plain
     torch.testing.assert_close(offset, offset[:, :, :1, :1].expand(shape), rtol=0, atol=1e-6)
     offset = offset[:, :, 0, 0]
-    with_noise = torch.corrcoef(torch.cat([offset, plain.flatten(1)], dim=1).T)[:4, 4:]
-    assert abs(with_noise).max() < 0.1, "the offset is another draw than the noise"
     assert offset.std() == pytest.approx(0.1, abs=0.003) and abs(offset.mean()) < 0.005
     assert offset.round(decimals=6).unique().numel() > 7000, "channels and examples have offsets of their own"
     assert abs(torch.corrcoef(offset.T) - torch.eye(4)).max() < 0.1
