@@ -10,6 +10,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import logging
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -21,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs import Trainer
+from tests.inside import forget_processes
+from tests.runs import BASE_FLAGS, Trainer
 from utils.data.concepts import Concept
 from utils.data.geometry import Size
 from utils.synthetic.random_models import make_model
@@ -119,3 +122,19 @@ def trainer(tmp_path_factory, tiny, photos):
     trainer = Trainer(tmp_path_factory.mktemp("runs"), tiny, photos)
     yield trainer
     trainer.close()
+
+
+@pytest.fixture
+def here(tiny, photos, tmp_path, monkeypatch):
+    """Give a function that runs a script in this process, into `out`, and returns its exit status."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = logging.root.handlers[:]
+    words = ["--pretrained_model_name_or_path", str(tiny), "--instance_data_dir", str(photos)]
+
+    def run(script, flags: str = "", out: str = "out") -> int:
+        forget_processes()
+        return script.main([*words, *shlex.split(f"{BASE_FLAGS} {flags}"), "--output_dir", str(tmp_path / out)])
+
+    yield run
+    forget_processes()
+    logging.root.handlers[:] = handlers
