@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -293,7 +294,7 @@ class ForkedServer:
                 os.chdir(ROOT)
                 os.environ.clear()
                 os.environ |= variables
-                forget_connections()
+                forget_tests()
                 serve()
             except BaseException:
                 traceback.print_exc()
@@ -315,12 +316,14 @@ def start_server(variables: dict[str, str]) -> subprocess.Popen | ForkedServer:
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, text=True)
 
 
-def forget_connections() -> None:
-    """Forget what tests of this process have told accelerate, which would be true of all runs."""
+def forget_tests() -> None:
+    """Forget what tests of this process have told accelerate and logging: runs would go by it, and print no messages."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
 
 
 def serve() -> None:
