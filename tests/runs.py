@@ -290,7 +290,8 @@ class ForkedServer:
             try:
                 os.close(writing)
                 os.dup2(reading, 0)
-                sys.stdin = os.fdopen(0)
+                # pytest has put its own streams there, which do not end where a run's output is wanted.
+                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
                 os.chdir(ROOT)
                 os.environ.clear()
                 os.environ |= variables
@@ -317,7 +318,7 @@ def start_server(variables: dict[str, str]) -> subprocess.Popen | ForkedServer:
 
 
 def forget_tests() -> None:
-    """Forget what tests of this process have told accelerate and logging: runs would go by it, and print no messages."""
+    """Forget what tests have told accelerate and logging: runs would go by it, and print no messages."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
