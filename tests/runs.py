@@ -291,7 +291,7 @@ class ForkedServer:
                 os.close(writing)
                 os.dup2(reading, 0)
                 # pytest has put its own streams there, which do not end where a run's output is wanted.
-                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
                 os.chdir(ROOT)
                 os.environ.clear()
                 os.environ |= variables
