@@ -24,7 +24,7 @@ from PIL import Image
 from tests.runs import Trainer
 from utils.data.concepts import Concept
 from utils.data.geometry import Size
-from utils.make_model import make_model
+from utils.synthetic.random_models import make_model
 
 if hasattr(signal, "SIGHUP"):
     # Under nohup it is ignored, and every process that a test starts would ignore it, too.

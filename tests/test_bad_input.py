@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import draw_picture
 from tests.runs import BASE_FLAGS, SCRIPTS, WEIGHTS_FILE, Run, Trainer
-from utils.make_model import build_tokenizer
+from utils.synthetic.small_tokenizers import build_tokenizer
 
 
 class Place:
