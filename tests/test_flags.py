@@ -320,7 +320,7 @@ def test_whole_numbers_must_be_whole(script, needed, capsys, value):
     ("name", "value"),
     [
         *(("image_interpolation_mode", "sharp"), ("prior_generation_precision", "fp8"), ("mixed_precision", "fp32")),
-        *(("class_labels_conditioning", "noise"), ("lr_scheduler", "zigzag"), ("validation_scheduler", "Euler")),
+        *(("class_labels_conditioning", "noise"), ("lr_scheduler", "zigzag")),
         *(("crop_style", "left"), ("text_encoder_precision", "no"), ("text_encoder_precision", "int4")),
         *(("crop_aspect", "keep"), ("resolution_type", "area"), ("cache_latents", "yes"), ("prior_target", "none")),
     ],
@@ -341,6 +341,10 @@ CONTRADICTIONS = {
         "--pre_compute_text_embeddings excludes --train_text_encoder, which changes the embeddings at each step."
     ),
     "--text_encoder_lr 1e-6": "--text_encoder_lr needs --train_text_encoder.",
+    "--validation_scheduler Euler": (
+        "--validation_scheduler Euler is not a scheduler of diffusers. "
+        "Near: EulerAncestralDiscreteScheduler, EulerDiscreteScheduler."
+    ),
     "--mixed_precision fp16": (
         "--mixed_precision fp16 needs a GPU: a CPU lacks fp16 arithmetic for some layers. Use bf16."
     ),

@@ -1,6 +1,7 @@
 """The shape of the two scripts and of utils/, measured on their syntax trees."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import list_sources
 from utils.check_sync import read_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
 TRACKS_MEMORY = "utils/memory/memory_estimate.py"  # runs a script's own step, without content
-UTILS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("*.py"))
+UTILS = sorted(name for name in list_sources() if name.startswith("utils/"))
 # In the order of imports: a room imports from itself and from those before it. Tools lie directly in utils/.
 ROOMS = "core flags optim devices data models hub run memory sampling synthetic evaluation lab".split()
 TOOL = "tool"
@@ -578,3 +580,16 @@ def test_machine_paths_are_found(text):
 def test_other_paths_are_not(text):
     """Longer names, and folders below another folder, are no paths of a machine."""
     assert not MACHINE_PATH.search(text.replace("@", "/"))
+
+
+def test_untracked_files_are_left_alone():
+    """A copy or helper that git does not track, wherever it lies, breaks no rule of the project."""
+    own = ROOT / f"utils/untracked_{os.getpid()}.py"
+    own.touch()
+    try:
+        found = list_sources()
+    finally:
+        own.unlink()
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("git tracks no files here")
+    assert "utils/core/errors.py" in found and own.relative_to(ROOT).as_posix() not in found

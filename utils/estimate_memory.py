@@ -26,7 +26,7 @@ from utils.core.errors import exit_status
 from utils.devices import accelerator_setup
 from utils.flags.command_line import convert_flag
 from utils.memory import memory_estimate
-from utils.run import run_summary, scripts
+from utils.run import run_summary, scripts, tool_names
 from utils.synthetic.model_sizes import SHAPES, T5_XXL
 from utils.synthetic.random_models import make_model
 
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     accelerator_setup.silence_libraries()
     script = scripts.load_script(args.script)
+    tool_names.check_names(script, "utils.estimate_memory")
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])
         accelerator = script.make_accelerator(given)

@@ -12,6 +12,7 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from utils.core.errors import exit_status
 from utils.data import prompt_cleaning
 from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import run_summary, scripts
+from utils.run import run_summary, scripts, tool_names
 from utils.sampling import image_grid
 
 TINT = (40, 0, 120)  # of what a mask hides
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the sheet, say where it is, and return the exit status."""
     args = parse_args(argv)
     script = scripts.load_script(args.script)
+    tool_names.check_names(script, "utils.preview_data")
     sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.save_png(sheet, args.output)
@@ -58,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image:
+def draw_sheet(script: ModuleType, args: argparse.Namespace, count: int) -> Image.Image:
     """Return a sheet of the first pictures of a run, as its data set makes them.
 
     Args:

@@ -23,7 +23,7 @@ from utils.memory.memory_tracker import Costs, MemoryTracker
 from utils.memory.savings import WORTHWHILE, list_changes
 from utils.memory.speed_model import measure_rates
 from utils.optim.optimizers import on_each_gradient
-from utils.run import run_summary
+from utils.run import run_summary, tool_names
 
 PROCESS = "Python and its libraries"
 
@@ -38,6 +38,7 @@ def show_costs(script: ModuleType, flags: dict[str, Any], plan: Any, accelerator
     if not accelerator.is_main_process:
         return
     try:
+        tool_names.check_names(script, "--dry_run")
         costs = estimate_costs(script, flags, plan, accelerator, accelerator.device)
     except (UserError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # needs content, or a name
         costs = {"peak memory": f"not known: {error}"}
