@@ -95,7 +95,7 @@ def open_rembg(name: str) -> Callable[[Image.Image], Image.Image]:
         session = rembg.new_session(name)
     except Exception as error:  # the classes of several libraries
         raise UserError(
-            f"--rembg {name} cannot be opened: {error} Use a name that rembg lists, such as {KNOWN_MATTING}. "
+            f"--rembg {name} cannot be opened: {str(error).rstrip('.')}. Use a name that rembg lists, such as {KNOWN_MATTING}. "
             f"Without a connection, download {name}.onnx elsewhere and set U2NET_HOME to its folder."
         ) from error
     return functools.partial(rembg.remove, session=session, only_mask=True)
