@@ -147,7 +147,10 @@ def report_unfound(unfound: list[Job], count: int) -> None:
         print(f"No subject was found in {len(unfound)} of {count} photos, and no mask was written for:")
         for job in unfound:
             print(f"  {job.name}" + (" (its earlier mask stays)" if job.is_there else ""))
-        print("Training counts a photo without a mask wholly. Paint one by hand, or use --rembg or --model.")
+        print(
+            "All pixels of a photo without a mask count in the loss. "
+            "Paint a mask by hand, or use --rembg, or --model and --prompt."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- files
