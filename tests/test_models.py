@@ -387,7 +387,7 @@ def test_flags_that_contradict_the_model(script, parse, copy, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("low.png")
     message = refuse(script, parse(copy, *flags))
-    assert message.splitlines() == [f"the flags do not fit {copy} (Stable Diffusion 1.x/2.x):", sentence]
+    assert message.splitlines() == [f"these flags cannot be used with {copy} (Stable Diffusion 1.x/2.x):", sentence]
 
 
 def test_all_contradictions_are_told_at_once(script, parse, copy):
