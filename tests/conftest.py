@@ -1,10 +1,14 @@
 """What several test modules share: tiny models, photos, class images, and the process that runs the scripts."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
+CACHE = tempfile.mkdtemp(prefix="dreambooth-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= {
-    "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="dreambooth-cache-"),
+    "XDG_CACHE_HOME": CACHE,
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
