@@ -71,12 +71,13 @@ from utils.core.errors import UserError, exit_status
 from utils.core.seeds import derive_seed, generator
 from utils.data import (
     batch_order,
+    cache,
     captions,
+    class_images,
     concepts,
-    embedding_cache,
+    decode_images,
     geometry,
-    images,
-    latent_cache,
+    list_images,
     masks,
     prompt_cleaning,
 )
@@ -87,7 +88,15 @@ from utils.hub import hub_datasets, model_card, publish
 from utils.memory import memory_estimate, out_of_memory
 from utils.models import model_files
 from utils.optim import optimizers, schedules, stochastic_rounding
-from utils.run import checkpoints, flag_conflicts, folder_checks, metric_log, resume_checks, run_summary
+from utils.run import (
+    atomic_folders,
+    checkpoints,
+    flag_conflicts,
+    folder_checks,
+    metric_log,
+    resume_checks,
+    run_summary,
+)
 from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
@@ -281,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         # 7. The result. Distributed training ends before the upload: waiting processes would time out.
         if finished:
             instead = functools.partial(save_checkpoint, args, accelerator, plan, models, plan.steps)
-            with checkpoints.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
+            with atomic_folders.checkpoint_if_saving_fails(instead, plan.steps, at_once=shards.are_used(accelerator)):
                 save_result(args, accelerator, plan, models)
         accelerator.end_training()
         if finished and accelerator.is_main_process:
@@ -341,7 +350,7 @@ def add_data_args(add, switch) -> None:
     add("--caption_strategy", default=sources[0], choices=sources, help="textfile: a .txt file beside each photo.")
     switch("--prepend_instance_prompt", help="Put the instance prompt before each of those captions.")
     add("--resolution", metavar="SIZE", help="Pixels: 512, or 512x640 (width x height). Unset: the model's own.")
-    add("--crop_style", choices=styles, help="shifted_center: up to 10 % off, as IF was trained. Unset: random.")
+    add("--crop_style", choices=styles, help="shifted_center: up to a tenth off, as IF was trained. Unset: random.")
     switch("--center_crop", help="The same as --crop_style center.")
     add("--crop_aspect", default="square", choices=["square", "preserve"], help="preserve: aspect-ratio buckets.")
     add("--resolution_type", default=units[0], choices=units, help="preserve keeps the area, or the shorter edge.")
@@ -349,7 +358,7 @@ def add_data_args(add, switch) -> None:
     add("--minimum_image_size", type=int, metavar="PX", help="Leave out smaller photos. Unset: none.")
     add("--maximum_image_size", type=int, metavar="PX", help="Shrink larger photos before cropping.")
     add("--target_downsample_size", type=int, metavar="PX", help="Size that such photos are shrunk to.")
-    switch("--stepwise_downsampling", help="Shrink by at most 25 % at a time. Slightly softer.")
+    switch("--stepwise_downsampling", help="Shrink by at most a quarter at a time. Slightly softer.")
     switch("--random_flip", help="Mirror each image left to right half of the time.")
     add("--image_interpolation_mode", choices=modes, help="How images are resized. Unset: lanczos, for IF bicubic.")
     switch("--skip_bad_images", help="Go on without unreadable photos. Off: an error lists them.")
@@ -471,7 +480,7 @@ def find_problems(args: Namespace) -> list[str]:
             (args.validation_images and args.num_eval_images, "--validation_images excludes --num_eval_images."),
         ),
         *folder_checks.find_folder_problems(vars(args)),
-        *images.find_unreadable("--validation_images", args.validation_images or []),
+        *list_images.find_unreadable("--validation_images", args.validation_images or []),
         *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
@@ -572,13 +581,13 @@ def list_photos(args: Namespace, base: ModelInfo, concept: concepts.Concept) -> 
         concept.flag_name,
         args.resolution_type,
     )
-    found = images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
-    found = images.leave_out_small(found, args.minimum_image_size, unit)
+    found = list_images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
+    found = list_images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
     step = args.bucket_step or geometry.bucket_step(target, base.size_multiple)
     buckets = geometry.list_buckets(target, step, unit) if args.crop_aspect == "preserve" else [target]
     sizes = {path: geometry.choose_bucket(size, buckets, target) for path, size in found.items()}
-    images.warn_of_enlarging(found, sizes, target)
+    list_images.warn_of_enlarging(found, sizes, target)
     strategy = "metadata" if concept.caption_column else concept.caption_strategy
     words = (concept.instance_prompt, concept.prepend_instance_prompt)
     prompts = captions.find_captions(strategy, folder, list(found), *words)
@@ -592,14 +601,14 @@ def list_class_images(
 ) -> list[Example]:
     """List the class images of a concept. With --prior_target base_prediction, none has to be drawn."""
     folder, prompt, wanted = Path(concept.class_data_dir), concept.class_prompt, concept.num_class_images
-    paths, missing = images.find_class_images(folder, prompt, concept.class_guidance_scale, wanted)
+    paths, missing = class_images.find(folder, prompt, concept.class_guidance_scale, wanted)
     if missing and args.prior_target == "base_prediction":
         paths, missing = [path for path in paths if path not in missing], set()
         if not paths:
             logger.info(f"{folder} holds no class images: the photos stand in for them, as {prompt!r}.")
             return [one._replace(prompts=(prompt,), is_prior=True, mask=None) for one in photos]
     if base.kind is ModelKind.IF_STAGE_2 and not args.stage_one_model_name_or_path:
-        images.raise_if_missing(folder, len(missing), len(paths))
+        class_images.raise_if_missing(folder, len(missing), len(paths))
     return [Example(path, (prompt,), concept, photos[0].size, True, path in missing) for path in paths]
 
 
@@ -712,7 +721,7 @@ def prepare_output_folder(args: Namespace, accelerator: Accelerator, plan: Plan)
     decided = {"seed": plan.seed, "mixed_precision": accelerator.mixed_precision}
     used = command_line.flags_to_repeat(vars(args) | {"resolution": str(plan.base.resolution)} | decided)
     if accelerator.is_main_process:
-        checkpoints.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
+        atomic_folders.open_folder(plan.output_dir, used, plan.first_step, plan.resume_from)
     accelerator.wait_for_everyone()
     metric_log.start_trackers(accelerator, used, plan.output_dir)
     return repository
@@ -730,7 +739,7 @@ def draw_class_images(
     if not missing:
         return
     base_model, hidden = args.pretrained_model_name_or_path, not accelerator.is_local_main_process
-    batches = images.list_class_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
+    batches = class_images.list_batches(missing, args.sample_batch_size)[accelerator.process_index :: plan.processes]
     words = dict.fromkeys(repr(concept.class_prompt) for concept in missing.values())
     logger.info(f"Drawing {len(missing)} class images of {' and '.join(words)}.")
     drawn = dict.fromkeys(batches)
@@ -740,12 +749,12 @@ def draw_class_images(
         for batch in stop.until_asked(tqdm(batches, desc="class images", disable=hidden)):
             drawn[batch] = draw_class_batch(pipeline, prompts, *batch, drawn[batch])
             if model == base_model:
-                images.save_class_images(*batch, drawn[batch], missing)
+                class_images.save(*batch, drawn[batch], missing)
         del pipeline
         device_memory.free_memory()
         stop.leave_if_asked()
     accelerator.wait_for_everyone()
-    images.check_presence(missing)
+    class_images.raise_if_elsewhere(missing)
 
 
 def draw_class_batch(
@@ -799,21 +808,23 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, plan: Plan) -> Pro
         return prompts
     precision = args.text_encoder_precision or accelerator.mixed_precision
     source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    kind = str(PRECISIONS.get(precision, precision))
+    dtype = str(PRECISIONS.get(precision, precision))
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first(), torch.no_grad():
-        cache = embedding_cache.open_cache(args.cache_dir, source, args.variant, kind, accelerator.device.type)
-        embeds = cache.load_all(prompts.ids, prompts.mask)
-        if missing := [row for row, known in enumerate(embeds) if known is None]:
-            logger.info(f"Encoding {len(missing)} of {len(embeds)} prompts; the others are in {cache.folder}.")
-            text_encoder = load_text_encoder(args, plan, precision, accelerator.device)
-            for row in missing:
-                embeds[row] = embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0].cpu()
-                cache.save(prompts.ids[row], prompts.mask if prompts.mask is None else prompts.mask[row], embeds[row])
-            del text_encoder
-            device_memory.free_memory()
+        known = cache.open_cache("embeddings", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
+        make = functools.partial(embed_rows, args, plan, precision, prompts)
+        embeds = known.fill(cache.prompt_keys(prompts.ids, prompts.mask), make)
     prompts.embeds = torch.stack(embeds).to(accelerator.device, plan.frozen_dtype)
     return prompts
+
+
+def embed_rows(args: Namespace, plan: Plan, precision: str, prompts: PromptTable, rows: list[int]) -> Iterator[Tensor]:
+    """Yield the embeddings, (L, D), of the prompts in some rows, from a text encoder that is then freed."""
+    text_encoder = load_text_encoder(args, plan, precision, prompts.ids.device)
+    for row in rows:
+        yield embed_prompts(prompts, text_encoder, torch.tensor([row]), together=False)[0]
+    del text_encoder
+    device_memory.free_memory()
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset) -> dict | None:
@@ -821,27 +832,29 @@ def cache_latents(args: Namespace, accelerator: Accelerator, plan: Plan, dataset
 
     The value for (path, `Crop`) is the mean and deviation of its posterior, (2, C, h, w). Each visit samples from it.
     """
-    if not (cuts := count_crops(args, plan, dataset)):
+    if not (crops := list(count_crops(args, plan, dataset))):
         return None
-    source = (args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    cache = latent_cache.open_latents(
-        args.cache_dir, source, args.variant, str(plan.frozen_dtype), accelerator.device.type
-    )
+    source, dtype = (args.pretrained_model_name_or_path, args.revision, args.hub_token), str(plan.frozen_dtype)
+    known = cache.open_cache("latents", args.cache_dir, source, args.variant, dtype, accelerator.device.type)
     # The first process of a machine fills the cache, the others then find it full.
     with accelerator.local_main_process_first():
-        keys = {
-            (path, cut): [latent_cache.content_hash(path), *cut, *map(str, dataset.resampling)] for path, cut in cuts
-        }
-        latents = {cut: cache.load(key) for cut, key in keys.items()}
-        missing = [cut for cut, moments in latents.items() if moments is None]
-        vae = load_vae(args, plan, accelerator.device) if missing else None
-        for cut in tqdm(missing, desc="latents", disable=not missing or not accelerator.is_local_main_process):
-            latents[cut] = encode_images(vae, dataset.pixels(*cut)[None].to(accelerator.device))[0].cpu()
-            cache.save(keys[cut], latents[cut], cut[0].name)
-        del vae
-        device_memory.free_memory()
-    logger.info(f"Cached the latents of {len(cuts)} crops.")
-    return latents
+        keys = [[cache.content_hash(path), *crop, *map(str, dataset.resampling)] for path, crop in crops]
+        latents = known.fill(keys, functools.partial(encode_crops, args, accelerator, plan, dataset, crops))
+    logger.info(f"Cached the latents of {len(crops)} crops.")
+    return dict(zip(crops, latents, strict=True))
+
+
+def encode_crops(
+    args: Namespace, accelerator: Accelerator, plan: Plan, dataset: Dataset, crops: list, places: list[int]
+) -> Iterator[Tensor]:
+    """Yield mean and deviation, (2, C, h, w), of the crops at some places, from a VAE that is then freed."""
+    vae = load_vae(args, plan, accelerator.device)
+    for place in tqdm(places, desc="latents", disable=not accelerator.is_local_main_process):
+        path, crop = crops[place]
+        moments = encode_images(vae, dataset.pixels(path, crop)[None].to(accelerator.device))[0]
+        yield cache.check_moments(moments, path.name)
+    del vae
+    device_memory.free_memory()
 
 
 def tokenize_prompts(args: Namespace, plan: Plan, device: torch.device) -> PromptTable:
@@ -988,14 +1001,14 @@ class DreamBoothDataset(Dataset):
         example, variants = self.examples[visit.example], self.args.latent_variants
         turn = visit.earlier_visits % variants if variants else visit.earlier_visits
         chance = random.Random(derive_seed(self.seed, "crop and flip", visit.example, turn))
-        scaled = geometry.scaled_size(images.upright_size(example.path), visit.size, self.shrinking)
+        scaled = geometry.scaled_size(decode_images.upright_size(example.path), visit.size, self.shrinking)
         box = geometry.crop_box(scaled, visit.size, example.concept.crop_style, chance)
         box = masks.move_crop_onto_mask(example.mask, scaled, box)
         return Crop(scaled, box, example.concept.random_flip and chance.random() < 0.5)
 
     def pixels(self, path: Path, crop: Crop) -> Tensor:
         """Return a cropped image, (3, H, W) float32 in [-1, 1]."""
-        image = images.crop_image(images.open_scaled(path, crop.scaled, *self.resampling), crop)
+        image = decode_images.crop(decode_images.open_scaled(path, crop.scaled, *self.resampling), crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def __getitems__(self, visits: list[ExampleVisit]) -> list[dict]:
@@ -1512,12 +1525,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, plan: Plan, model
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with checkpoints.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
+        with atomic_folders.atomic_folder(plan.output_dir / f"checkpoint-{step}") as folder:
             save_weights(folder, networks)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
             checkpoints.save_optimizer(folder, state, accelerator.scaler)
             checkpoints.write_state(folder, step, plan.resume_keys)
-        checkpoints.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
+        atomic_folders.prune(plan.output_dir, args.checkpoints_total_limit, newest=step)
     accelerator.wait_for_everyone()
 
 
@@ -1607,7 +1620,7 @@ def save_result(args: Namespace, accelerator: Accelerator, plan: Plan, models: M
             # A shared result should not tell in which folder the base model lay.
             if isinstance(part, DiffusionPipeline | diffusers.ModelMixin):
                 part.register_to_config(_name_or_path=model_files.public_name(args.pretrained_model_name_or_path))
-        with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+        with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
             pipeline.save_pretrained(folder)
             model_files.write_scheduler_config(folder, plan.base.scheduler)
         if plan.base.precomputes_text and not args.skip_save_text_encoder:
@@ -1628,7 +1641,7 @@ def add_text_encoder(args: Namespace, plan: Plan) -> None:
     set_masking(args, plan.base, text_encoder)
     index = json.loads((plan.output_dir / "model_index.json").read_text(encoding="utf-8"))
     index["text_encoder"] = plan.base.index["text_encoder"]
-    with checkpoints.atomic_result(plan.output_dir, last="model_index.json") as folder:
+    with atomic_folders.atomic_result(plan.output_dir, last="model_index.json") as folder:
         text_encoder.save_pretrained(folder / "text_encoder")
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

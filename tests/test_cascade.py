@@ -232,11 +232,11 @@ def test_the_cascade_is_three_calls(home, tmp_path, capsys, caplog):
     one = [first(text, **seeded(seed)).images[0] for text in (PROMPT, "two cats") for seed in (0, 5)]
     two = [
         second(OWN, image=picture, guidance_scale=3.0, **seeded(seed)).images[0]
-        for picture, seed in zip(one, (0, 5, 0, 5))
+        for picture, seed in zip(one, (0, 5, 0, 5), strict=True)
     ]
     three = [
         third(OWN, image=picture, noise_level=100, **seeded(seed)).images[0]
-        for picture, seed in zip(two, (0, 5, 0, 5))
+        for picture, seed in zip(two, (0, 5, 0, 5), strict=True)
     ]
     names = [f"0{n}-{words}-seed{seed}.png" for n, words in enumerate(WORDS) for seed in (0, 5)]
     for folder, expected in (("stage-1", one), ("stage-2", two), ("", three)):
@@ -417,7 +417,7 @@ def test_each_stage_has_its_sampler_and_strength(home, tmp_path):
         ["--negative_prompt", "red"],
     ]
     outputs = [tmp_path / str(number) for number in range(len(flags))]
-    for more, output in zip(flags, outputs):
+    for more, output in zip(flags, outputs, strict=True):
         run(*words, *more, output=output)
     pictures = [[read(output / stage)[0].tobytes() for stage in ("stage-1", "stage-2", "")] for output in outputs]
     first_changed = [next(i for i in range(3) if other[i] != pictures[0][i]) for other in pictures[1:]]
@@ -429,7 +429,7 @@ def test_batches_precision_and_no_guidance(home, tmp_path):
     words = [home / "if1" / "full", "--stage_two", home / "if2" / "lora", "--upscaler", home / "x4" / "base"]
     words += ["--prompt", PROMPT, "--seed", 0, 1, 2, *FEW, *FEW_TWO, *FEW_X4, *SMALL]
     single, batched = (run(*words, "--batch_size", size, output=tmp_path / str(size)) for size in (1, 2))
-    for one, other in zip(single, batched):
+    for one, other in zip(single, batched, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 4
     guidance = [f"--{prefix}guidance_scale=1" for prefix in ("", "stage_two_", "upscaler_")]
     drawn = run(*words, "--dtype", "bf16", *guidance, output=tmp_path / "bf16")

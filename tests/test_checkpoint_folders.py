@@ -151,7 +151,7 @@ def test_an_abandoned_branch_is_not_gone_on_with(trainer, tmp_path):
     shutil.copytree(whole, out := tmp_path / "out")
     branch = "--checkpointing_steps 1 --max_train_steps 3 --learning_rate 1e-4 --resume_from_checkpoint checkpoint-2"
     run = trainer.run("lora", out, branch)
-    assert "checkpoint-4 lies ahead of this run, which begins at 2: kept as passed-over-4-" in run.stderr
+    assert "checkpoint-4 lies ahead of this run, which begins at 2: it is kept as passed-over-4-" in run.stderr
     run = trainer.run("lora", out, f"{flags} 4 --learning_rate 1e-4 {LATEST}")
     assert f"Resumed from {out}/checkpoint-3: 3 of 4 steps are done." in run.stderr
     assert [line["lr"] for line in read_metrics(out)] == [1e-3, 1e-3, 1e-4, 1e-4]

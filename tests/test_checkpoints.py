@@ -20,7 +20,9 @@ import torch
 from utils.core import atomic_files
 from utils.core.errors import UserError
 from utils.run import checkpoints
-from utils.run.checkpoints import atomic_folder, find_checkpoint, list_checkpoints, prune, remove_leftovers
+from utils.run.atomic_folders import atomic_folder, prune, remove_leftovers
+from utils.run.checkpoints import find_checkpoint, list_checkpoints
+from utils.run.metric_log import truncate_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -336,7 +338,7 @@ def test_leftovers_of_a_live_process_and_foreign_hidden_files_stay(tmp_path):
     foreign = [tmp_path / ".saving-notes", tmp_path / ".saving-5-abc"]
     for path in foreign:
         path.mkdir()
-    code = "import sys; from pathlib import Path; from utils.run.checkpoints import atomic_folder\n"
+    code = "import sys; from pathlib import Path; from utils.run.atomic_folders import atomic_folder\n"
     code += "with atomic_folder(Path(sys.argv[1], 'checkpoint-5')): print('in', flush=True); sys.stdin.read()"
     live = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -366,14 +368,14 @@ def test_metrics_are_cut_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = '{"step": 1, "loss": 0.5}\n{"step": 2, "eval_loss": NaN}\n'
     path.write_text('{"step": 1, "loss": 0.5}\n{"st\n{"step": 3}\n[2]\n{"loss": 1}\n\n{"step": 2, "eval_loss": NaN}')
-    checkpoints.truncate_metrics(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == kept
     unchanged = path.stat().st_ino
-    checkpoints.truncate_metrics(path, 2)
+    truncate_metrics(path, 2)
     assert path.stat().st_ino == unchanged
-    checkpoints.truncate_metrics(path, 0)
+    truncate_metrics(path, 0)
     assert path.read_text() == ""
-    checkpoints.truncate_metrics(tmp_path / "missing.jsonl", 2)
+    truncate_metrics(tmp_path / "missing.jsonl", 2)
     assert names(tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -381,7 +383,7 @@ def test_metrics_of_another_encoding_are_dropped(tmp_path):
     """So that what is left can be read."""
     lines = '{"step": 1}\n{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(lines.encode("utf-16") + b"[" * 100_000 + b'\n{"step": 3}\n')
-    checkpoints.truncate_metrics(tmp_path / "metrics.jsonl", 3)
+    truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3}\n'
 
 

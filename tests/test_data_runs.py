@@ -237,7 +237,7 @@ def test_two_processes_see_the_pictures_of_one(trainer, tmp_path, shaped, script
     assert run.code == 0, run.text
     counts = [round(line["samples_per_second"] * line["seconds"]) for line in read_metrics(one)]
     assert {1, 2} == set(counts), "among these steps are short batches"
-    for line, other in zip(untimed(one), untimed(run.out)):
+    for line, other in zip(untimed(one), untimed(run.out), strict=True):
         assert line == pytest.approx(other, abs=1e-4, rel=1e-3)
     mine, theirs = read_tensors(one), read_tensors(run.out)
     for name in mine:

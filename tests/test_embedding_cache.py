@@ -16,9 +16,8 @@ import safetensors.torch
 import torch
 
 from utils.core.errors import UserError
-from utils.data import tensor_cache
-from utils.data.embedding_cache import EmbeddingCache
-from utils.data.tensor_cache import default_folder, model_identity
+from utils.data import cache as cache_module
+from utils.data.cache import TensorCache, default_folder, model_identity, prompt_keys
 
 IDENTITY = {"model": "owner/name", "commits": [["text_encoder", "abc"]], "precision": "fp32", "device": "cpu"}
 TEXT = ("text_encoder",)
@@ -27,10 +26,16 @@ FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None  # a
 
 
 def prompt(number: int, dtype: torch.dtype = torch.float32, length: int = 7):
-    """Return ids, mask and embeddings that belong together and to no other number."""
+    """Return key and embeddings that belong together and to no other number."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(0, 1000, (length,), generator=generator)
-    return ids, (torch.arange(length) < 5).long(), torch.randn(length, 8, generator=generator).to(dtype)
+    embeds = torch.randn(length, 8, generator=generator).to(dtype)
+    return key_of(ids, (torch.arange(length) < 5).long()), embeds
+
+
+def key_of(ids: torch.Tensor, mask: torch.Tensor | None) -> list:
+    """Return the key of one prompt."""
+    return prompt_keys(ids[None], mask if mask is None else mask[None])[0]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -48,7 +53,7 @@ def only_file(folder: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path):
     """Make a cache in a folder that does not exist yet."""
-    return EmbeddingCache(tmp_path / "new" / "cache", IDENTITY)
+    return TensorCache(tmp_path / "new" / "cache", "embeddings", IDENTITY)
 
 
 # What is saved comes back
@@ -57,32 +62,32 @@ def cache(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embeddings_come_back_bit_for_bit(cache, dtype, caplog):
     """Also NaN, infinities and minus zero; also for another object, and through a tensor that needs a gradient."""
-    ids, mask, embeds = prompt(0, dtype)
+    key, embeds = prompt(0, dtype)
     embeds[0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40])
-    assert cache.load(ids, mask) is None
-    assert cache.save(ids, mask, embeds.clone().requires_grad_()) and not caplog.messages
-    for reader in (cache, EmbeddingCache(cache.folder, dict(reversed(IDENTITY.items())))):
-        loaded = reader.load(ids, mask)
+    assert cache.load(key) is None
+    assert cache.save(key, embeds.clone().requires_grad_()) and not caplog.messages
+    for reader in (cache, TensorCache(cache.folder, "embeddings", dict(reversed(IDENTITY.items())))):
+        loaded = reader.load(key)
         assert same_bits(loaded, embeds) and not loaded.requires_grad
         loaded += 1  # it is the caller's own
-    assert same_bits(cache.load(ids, mask), embeds)
+    assert same_bits(cache.load(key), embeds)
 
 
 def test_embeddings_that_are_a_view_come_back(cache):
     """Their own numbers are saved, in their order, and not the storage behind them."""
-    ids, mask, embeds = prompt(0)
+    key, embeds = prompt(0)
     view = torch.stack([embeds.T, embeds.T * 2]).transpose(1, 2)[1]
-    assert not view.is_contiguous() and cache.save(ids, mask, view)
-    assert same_bits(cache.load(ids, mask), embeds * 2)
+    assert not view.is_contiguous() and cache.save(key, view)
+    assert same_bits(cache.load(key), embeds * 2)
     assert only_file(cache.folder).stat().st_size < 1000
 
 
 def test_the_file_is_plain_safetensors_as_readable_as_any(cache):
     """Other programs can open it and see whose it is; nothing else lies beside it."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
+    key, embeds = prompt(0)
+    cache.save(key, embeds)
     path = only_file(cache.folder)
-    assert path == cache.path_of(ids, mask) and path.suffix == ".safetensors"
+    assert path == cache.path_of(key) and path.suffix == ".safetensors"
     with safetensors.safe_open(path, "pt") as file:
         assert file.keys() == ["embeds"] and '"precision": "fp32"' in file.metadata()["identity"]
         assert same_bits(file.get_tensor("embeds"), embeds)
@@ -90,41 +95,24 @@ def test_the_file_is_plain_safetensors_as_readable_as_any(cache):
     assert path.stat().st_mode == (cache.folder / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize(("length", "label"), [(8, "token ids 7 7 7 7 7 7 7 7"), (9, "token ids 7 7 7 7 7 7 7 7 …")])
-def test_an_entry_has_a_label(cache, length, label):
-    """The first token ids, since nobody tells the cache the words."""
-    ids = torch.full((length,), 7)
-    cache.save(ids, None, torch.zeros(length, 8))
-    entry = tensor_cache.read_entry(cache.path_of(ids, None))
-    assert entry.label == label and entry.source == ("embeddings", "owner/name")
-
-
 def test_an_entry_of_an_older_version_is_not_looked_at(cache, caplog):
     """Its name is another one, so there is no warning."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
-    now = cache.path_of(ids, mask)
+    key, embeds = prompt(0)
+    cache.save(key, embeds)
+    now = cache.path_of(key)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_cache, "_FORMAT", 2)
-        assert cache.path_of(ids, mask) != now and cache.load(ids, mask) is None and not caplog.messages
-        now.rename(cache.path_of(ids, mask))
-        assert cache.load(ids, mask) is None and "of another version of this program" in caplog.text
+        patch.setattr(cache_module, "_FORMAT", 2)
+        assert cache.path_of(key) != now and cache.load(key) is None and not caplog.messages
+        now.rename(cache.path_of(key))
+        assert cache.load(key) is None and "of another version of this program" in caplog.text
 
 
 def test_saving_again_replaces(cache):
     """The last save counts."""
-    ids, mask, embeds = prompt(0)
+    key, embeds = prompt(0)
     for factor in (1, 2):
-        assert cache.save(ids, mask, embeds * factor)
-    assert same_bits(cache.load(ids, mask), embeds * 2) and only_file(cache.folder)
-
-
-@pytest.mark.parametrize("shape", [(6, 8), (8, 8), (7,), (1, 7, 8)])
-def test_embeddings_of_another_shape_are_refused(cache, shape):
-    """A batch, or a prompt of another length, is a mistake of the caller."""
-    with pytest.raises(ValueError, match=r"not \(L, D\) with L = 7"):
-        cache.save(*prompt(0)[:2], torch.zeros(shape))
-    assert not cache.folder.exists()
+        assert cache.save(key, embeds * factor)
+    assert same_bits(cache.load(key), embeds * 2) and only_file(cache.folder)
 
 
 # What belongs to something else does not
@@ -132,26 +120,27 @@ def test_embeddings_of_another_shape_are_refused(cache, shape):
 
 def test_ids_and_mask_are_part_of_the_key(cache):
     """One token, one bit of the mask, or no mask makes another entry; the mask's dtype does not."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
+    ids, mask, embeds = torch.arange(7), (torch.arange(7) < 5).long(), prompt(0)[1]
+    cache.save(key_of(ids, mask), embeds)
     other_ids, other_mask = ids.clone(), mask.clone()
     other_ids[-1] += 1
     other_mask[-1] = 1 - other_mask[-1]
     others = [(other_ids, mask), (ids, other_mask), (ids, None), (ids[:-1], mask[:-1]), (ids.flip(0), mask)]
-    assert [cache.load(*other) for other in others] == [None] * len(others)
-    assert same_bits(cache.load(ids, mask.bool()), embeds) and same_bits(cache.load(ids, mask.int()), embeds)
-    assert cache.save(ids, None, embeds + 1) and same_bits(cache.load(ids, None), embeds + 1)
-    assert same_bits(cache.load(ids, mask), embeds)
+    assert [cache.load(key_of(*other)) for other in others] == [None] * len(others)
+    for same in (mask, mask.bool(), mask.int()):
+        assert same_bits(cache.load(key_of(ids, same)), embeds)
+    assert cache.save(key_of(ids, None), embeds + 1) and same_bits(cache.load(key_of(ids, None)), embeds + 1)
+    assert same_bits(cache.load(key_of(ids, mask)), embeds)
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"commits": []}, {"device": "cuda"}, {"more": None}])
 def test_the_identity_is_part_of_the_key(cache, change):
     """Another model, precision, device or version finds nothing and leaves the entry alone."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
-    other = EmbeddingCache(cache.folder, IDENTITY | change)
-    assert other.load(ids, mask) is None and other.save(ids, mask, embeds + 1)
-    assert same_bits(cache.load(ids, mask), embeds) and same_bits(other.load(ids, mask), embeds + 1)
+    key, embeds = prompt(0)
+    cache.save(key, embeds)
+    other = TensorCache(cache.folder, "embeddings", IDENTITY | change)
+    assert other.load(key) is None and other.save(key, embeds + 1)
+    assert same_bits(cache.load(key), embeds) and same_bits(other.load(key), embeds + 1)
 
 
 # Damage
@@ -176,32 +165,32 @@ def damaged(content: bytes, seed: int) -> list[bytes]:
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.bfloat16, 1)])
 def test_no_damage_gives_another_tensor(cache, dtype, seed, monkeypatch):
     """Every cut and every changed byte is noticed, where it changes anything, and logged; saving mends it."""
-    ids, mask, embeds = prompt(0, dtype)
-    cache.save(ids, mask, embeds)
-    path, logged = cache.path_of(ids, mask), []
-    monkeypatch.setattr(tensor_cache.logger, "warning", lambda text, *_: logged.append(text))
+    key, embeds = prompt(0, dtype)
+    cache.save(key, embeds)
+    path, logged = cache.path_of(key), []
+    monkeypatch.setattr(cache_module.logger, "warning", lambda text, *_: logged.append(text))
     cases, used = damaged(path.read_bytes(), seed), []
     for case in cases:
         path.write_bytes(case)
-        loaded = cache.load(ids, mask)
+        loaded = cache.load(key)
         used += [] if loaded is None else [same_bits(loaded, embeds)]
     assert len(cases) > 900 and all(used) and len(logged) == len(cases) - len(used)
     assert len(used) <= 8, "only the blanks behind the header may change unnoticed"
-    assert cache.save(ids, mask, embeds) and same_bits(cache.load(ids, mask), embeds)
+    assert cache.save(key, embeds) and same_bits(cache.load(key), embeds)
 
 
 def test_swapped_files_are_not_used(cache, caplog):
     """A file under another entry's name holds other embeddings, of whatever ids, identity or shape."""
-    entries = [(cache, *prompt(0)), (cache, *prompt(1)), (EmbeddingCache(cache.folder, {}), *prompt(0))]
+    entries = [(cache, *prompt(0)), (cache, *prompt(1)), (TensorCache(cache.folder, "embeddings", {}), *prompt(0))]
     contents = []
-    for owner, ids, mask, embeds in entries:
-        owner.save(ids, mask, embeds)
-        contents.append(owner.path_of(ids, mask).read_bytes())
+    for owner, key, embeds in entries:
+        owner.save(key, embeds)
+        contents.append(owner.path_of(key).read_bytes())
     for shift in (1, 2):
-        for index, (owner, ids, mask, _) in enumerate(entries):
-            owner.path_of(ids, mask).write_bytes(contents[(index + shift) % 3])
+        for index, (owner, key, _) in enumerate(entries):
+            owner.path_of(key).write_bytes(contents[(index + shift) % 3])
             caplog.clear()
-            assert owner.load(ids, mask) is None and "another entry's, under this name" in caplog.text
+            assert owner.load(key) is None and "another entry's, under this name" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -210,36 +199,36 @@ def test_swapped_files_are_not_used(cache, caplog):
 @pytest.mark.parametrize("metadata", [None, {}, {"key": "x", "identity": "{}"}, {"checksum": "0"}])
 def test_foreign_files_are_not_used(cache, tensors, metadata):
     """Valid safetensors that something else wrote under the same name count as damaged."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
-    cache.path_of(ids, mask).write_bytes(safetensors.torch.save(tensors, metadata))
-    assert cache.load(ids, mask) is None
+    key, embeds = prompt(0)
+    cache.save(key, embeds)
+    cache.path_of(key).write_bytes(safetensors.torch.save(tensors, metadata))
+    assert cache.load(key) is None
 
 
 def test_an_entry_that_cannot_be_read_is_none(cache, caplog):
     """A folder in its place is no reason to end a run, neither when loading nor when saving."""
-    ids, mask, embeds = prompt(0)
-    cache.path_of(ids, mask).mkdir(parents=True)
-    assert cache.load(ids, mask) is None and cache.save(ids, mask, embeds) is False
-    assert len(caplog.messages) == 2 and only_file(cache.folder) == cache.path_of(ids, mask)
+    key, embeds = prompt(0)
+    cache.path_of(key).mkdir(parents=True)
+    assert cache.load(key) is None and cache.save(key, embeds) is False
+    assert len(caplog.messages) == 2 and only_file(cache.folder) == cache.path_of(key)
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
     """The run goes on; prompts that follow do not repeat it."""
     (tmp_path / "file").touch()
-    cache = EmbeddingCache(tmp_path / "file" / "cache", IDENTITY)
+    cache = TensorCache(tmp_path / "file" / "cache", "embeddings", IDENTITY)
     assert [cache.save(*prompt(number)) for number in range(3)] == [False] * 3
     assert len(caplog.messages) == 1 and "cannot be cached in" in caplog.text and "goes on" in caplog.text
 
 
 def test_a_full_disk_leaves_no_part_behind(cache, caplog):
     """Neither under the final name nor under a temporary one; the old entry stays."""
-    ids, mask, embeds = prompt(0)
-    cache.save(ids, mask, embeds)
+    key, embeds = prompt(0)
+    cache.save(key, embeds)
     with files_limited_to(only_file(cache.folder).stat().st_size // 2):
-        assert cache.save(ids, mask, embeds + 1) is False
+        assert cache.save(key, embeds + 1) is False
     assert "File too large" in caplog.text
-    assert same_bits(cache.load(ids, mask), embeds) and only_file(cache.folder)
+    assert same_bits(cache.load(key), embeds) and only_file(cache.folder)
 
 
 @contextlib.contextmanager
@@ -289,19 +278,19 @@ def test_a_killed_writer_leaves_whole_entries(cache, caplog):
     assert all(path.name.startswith(".tensor-") or path.suffix == ".safetensors" for path in cache.folder.iterdir())
 
 
-def write_entries(cache: EmbeddingCache, rank: int, times: int) -> None:
+def write_entries(cache: TensorCache, rank: int, times: int) -> None:
     """Save four prompts over and over, each time with embeddings that tell who wrote them."""
     for _ in range(times):
         for number in range(4):
-            ids, mask, embeds = prompt(number, length=77)
-            if not cache.save(ids, mask, embeds + rank):
+            key, embeds = prompt(number, length=77)
+            if not cache.save(key, embeds + rank):
                 os._exit(1)
 
 
-def check_entry(cache: EmbeddingCache, number: int) -> bool:
+def check_entry(cache: TensorCache, number: int) -> bool:
     """Say whether there is an entry; if so, it is what one of the writers saved."""
-    ids, mask, embeds = prompt(number, length=77)
-    loaded = cache.load(ids, mask)
+    key, embeds = prompt(number, length=77)
+    loaded = cache.load(key)
     assert loaded is None or any(same_bits(loaded, embeds + rank) for rank in range(15))
     return loaded is not None
 
@@ -320,14 +309,14 @@ def test_a_file_is_written_elsewhere_and_renamed(cache, monkeypatch):
 def test_leftovers_go_after_a_day(cache, name):
     """Of any version; not those of a run that may still be alive, and nothing that the cache has not written."""
     cache.save(*prompt(0))
-    kept = [cache.path_of(*prompt(0)[:2]), cache.folder / f".{name}-mine.partial", cache.folder / "notes.partial"]
+    kept = [cache.path_of(prompt(0)[0]), cache.folder / f".{name}-mine.partial", cache.folder / "notes.partial"]
     young, old = (cache.folder / f".{name}-{digit * 16}.partial" for digit in "0f")
     for path, hours in [*((path, 1000) for path in kept), (young, 23), (old, 25)]:
         path.touch()
         os.utime(path, (time.time() - hours * 3600,) * 2)
-    again = EmbeddingCache(cache.folder, IDENTITY)
+    again = TensorCache(cache.folder, "embeddings", IDENTITY)
     assert sorted(cache.folder.iterdir()) == sorted([*kept, young])
-    assert same_bits(again.load(*prompt(0)[:2]), prompt(0)[2])
+    assert same_bits(again.load(prompt(0)[0]), prompt(0)[1])
 
 
 # Whose embeddings they are
@@ -370,16 +359,16 @@ def model(tmp_path) -> Path:
 @pytest.mark.parametrize("change", [change_content, touch, rename, add])
 def test_a_change_of_a_folder_changes_its_identity(model, change, tmp_path):
     """Then nothing that was cached is found."""
-    ids, mask, embeds = prompt(0)
+    key, embeds = prompt(0)
     identity = model_identity(str(model), None, TEXT)
-    EmbeddingCache(tmp_path / "cache", identity).save(ids, mask, embeds)
+    TensorCache(tmp_path / "cache", "embeddings", identity).save(key, embeds)
     (model / "unet" / "config.json").write_text("another U-Net")
     assert model_identity(f"{model}/../model/", None, TEXT) == identity
     assert same_bits(
-        EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask), embeds
+        TensorCache(tmp_path / "cache", "embeddings", model_identity(str(model), None, TEXT)).load(key), embeds
     )
     change(model)
-    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask) is None
+    assert TensorCache(tmp_path / "cache", "embeddings", model_identity(str(model), None, TEXT)).load(key) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
@@ -391,15 +380,15 @@ def test_a_pipe_in_a_model_is_not_waited_for(model):
 
 def test_files_that_are_gone_do_not_matter(model, tmp_path):
     """Whoever has all embeddings may delete gigabytes of weights, but not put others in their place."""
-    ids, mask, embeds = prompt(0)
+    key, embeds = prompt(0)
     weights = model / "text_encoder" / "more" / "model.safetensors"
-    EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).save(ids, mask, embeds)
+    TensorCache(tmp_path / "cache", "embeddings", model_identity(str(model), None, TEXT)).save(key, embeds)
     weights.unlink()
     assert same_bits(
-        EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask), embeds
+        TensorCache(tmp_path / "cache", "embeddings", model_identity(str(model), None, TEXT)).load(key), embeds
     )
     weights.write_text("other weights")
-    assert EmbeddingCache(tmp_path / "cache", model_identity(str(model), None, TEXT)).load(ids, mask) is None
+    assert TensorCache(tmp_path / "cache", "embeddings", model_identity(str(model), None, TEXT)).load(key) is None
 
 
 def test_parts_and_places_tell_folders_apart(model, tmp_path):

@@ -71,8 +71,10 @@ def test_resumed_equals_uninterrupted(trainer, class_images, tmp_path, case):
     scripts = [script for script in SCRIPTS if not (case == "dropout" and script == "full")]
     wholes = trainer.run_all({tmp_path / script: (script, flags) for script in scripts})
     parts = [continue_from(whole, 2, tmp_path / f"{whole.name}-part") for whole in wholes]
-    jobs = [trainer.start(*pair, f"{flags} --resume_from_checkpoint latest") for pair in zip(scripts, parts)]
-    for whole, job in zip(wholes, jobs):
+    jobs = [
+        trainer.start(*pair, f"{flags} --resume_from_checkpoint latest") for pair in zip(scripts, parts, strict=True)
+    ]
+    for whole, job in zip(wholes, jobs, strict=True):
         assert_resumed(whole, job.finish())
 
 
@@ -135,7 +137,7 @@ def test_gradient_checkpointing_changes_next_to_nothing(trainer, tmp_path, scrip
     common = "--train_text_encoder --max_train_steps 3"
     flags = {"without": common, "with": f"{common} --gradient_checkpointing"}
     outs = trainer.run_all({tmp_path / name: (script, text) for name, text in flags.items()})
-    for line, other in zip(*map(untimed, outs)):
+    for line, other in zip(*map(untimed, outs), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 
 
@@ -259,7 +261,7 @@ def test_two_processes_do_what_one_does(trainer, tmp_path, script):
     assert len({picture.tobytes() for picture in drawn[1]}) == 5
     assert names(one / "samples" / "step-000000") == names(two / "samples" / "step-000000")
     assert [line["step"] for line in read_metrics(two)] == [1, 2, 3]
-    for line, other in zip(untimed(one), untimed(two)):
+    for line, other in zip(untimed(one), untimed(two), strict=True):
         assert line == pytest.approx(other, abs=1e-4, rel=1e-3)
     mine, theirs = read_tensors(one), read_tensors(two)
     assert mine.keys() == theirs.keys()

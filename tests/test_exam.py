@@ -110,7 +110,10 @@ def test_enlarged_pictures_are_scored_by_topic_and_against_bilinear():
     rng = np.random.default_rng(0)
     truths = [shapes.draw(shapes.random_scene(rng, subject=SUBJECT), 64) for _ in range(4)]
     smalls = [truth.resize((16, 16), Image.Resampling.BICUBIC) for truth in truths]
-    rows = [Enlarged("subject", seed, truth, small, truth) for seed, (truth, small) in enumerate(zip(truths, smalls))]
+    rows = [
+        Enlarged("subject", seed, truth, small, truth)
+        for seed, (truth, small) in enumerate(zip(truths, smalls, strict=True))
+    ]
     scores = exam.score_enlarged(rows)
     assert scores["PSNR, subject"] == Estimate(60, 0) and scores["SSIM, subject"].value == pytest.approx(1)
     assert 15 < scores["PSNR, subject, bilinear"].value < 30 and scores["PSNR, subject, bilinear"].error > 0

@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.runs import wait_until
 from utils.core.errors import UserError
-from utils.data.images import IMAGE_SUFFIXES, inspect_folder
-from utils.run import checkpoints
-from utils.run.checkpoints import atomic_result, remove_leftovers, step_of, write_state
+from utils.data.list_images import IMAGE_SUFFIXES, inspect_folder
+from utils.run import atomic_folders
+from utils.run.atomic_folders import atomic_result, remove_leftovers
+from utils.run.checkpoints import step_of, write_state
 from utils.run.resume_checks import check_resume_keys
 
 ENDED = getattr(os, "WEXITED", 0) | getattr(os, "WNOHANG", 0) | getattr(os, "WNOWAIT", 0)  # but still to be asked
@@ -174,7 +175,7 @@ def test_an_error_while_writing_leaves_the_old_result(tmp_path):
 
 def test_a_half_replaced_result_is_never_loadable(tmp_path, monkeypatch):
     """Whichever rename is the last that happens, the index is there only with all new parts, or all old ones."""
-    rename = checkpoints.Path.rename
+    rename = atomic_folders.Path.rename
     seen = []
 
     def stop_at(path, target):
@@ -184,7 +185,7 @@ def test_a_half_replaced_result_is_never_loadable(tmp_path, monkeypatch):
         renamed.append(path.name)
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoints.Path, "rename", stop_at)
+    monkeypatch.setattr(atomic_folders.Path, "rename", stop_at)
     for limit in range(4):
         output, renamed = tmp_path / str(limit), []
         write_result(output, "old", "index.json", "unet/a", "vae/a")
@@ -253,7 +254,7 @@ def test_checkpoints_that_lie_ahead_are_set_aside(tmp_path, caplog, step, aside)
         if name != "checkpoint-500":
             write_state(tmp_path / name, step_of(tmp_path / name) or 0, {})
     with caplog.at_level(logging.WARNING):
-        checkpoints.open_folder(tmp_path, {}, step, None)
+        atomic_folders.open_folder(tmp_path, {}, step, None)
     assert [message.split()[0] for message in caplog.messages] == [f"checkpoint-{number}" for number in aside]
     assert sorted(int(path.name.split("-")[2]) for path in tmp_path.glob("passed-over-*")) == aside
     assert all((tmp_path / name).exists() for name in kept)
@@ -273,7 +274,7 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
                 status = 2
                 with contextlib.suppress(BaseException):
                     try:
-                        checkpoints.open_folder(tmp_path / str(number), {"seed": name}, 0, None)
+                        atomic_folders.open_folder(tmp_path / str(number), {"seed": name}, 0, None)
                         os.read(end, 1)
                         status = 0
                     except UserError as error:

@@ -140,7 +140,7 @@ REFUSALS = {  # token, flags, part of the message
     "wrong token": (WRONG_TOKEN, [], "the Hub refuses the token: 401 Invalid user token. The token from HF_TOKEN"),
     "wrong flag": (WRITE_TOKEN, ["--hub_token", WRONG_TOKEN], "the Hub refuses the token: 401"),
     "no login": (None, [], "there is no login for the Hub. Make a token with write role"),
-    "torn token": (None, ["--hub_token", "hf_token\n-of-nobody"], "the token has spaces or signs in it"),
+    "torn token": (None, ["--hub_token", "hf_token\n-of-nobody"], "The token has spaces or signs in it"),
     "read-only": (READ_TOKEN, [], f"the token of {USER} can only read. Make a token with write role"),
     "foreign": (
         WRITE_TOKEN,
@@ -238,7 +238,7 @@ def test_each_refusal_of_a_question_is_said_once_and_at_once(server, tmp_path):
     done = run_python(server, tmp_path, "-c", code)
     messages = done.stdout.splitlines()
     assert len(messages) == len(cases) and done.stderr == ""
-    for message, (_, _, words, advice) in zip(messages, cases):
+    for message, (_, _, words, advice) in zip(messages, cases, strict=True):
         assert words in message and advice in message
     assert [request.path for request in server.requests].count("/api/whoami-v2") == len(cases)
     assert not any(repository.files for repository in server.repositories.values())
@@ -357,7 +357,7 @@ def test_a_commit_that_is_refused_is_not_tried_again(server, tmp_path):
     )
     *messages, last = run_python(server, tmp_path, "-c", code, write_run(tmp_path / "dog", LORA)).stdout.splitlines()
     assert len(messages) == len(statuses) and last == f"{server.url}/{USER}/dog"
-    for message, status in zip(messages, statuses):
+    for message, status in zip(messages, statuses, strict=True):
         assert f"the upload to {USER}/dog failed: {status} made to fail" in message and "Try again with: " in message
     assert len([request for request in server.requests if "/commit/" in request.path]) == len(statuses) + 1
     assert server.repositories[f"{USER}/dog"].files == LORA

@@ -22,8 +22,9 @@ from tests.conftest import draw_picture
 from tests.hub_server import REPOSITORY, USER, WRITE_TOKEN, HubHandler, HubServer, Refusal, Repository
 from utils.core.errors import UserError
 from utils.data.captions import METADATA_FILE, find_captions
-from utils.data.images import list_images, open_rgb
-from utils.hub import hub_datasets
+from utils.data.decode_images import open_rgb
+from utils.data.list_images import find_images
+from utils.hub import dataset_rows, hub_datasets
 from utils.hub.hub_datasets import LISTING, export_dataset
 
 datasets = pytest.importorskip("datasets")
@@ -92,12 +93,12 @@ def write_parquet(path: Path, data) -> Path:
 
 def read(folder: Path) -> list[bytes]:
     """Return the bytes of an export's pictures in their order."""
-    return [path.read_bytes() for path in list_images(folder).images]
+    return [path.read_bytes() for path in find_images(folder).images]
 
 
 def captions(folder: Path) -> list[tuple[str, ...]]:
     """Return the captions of an export's pictures, as a run reads them."""
-    return list(find_captions("metadata", folder, list_images(folder).images, None, False).values())
+    return list(find_captions("metadata", folder, find_images(folder).images, None, False).values())
 
 
 def names(folder: Path) -> list[str]:
@@ -119,7 +120,7 @@ def test_a_folder_of_pictures(pictures, contents, cache):
     assert found.parent == cache / "datasets" and found.name.startswith("pictures-")
     assert names(found) == [LISTING, "000000.png", "000001.jpg", "000002.jpg", "000003.webp", "000004.gif"]
     assert read(found) == contents
-    assert [open_rgb(path).mode for path in list_images(found).images] == ["RGB"] * 5
+    assert [open_rgb(path).mode for path in find_images(found).images] == ["RGB"] * 5
     assert names(cache / "datasets") == [found.name]
 
 
@@ -239,10 +240,10 @@ def test_every_kind_of_picture_has_its_suffix(cache, tmp_path):
     kinds |= {"AVIF": ".avif"} if "AVIF" in {*Image.SAVE, *Image.registered_extensions().values()} else {}
     for kind in kinds:
         draw_picture(40, 40, 1).save(tmp_path / "x", kind)
-        assert hub_datasets._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
-    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
-    assert hub_datasets._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
-    assert hub_datasets._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
+        assert dataset_rows._suffix_of((tmp_path / "x").read_bytes(), "x.png") == kinds[kind]
+    assert dataset_rows._suffix_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "") == ".heic"
+    assert dataset_rows._suffix_of(b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1", "") == ".avif"
+    assert dataset_rows._suffix_of(b"MM\0*" + bytes(9), "") == ".tif"
 
 
 # What is refused.
@@ -402,7 +403,7 @@ def test_an_export_is_used_again(pictures, contents, cache, monkeypatch):
     """It is not made again, unless something that it depends on is another, or it lacks a file."""
     first = export_dataset(str(pictures), "image", None, cache, None)
     with monkeypatch.context() as patch:
-        patch.setattr(hub_datasets, "_write", None)
+        patch.setattr(hub_datasets, "write_rows", None)
         assert export_dataset(str(pictures), "image", None, cache, None) == first
         (first / ".DS_Store").touch()
         assert export_dataset(f"{pictures}/../pictures", "image", None, cache, None) == first

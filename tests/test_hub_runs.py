@@ -106,7 +106,7 @@ def runs(patient_upload, hubs, trainer, tmp_path_factory) -> dict[str, Run]:
         return run
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        return dict(zip(CASES, pool.map(run, CASES)))
+        return dict(zip(CASES, pool.map(run, CASES), strict=True))
 
 
 def start_upload(trainer: Trainer, hub: HubServer, out: Path, **limits: str) -> subprocess.Popen:

@@ -120,7 +120,7 @@ def test_gradient_checkpointing_changes_next_to_nothing(trainer, models, tmp_pat
     for script, stage in PAIRS[::3]:
         texts = {"without": "--train_variance", "with": "--train_variance --gradient_checkpointing"}
         flags = {tmp_path / stage / name: (script, flags_of(models, stage, text)) for name, text in texts.items()}
-        for line, other in zip(*map(untimed, trainer.run_all(flags))):
+        for line, other in zip(*map(untimed, trainer.run_all(flags)), strict=True):
             assert line == pytest.approx(other, rel=1e-4)
 
 

@@ -63,7 +63,7 @@ def capture(unet, calls: list):
 
     def remember(module, args, kwargs):
         names = ("sample", "timestep")
-        calls.append(dict(zip(names, args)) | kwargs)
+        calls.append(dict(zip(names, args, strict=False)) | kwargs)
 
     return unet.register_forward_pre_hook(remember, with_kwargs=True)
 
@@ -252,7 +252,7 @@ def test_prompts_are_fed_as_when_the_pipeline_is_called(script, models, pipeline
     again = script.encode_prompts(args, accelerator, plan)
     assert sorted(first.texts) == sorted(WORDS)
     assert first.ids.shape == first.mask.shape == (4, 77)
-    lengths = dict(zip(first.texts, first.mask.sum(dim=1).tolist()))
+    lengths = dict(zip(first.texts, first.mask.sum(dim=1).tolist(), strict=True))
     assert lengths[""] == 1 and 5 < lengths[WORDS[0]] < lengths[WORDS[1]] < lengths[WORDS[3]] == 77
     assert first.embeds.shape == (4, 77, 48) and torch.equal(first.embeds, again.embeds)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
@@ -312,9 +312,9 @@ def test_the_bound_by_hand(timestep):
     noise = chance.normal(size=10).tolist()
     kept = float(ALPHAS[timestep])
     true = chance.normal(size=10)
-    noisy = [math.sqrt(kept) * picture + math.sqrt(1 - kept) * one for picture, one in zip(clean, true)]
+    noisy = [math.sqrt(kept) * picture + math.sqrt(1 - kept) * one for picture, one in zip(clean, true, strict=True)]
     variance = chance.uniform(-1.2, 1.2, 10).tolist()
-    wanted = [bound_by_hand(*numbers, timestep) for numbers in zip(noise, variance, clean, noisy)]
+    wanted = [bound_by_hand(*numbers, timestep) for numbers in zip(noise, variance, clean, noisy, strict=True)]
     found = bound(noise, variance, clean, noisy, [timestep] * 10)
     assert found.tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     single = bound(noise, variance, clean, noisy, [timestep] * 10, torch.float32)
@@ -334,7 +334,10 @@ def test_the_bound_is_the_mean_of_an_examples_numbers():
     found = train_dreambooth.weighted_mean(terms, light.double())
     for place, timestep in enumerate(timesteps):
         numbers = (tensor[place].flatten().tolist() for tensor in pictures)
-        terms, weights = [bound_by_hand(*four, timestep) for four in zip(*numbers)], light[place].flatten().tolist()
+        terms, weights = (
+            [bound_by_hand(*four, timestep) for four in zip(*numbers, strict=True)],
+            light[place].flatten().tolist(),
+        )
         assert found[place].item() == pytest.approx(np.average(terms, weights=3 * weights), rel=1e-6)
 
 

@@ -232,7 +232,7 @@ def cut_out(path: Path, index: int, flags: str) -> torch.Tensor:
         left, top = (margin // 2 for margin in margins)
     elif "shifted_center" in flags:
         shifts = [round(chance.uniform(-1, 1) * edge / 10) for edge in (width, height)]
-        left, top = (min(max(margin // 2 + shift, 0), margin) for margin, shift in zip(margins, shifts))
+        left, top = (min(max(margin // 2 + shift, 0), margin) for margin, shift in zip(margins, shifts, strict=True))
     else:
         left, top = (chance.randint(0, margin) for margin in margins)
     pixels = np.asarray(image)[top : top + height, left : left + width]
@@ -737,7 +737,7 @@ def test_previews_are_left_out_that_have_nothing_to_enlarge(models, tmp_path):
     )
     previews = preview_pipeline.list_previews([Size(16, 16)], 2, seed=0)
     draw_picture(4, 4, 0).save(tmp_path / previews[1].name)
-    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), base.encode_prompt("a dog")))
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), base.encode_prompt("a dog"), strict=True))
     preview_pipeline.draw(pipeline, previews, tmp_path / "drawn", tmp_path, **embeds, num_inference_steps=2)
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == [previews[1].name]
 

@@ -13,9 +13,11 @@ from PIL import Image, ImageCms, ImageFont
 
 import train_dreambooth_lora
 from tests.conftest import make_dataset, visit_of
+from utils.core.atomic_files import save_png
 from utils.core.errors import UserError
-from utils.data import images
-from utils.data.images import IMAGE_SUFFIXES, inspect_images, list_images, open_rgb, save_png
+from utils.data import decode_images
+from utils.data.decode_images import open_rgb
+from utils.data.list_images import IMAGE_SUFFIXES, find_images, inspect_images
 from utils.sampling.image_grid import _wrap, make_grid
 
 RNG = np.random.default_rng(0)
@@ -101,7 +103,7 @@ def curve(gamma=None, samples=()):
 
 def rgb_profile(primaries, tone):
     """Build an RGB profile from its primaries (columns, XYZ under D50) and one tone curve."""
-    colors = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T)}
+    colors = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T, strict=True)}
     return make_profile(b"RGB ", colors | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), tone))
 
 
@@ -156,7 +158,7 @@ def test_listing_is_sorted_and_complete(tmp_path):
     for name in images + others + hidden[:2] + inside_hidden:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    listing = list_images(tmp_path)
+    listing = find_images(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in listing.images] == images
     assert [path.relative_to(tmp_path).as_posix() for path in listing.skipped] == sorted(others + hidden)
 
@@ -166,13 +168,13 @@ def test_listing_counts_every_suffix_and_a_hidden_folder_that_is_named(tmp_path)
     folder.mkdir()
     for suffix in IMAGE_SUFFIXES:
         (folder / f"x{suffix.upper()}").touch()
-    assert len(list_images(folder).images) == len(IMAGE_SUFFIXES) == 11
+    assert len(find_images(folder).images) == len(IMAGE_SUFFIXES) == 11
 
 
 def test_listing_order_does_not_depend_on_how_accents_are_stored(tmp_path):
     for name in ("f.jpg", "e\u0301.jpg"):  # as one character, é sorts after f; as e and an accent, before it
         (tmp_path / name).touch()
-    assert [path.name for path in list_images(tmp_path).images] == ["f.jpg", "e\u0301.jpg"]
+    assert [path.name for path in find_images(tmp_path).images] == ["f.jpg", "e\u0301.jpg"]
 
 
 def test_listing_follows_links_and_ends_at_loops(tmp_path):
@@ -185,7 +187,7 @@ def test_listing_follows_links_and_ends_at_loops(tmp_path):
     links |= {"z_again": folder / "sub", "up": tmp_path, "sub/loop": folder, "linked": outside}
     for name, target in links.items():
         (folder / name).symlink_to(target)
-    listing = list_images(folder)
+    listing = find_images(folder)
     found = [path.relative_to(folder).as_posix() for path in listing.images]
     assert found == ["file.jpg", "gone.jpg", "linked/deep/o.png", "linked/o.jpg", "self.jpg", "sub/s.png"]
     assert [path.relative_to(folder).as_posix() for path in listing.skipped] == ["sub/loop", "up", "z_again"]
@@ -195,7 +197,7 @@ def test_listing_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     for name, reason in (("none", "No such file"), ("file", "Not a directory")):
         with pytest.raises(UserError, match=f"{name} cannot be listed: {reason}"):
-            list_images(tmp_path / name)
+            find_images(tmp_path / name)
 
 
 # Opening: formats and depths
@@ -788,7 +790,7 @@ def test_grid_refuses_what_does_not_fit(count, columns, options, message):
 def test_shrinking_stepwise_ends_at_the_size(tmp_path, edges):
     """However small, and whether there is anything to shrink; a plain picture stays plain."""
     Image.new("RGB", (edges[0], edges[0]), (10, 200, 90)).save(tmp_path / "plain.png")
-    found = images.open_scaled(tmp_path / "plain.png", (edges[1], edges[1]), Image.Resampling.LANCZOS, True)
+    found = decode_images.open_scaled(tmp_path / "plain.png", (edges[1], edges[1]), Image.Resampling.LANCZOS, True)
     assert found.size == (edges[1], edges[1])
     assert set(found.get_flattened_data()) == {(10, 200, 90)}
 
@@ -798,7 +800,7 @@ def test_shrinking_stepwise_is_close_to_one_step_and_softer(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     sizes = (tmp_path / "noise.png", (60, 60), Image.Resampling.LANCZOS)
-    one, many = (np.asarray(images.open_scaled(*sizes, stepwise), int) for stepwise in (False, True))
+    one, many = (np.asarray(decode_images.open_scaled(*sizes, stepwise), int) for stepwise in (False, True))
     assert 0 < np.abs(one - many).mean() < 10
     assert np.abs(np.diff(many, axis=0)).mean() < np.abs(np.diff(one, axis=0)).mean()
 
@@ -807,13 +809,13 @@ def test_pictures_are_remembered_up_to_their_bytes(monkeypatch):
     """Those that were used last; one that is larger than all of the memory, too, until the next one."""
     made = []
 
-    @images.ByteLimitedCache
+    @decode_images.ByteLimitedCache
     def draw(number: int, edge: int) -> Image.Image:
         """Draw a picture."""
         made.append(number)
         return Image.new("RGB", (edge, edge), (number, 0, 0))
 
-    monkeypatch.setattr(images.ByteLimitedCache, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
+    monkeypatch.setattr(decode_images.ByteLimitedCache, "BUDGET", 3 * 10 * 10 * 4)  # three of 10 px
     for number in (0, 1, 2, 0, 1, 2, 0, 3, 2, 0, 1):
         assert draw(number, 10).getpixel((0, 0)) == (number, 0, 0)
     assert made == [0, 1, 2, 3, 1], "1 was used longest ago when 3 came"
@@ -825,9 +827,9 @@ def test_a_size_is_read_once_for_each_state_of_a_file(tmp_path):
     """Another picture under the same name has its own size; one that is gone is an error."""
     path = tmp_path / "photo.png"
     Image.new("RGB", (6, 4)).save(path)
-    assert images.upright_size(path) == (6, 4)
+    assert decode_images.upright_size(path) == (6, 4)
     Image.new("RGB", (40, 60)).save(path)
-    assert images.upright_size(path) == (40, 60)
+    assert decode_images.upright_size(path) == (40, 60)
     path.unlink()
     with pytest.raises(UserError, match="photo"):
-        images.upright_size(path)
+        decode_images.upright_size(path)

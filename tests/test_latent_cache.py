@@ -10,13 +10,11 @@ from pathlib import Path
 import diffusers
 import huggingface_hub
 import pytest
-import safetensors.torch
 import torch
 
 from utils.core.errors import UserError
-from utils.data import tensor_cache
-from utils.data.embedding_cache import open_cache
-from utils.data.latent_cache import LatentCache, content_hash, open_latents
+from utils.data import cache as cache_module
+from utils.data.cache import TensorCache, check_moments, content_hash, open_cache
 
 IDENTITY = {"model": "owner/name", "commits": [["vae", "abc"]], "dtype": "fp32"}
 KEY = ["0" * 40, [64, 80], [0, 8, 64, 72], False, "bicubic"]
@@ -24,10 +22,10 @@ FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None  # a
 
 
 def photo(number: int, dtype: torch.dtype = torch.float32, shape: tuple = (2, 4, 6, 5)):
-    """Return key, moments and label that belong together and to no other number."""
+    """Return key and moments that belong together and to no other number."""
     moments = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
     moments[1] = moments[1].abs()
-    return [f"{number:040x}", *KEY[1:]], moments, f"{number}.png"
+    return [f"{number:040x}", *KEY[1:]], moments
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -37,9 +35,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.fixture
-def cache(tmp_path) -> LatentCache:
+def cache(tmp_path) -> TensorCache:
     """Make a cache in a folder that does not exist yet."""
-    return LatentCache(tmp_path / "new" / "cache", IDENTITY)
+    return TensorCache(tmp_path / "new" / "cache", "latents", IDENTITY)
 
 
 # What is saved comes back
@@ -54,8 +52,8 @@ def test_what_a_vae_makes_comes_back_bit_for_bit(cache, dtype, caplog):
         posterior = vae.encode(torch.rand(1, 3, 16, 12).to(dtype) * 2 - 1).latent_dist
     moments = torch.cat([posterior.mean, posterior.std])
     caplog.clear()
-    assert cache.load(KEY) is None and cache.save(KEY, moments, "dog.jpg") and not caplog.messages
-    loaded = LatentCache(cache.folder, dict(reversed(IDENTITY.items()))).load(KEY)
+    assert cache.load(KEY) is None and cache.save(KEY, moments) and not caplog.messages
+    loaded = TensorCache(cache.folder, "latents", dict(reversed(IDENTITY.items()))).load(KEY)
     assert loaded.dtype == dtype and loaded.shape == (2, 4, 16, 12) and same_bits(loaded, moments)
     mean, std = loaded.split(1)
     assert same_bits(mean, posterior.mean) and same_bits(std, posterior.std)
@@ -66,9 +64,9 @@ def test_what_a_vae_makes_comes_back_bit_for_bit(cache, dtype, caplog):
 @pytest.mark.parametrize(("edge", "dtype", "kilobytes"), [(512, torch.float32, 131), (512, torch.float16, 66)])
 def test_a_picture_takes_little_more_than_its_numbers(cache, edge, dtype, kilobytes):
     """Of Stable Diffusion: mean and deviation of four channels for every eight pixels, and a kilobyte about them."""
-    key, _, label = photo(0)
+    key, _ = photo(0)
     moments = torch.rand(2, 4, edge // 8, edge // 8).to(dtype)
-    assert cache.save(key, moments, label)
+    assert cache.save(key, moments)
     (entry,) = cache.folder.iterdir()
     assert moments.nbytes < entry.stat().st_size < moments.nbytes + 1500
     assert round(moments.nbytes / 1000) == kilobytes  # as the README has it
@@ -76,9 +74,9 @@ def test_a_picture_takes_little_more_than_its_numbers(cache, edge, dtype, kiloby
 
 def test_views_and_gradients_are_saved_as_numbers(cache):
     """A slice of a batch that needs a gradient is written alone, and its loaded copy needs none."""
-    key, moments, label = photo(0)
+    key, moments = photo(0)
     batch = torch.stack([moments * 2, moments]).transpose(-1, -2).contiguous().requires_grad_().transpose(-1, -2)
-    assert not batch[1].is_contiguous() and cache.save(key, batch[1], label)
+    assert not batch[1].is_contiguous() and cache.save(key, batch[1])
     loaded = cache.load(key)
     assert same_bits(loaded, moments) and not loaded.requires_grad
     assert cache.path_of(key).stat().st_size < moments.nbytes + 1000
@@ -87,26 +85,15 @@ def test_views_and_gradients_are_saved_as_numbers(cache):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_moments_come_back_to_the_cpu(cache):
     """In the same bits, and for that GPU by name."""
-    key, moments, label = photo(0)
-    assert cache.save(key, moments.cuda(), label) and same_bits(cache.load(key), moments)
-    assert tensor_cache.circumstances("cuda", [])["device"] == torch.cuda.get_device_name()
-
-
-def test_the_label_is_no_part_of_the_key(cache):
-    """Two names of one content share an entry; a name that is no text can be written, too."""
-    key, moments, _ = photo(0)
-    for label in ("dog.jpg", "Hünd\n.jpg", os.fsdecode(b"\xff.jpg")):
-        assert cache.save(key, moments, label) and same_bits(cache.load(key), moments)
-    (path,) = cache.folder.iterdir()
-    assert tensor_cache.read_entry(path).label == "\\udcff.jpg"
-    with safetensors.safe_open(path, "pt") as file:
-        assert file.keys() == ["moments"] and file.metadata()["label"] == "\\udcff.jpg"
+    key, moments = photo(0)
+    assert cache.save(key, moments.cuda()) and same_bits(cache.load(key), moments)
+    assert cache_module.circumstances("cuda", [])["device"] == torch.cuda.get_device_name()
 
 
 def test_loading_is_use(cache):
     """The entry's time says when it was last loaded; a damaged one's stays."""
-    key, moments, label = photo(0)
-    cache.save(key, moments, label)
+    key, moments = photo(0)
+    cache.save(key, moments)
     path = cache.path_of(key)
     os.utime(path, (1, 1))
     assert cache.load(key) is not None and time.time() - path.stat().st_mtime < 60
@@ -117,8 +104,8 @@ def test_loading_is_use(cache):
 
 def test_a_time_that_cannot_be_set_is_no_error(cache, monkeypatch, caplog):
     """A cache on a read-only disk serves as well."""
-    key, moments, label = photo(0)
-    cache.save(key, moments, label)
+    key, moments = photo(0)
+    cache.save(key, moments)
     monkeypatch.setattr(os, "utime", refuse)
     assert same_bits(cache.load(key), moments) and not caplog.messages
 
@@ -130,13 +117,12 @@ def refuse(*_) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", [0, 1])
-def test_numbers_that_are_none_are_refused(cache, part, number):
+def test_numbers_that_are_none_are_refused(part, number):
     """What overflowed would come back in every epoch; the message names the photo."""
-    key, moments, _ = photo(0, torch.float16)
+    _, moments = photo(0, torch.float16)
     moments[part, 3, 5, 4] = number
     with pytest.raises(UserError, match=r"1 of the 240 numbers .* dog\.jpg are NaN or infinite, in torch\.float16"):
-        cache.save(key, moments, "dog.jpg")
-    assert not cache.folder.exists()
+        check_moments(moments, "dog.jpg")
 
 
 @pytest.mark.parametrize(
@@ -149,11 +135,10 @@ def test_numbers_that_are_none_are_refused(cache, part, number):
         (-torch.ones(2, 4, 6, 5), r"below 0, as no standard deviation has: is it the log variance\?"),
     ],
 )
-def test_what_are_no_moments_is_refused(cache, moments, message):
+def test_what_are_no_moments_is_refused(moments, message):
     """A batch, a sample or the VAE's raw output is a mistake of the caller."""
     with pytest.raises(ValueError, match=message):
-        cache.save(KEY, moments, "dog.jpg")
-    assert not cache.folder.exists()
+        check_moments(moments, "dog.jpg")
 
 
 # What belongs to something else does not
@@ -175,9 +160,9 @@ def test_what_are_no_moments_is_refused(cache, moments, message):
 )
 def test_another_picture_is_another_entry(cache, other):
     """Another content, size, crop, flip or filter; each is kept beside the others."""
-    _, moments, label = photo(0)
-    cache.save(KEY, moments, label)
-    assert cache.load(other) is None and cache.save(other, moments + 1, label)
+    _, moments = photo(0)
+    cache.save(KEY, moments)
+    assert cache.load(other) is None and cache.save(other, moments + 1)
     assert same_bits(cache.load(KEY), moments) and same_bits(cache.load(other), moments + 1)
     assert same_bits(cache.load([tuple(part) if isinstance(part, list) else part for part in KEY]), moments)
 
@@ -188,17 +173,17 @@ def test_another_picture_is_another_entry(cache, other):
 )
 def test_another_vae_is_another_entry(cache, change):
     """Another model, revision, precision or version finds nothing and leaves the entry alone; no one sets the kind."""
-    key, moments, label = photo(0)
-    cache.save(key, moments, label)
-    other = LatentCache(cache.folder, IDENTITY | change)
+    key, moments = photo(0)
+    cache.save(key, moments)
+    other = TensorCache(cache.folder, "latents", IDENTITY | change)
     assert (other.load(key) is None) == ("kind" not in change)
-    assert other.save(key, moments + 1, label) and same_bits(other.load(key), moments + 1)
+    assert other.save(key, moments + 1) and same_bits(other.load(key), moments + 1)
     assert same_bits(cache.load(key), moments + ("kind" in change))
 
 
 def test_kinds_are_apart(tmp_path):
     """The same identity and key give embeddings and latents an entry each."""
-    caches = [tensor_cache.TensorCache(tmp_path, kind, IDENTITY) for kind in tensor_cache.KINDS]
+    caches = [cache_module.TensorCache(tmp_path, kind, IDENTITY) for kind in cache_module.KINDS]
     for number, cache in enumerate(caches):
         assert cache.load(KEY) is None and cache.save(KEY, torch.full((3,), number))
     assert [cache.load(KEY).tolist() for cache in caches] == [[0] * 3, [1] * 3]
@@ -207,7 +192,7 @@ def test_kinds_are_apart(tmp_path):
 @pytest.mark.parametrize("tensor", [torch.tensor(1.5), torch.zeros(0, 3), torch.tensor([True]), torch.arange(3)])
 def test_tensors_of_any_shape_and_dtype_come_back(tmp_path, tensor):
     """Numbers, nothing, and what is no float."""
-    cache = tensor_cache.TensorCache(tmp_path, "latents", {})
+    cache = cache_module.TensorCache(tmp_path, "latents", {})
     assert cache.save("key", tensor)
     loaded = cache.load("key")
     assert loaded.dtype == tensor.dtype and loaded.shape == tensor.shape and torch.equal(loaded, tensor)
@@ -252,31 +237,31 @@ def corrupt(paths: list[Path], contents: list[bytes], chance: random.Random) -> 
 def test_no_corruption_gives_another_tensor(cache, dtype, seed, monkeypatch):
     """A thousand of each: every load gives what was saved, or a warning and nothing; saving mends it."""
     entries, chance, logged = [photo(number, dtype) for number in range(4)], random.Random(seed), []
-    caches = [cache, cache, cache, LatentCache(cache.folder, IDENTITY | {"dtype": "bf16"})]
-    for owner, entry in zip(caches, entries):
+    caches = [cache, cache, cache, TensorCache(cache.folder, "latents", IDENTITY | {"dtype": "bf16"})]
+    for owner, entry in zip(caches, entries, strict=True):
         owner.save(*entry)
-    paths = [owner.path_of(key) for owner, (key, _, _) in zip(caches, entries)]
+    paths = [owner.path_of(key) for owner, (key, _) in zip(caches, entries, strict=True)]
     contents = [path.read_bytes() for path in paths]
-    monkeypatch.setattr(tensor_cache.logger, "warning", lambda text, *_: logged.append(text))
+    monkeypatch.setattr(cache_module.logger, "warning", lambda text, *_: logged.append(text))
     refused = 0
     for _ in range(1000):
         corrupt(paths, contents, chance)
-        for owner, (key, moments, _), path, content in zip(caches, entries, paths, contents):
+        for owner, (key, moments), path, content in zip(caches, entries, paths, contents, strict=True):
             loaded = owner.load(key)
             assert loaded is None or same_bits(loaded, moments)
             refused += loaded is None
             path.write_bytes(content)
     assert len(logged) == refused > 950
-    assert all(same_bits(owner.load(key), moments) for owner, (key, moments, _) in zip(caches, entries))
+    assert all(same_bits(owner.load(key), moments) for owner, (key, moments) in zip(caches, entries, strict=True))
 
 
 def test_each_changed_bit_is_noticed(cache, monkeypatch):
     """One at a time, all over a small file; but for the blanks behind its header nothing may change."""
-    key, moments, label = photo(0, torch.float16, (2, 1, 3, 2))
-    cache.save(key, moments, label)
+    key, moments = photo(0, torch.float16, (2, 1, 3, 2))
+    cache.save(key, moments)
     path = cache.path_of(key)
     content, used = path.read_bytes(), 0
-    monkeypatch.setattr(tensor_cache.logger, "warning", lambda *_: None)
+    monkeypatch.setattr(cache_module.logger, "warning", lambda *_: None)
     for place in range(len(content)):
         for bit in range(8):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
@@ -289,7 +274,7 @@ def test_each_changed_bit_is_noticed(cache, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"{}", b"[]" * 20, b"\xff" * 100, b"\2\0\0\0\0\0\0\0{}"])
 def test_what_is_no_safetensors_is_damage(cache, content, caplog):
     """Whatever type of error it raises."""
-    cache.save(KEY, *photo(0)[1:])
+    cache.save(KEY, photo(0)[1])
     cache.path_of(KEY).write_bytes(content)
     assert cache.load(KEY) is None and "cannot be used and are made anew: it is" in caplog.text
 
@@ -297,7 +282,7 @@ def test_what_is_no_safetensors_is_damage(cache, content, caplog):
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
     """The run goes on; photos that follow do not repeat it."""
     (tmp_path / "file").touch()
-    cache = LatentCache(tmp_path / "file" / "cache", IDENTITY)
+    cache = TensorCache(tmp_path / "file" / "cache", "latents", IDENTITY)
     assert cache.load(KEY) is None and not caplog.messages
     assert [cache.save(*photo(number)) for number in range(3)] == [False] * 3
     assert len(caplog.messages) == 1 and "Latents cannot be cached in" in caplog.text
@@ -345,21 +330,21 @@ def test_a_killed_writer_leaves_whole_entries(cache, caplog):
         assert writer.exitcode == -signal.SIGKILL
         found = [check_entry(cache, number) for number in range(4)]
     assert all(found) and not caplog.messages
-    assert all(tensor_cache.LEFTOVER.fullmatch(p.name) or p.suffix == ".safetensors" for p in cache.folder.iterdir())
+    assert all(cache_module.LEFTOVER.fullmatch(p.name) or p.suffix == ".safetensors" for p in cache.folder.iterdir())
 
 
-def write_entries(cache: LatentCache, rank: int, times: int) -> None:
+def write_entries(cache: TensorCache, rank: int, times: int) -> None:
     """Save four photos over and over, each time with moments that tell who wrote them."""
     entries = [photo(number, shape=(2, 4, 64, 48)) for number in range(4)]
     for _ in range(times):
-        for key, moments, label in entries:
-            if not cache.save(key, moments + rank, label):
+        for key, moments in entries:
+            if not cache.save(key, moments + rank):
                 os._exit(1)
 
 
-def check_entry(cache: LatentCache, number: int) -> bool:
+def check_entry(cache: TensorCache, number: int) -> bool:
     """Say whether there is an entry; if so, it is what one of the writers saved."""
-    key, moments, _ = photo(number, shape=(2, 4, 64, 48))
+    key, moments = photo(number, shape=(2, 4, 64, 48))
     loaded = cache.load(key)
     assert loaded is None or any(same_bits(loaded, moments + rank) for rank in range(15))
     return loaded is not None
@@ -379,19 +364,19 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture
 def options(model, tmp_path) -> dict:
-    """Return arguments of `open_latents`."""
+    """Return arguments of `open_cache`."""
     source = (str(model), None, None)
     return {"folder": str(tmp_path / "cache"), "source": source, "variant": None, "dtype": "fp32", "device": "cpu"}
 
 
 def test_only_the_vae_counts(options, model):
     """Another U-Net or text encoder finds the same latents; the prompts of the model are no latents."""
-    open_latents(**options).save(*photo(0))
+    open_cache("latents", **options).save(*photo(0))
     for part in ("unet", "text_encoder"):
         (model / part / "config.json").write_text("another")
-    cache = open_latents(**options)
+    cache = open_cache("latents", **options)
     assert same_bits(cache.load(photo(0)[0]), photo(0)[1])
-    assert open_cache(**options).tensors.path_of(photo(0)[0]) != cache.path_of(photo(0)[0])
+    assert open_cache("embeddings", **options).path_of(photo(0)[0]) != cache.path_of(photo(0)[0])
 
 
 def change_content(vae: Path) -> None:
@@ -426,78 +411,78 @@ def test_a_vae_that_was_changed_is_another(options, model, change, caplog):
     """Its old latents are not used, which is said once, and are replaced."""
     entries = [photo(number) for number in range(3)]
     for entry in entries:
-        open_latents(**options).save(*entry)
+        open_cache("latents", **options).save(*entry)
     change(model / "vae")
-    cache = open_latents(**options)
-    assert [cache.load(key) for key, _, _ in entries] == [None] * 3
+    cache = open_cache("latents", **options)
+    assert [cache.load(key) for key, _ in entries] == [None] * 3
     assert len(caplog.messages) == 1 and "the model has other files now (vae/model" in caplog.text
-    for key, moments, label in entries:
-        assert cache.save(key, moments + 1, label) and same_bits(open_latents(**options).load(key), moments + 1)
+    for key, moments in entries:
+        assert cache.save(key, moments + 1) and same_bits(open_cache("latents", **options).load(key), moments + 1)
 
 
 def test_an_entry_cannot_be_made_to_fit(options, model, caplog):
     """What it says of the VAE's files and whose it is stands under the checksum."""
-    key, moments, label = photo(0)
-    cache = open_latents(**options)
-    cache.save(key, moments, label)
+    key, moments = photo(0)
+    cache = open_cache("latents", **options)
+    cache.save(key, moments)
     content = cache.path_of(key).read_bytes()
     (model / "vae" / "config.json").write_text("vae/other.json!")
     assert len("vae/config.json") == len("vae/other.json!")
-    now = open_latents(**options)
-    listed = [b",".join(str(number).encode() for number in one.tensors.files[0][1:]) for one in (cache, now)]
+    now = open_cache("latents", **options)
+    listed = [b",".join(str(number).encode() for number in one.files[0][1:]) for one in (cache, now)]
     cache.path_of(key).write_bytes(content.replace(*(text.replace(b",", b", ") for text in listed)))
     assert cache.path_of(key).read_bytes() != content and now.load(key) is None and "it is damaged" in caplog.text
-    other = open_latents(**options | {"dtype": "bf16"})
-    other.save(key, moments + 1, label)
+    other = open_cache("latents", **options | {"dtype": "bf16"})
+    other.save(key, moments + 1)
     other.path_of(key).write_bytes(content)
     assert other.load(key) is None and "it is another entry's" in caplog.text
 
 
 def test_an_entry_of_another_identity_is_not_used(cache, caplog, monkeypatch):
     """Not even where the names are the same."""
-    key, moments, label = photo(0)
-    cache.save(key, moments, label)
-    other = LatentCache(cache.folder, IDENTITY | {"dtype": "bf16"})
-    monkeypatch.setattr(other.tensors, "path_of", cache.path_of)
+    key, moments = photo(0)
+    cache.save(key, moments)
+    other = TensorCache(cache.folder, "latents", IDENTITY | {"dtype": "bf16"})
+    monkeypatch.setattr(other, "path_of", cache.path_of)
     assert other.load(key) is None and "it is another model's" in caplog.text
 
 
 def test_a_vae_that_is_gone_costs_nothing(options, model):
     """Its latents may still be used."""
-    open_latents(**options).save(*photo(0))
+    open_cache("latents", **options).save(*photo(0))
     (model / "vae" / "model.safetensors").unlink()
-    assert same_bits(open_latents(**options).load(photo(0)[0]), photo(0)[1])
+    assert same_bits(open_cache("latents", **options).load(photo(0)[0]), photo(0)[1])
 
 
 @pytest.mark.parametrize("change", [{"variant": "fp16"}, {"dtype": "bf16"}, {"device": "mps"}])
 def test_what_else_decides_the_bits_is_another_entry(options, change):
     """A variant of the weights, a precision, a device."""
-    open_latents(**options).save(*photo(0))
-    assert open_latents(**options | change).load(photo(0)[0]) is None
+    open_cache("latents", **options).save(*photo(0))
+    assert open_cache("latents", **options | change).load(photo(0)[0]) is None
 
 
 @pytest.mark.parametrize("package", [torch, diffusers])
 def test_versions_and_threads_decide_the_bits(options, package, monkeypatch):
     """Another one of either finds nothing."""
-    open_latents(**options).save(*photo(0))
+    open_cache("latents", **options).save(*photo(0))
     with monkeypatch.context() as patch:
         patch.setattr(package, "__version__", "0.0.1")
-        assert open_latents(**options).load(photo(0)[0]) is None
+        assert open_cache("latents", **options).load(photo(0)[0]) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
-    assert open_latents(**options).load(photo(0)[0]) is None
+    assert open_cache("latents", **options).load(photo(0)[0]) is None
 
 
 def test_a_gpus_name_and_arithmetic_decide_the_bits(monkeypatch):
     """TF32 rounds, and deterministic kernels add in another order."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    found = [tensor_cache.circumstances("cuda", ["1"])]
+    found = [cache_module.circumstances("cuda", ["1"])]
     for arithmetic in (torch.backends.cuda.matmul, torch.backends.cudnn):
         usual = arithmetic.allow_tf32
         arithmetic.allow_tf32 = not usual
-        found.append(tensor_cache.circumstances("cuda", ["1"]))
+        found.append(cache_module.circumstances("cuda", ["1"]))
         arithmetic.allow_tf32 = usual
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    found.append(tensor_cache.circumstances("cuda", ["1"]))
+    found.append(cache_module.circumstances("cuda", ["1"]))
     assert found[0]["device"] == "A GPU" and all(found.count(one) == 1 for one in found)
 
 
@@ -512,21 +497,21 @@ def test_a_revision_of_the_hub_is_its_commit(tmp_path, options, monkeypatch):
     found = []
     for digit in "121":
         (hub / "refs" / "main").write_text(digit * 40)
-        cache = open_latents(**options | {"source": ("owner/name", None, None)})
-        assert cache.path_of(KEY) == open_latents(**options | {"source": ("owner/name", digit * 40, None)}).path_of(
-            KEY
-        )
+        cache = open_cache("latents", **options | {"source": ("owner/name", None, None)})
+        assert cache.path_of(KEY) == open_cache(
+            "latents", **options | {"source": ("owner/name", digit * 40, None)}
+        ).path_of(KEY)
         found.append(cache.load(KEY))
-        cache.save(KEY, photo(int(digit))[1], "dog.jpg")
+        cache.save(KEY, photo(int(digit))[1])
     assert found[:2] == [None, None] and same_bits(found[2], photo(1)[1])
     with pytest.raises(UserError, match="The model owner/none is no folder here"):
-        open_latents(**options | {"source": ("owner/none", None, None)})
+        open_cache("latents", **options | {"source": ("owner/none", None, None)})
 
 
 def test_the_usual_folder(options, tmp_path, monkeypatch):
     """The same as that of embeddings."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert open_latents(**options | {"folder": None}).folder == tmp_path / "dreambooth"
+    assert open_cache("latents", **options | {"folder": None}).folder == tmp_path / "dreambooth"
 
 
 def test_the_hash_of_a_content(tmp_path):

@@ -71,7 +71,7 @@ def test_two_processes_with_parts_do_what_one_does(runs, script):
     assert names(one / "checkpoint-2") == names(two / "checkpoint-2")
     assert names(one / "samples" / "step-000003") == names(two / "samples" / "step-000003")
     assert [line["step"] for line in read_metrics(two)] == [1, 2, 3]
-    for line, other in zip(untimed(one), untimed(two)):
+    for line, other in zip(untimed(one), untimed(two), strict=True):
         assert line == pytest.approx(other, abs=1e-5, rel=1e-4)
     for mine, theirs in (
         (read_tensors(one), read_tensors(two)),

@@ -12,7 +12,7 @@ import train_dreambooth_lora
 from tests.conftest import ORIENTATION, draw_picture
 from train_dreambooth import vlb_loss
 from utils.core.errors import UserError
-from utils.data import images, masks
+from utils.data import decode_images, list_images, masks
 from utils.data.geometry import Crop, Size
 
 
@@ -40,7 +40,7 @@ def folders(tmp_path):
 
 def find(photos, light):
     """Return the masks of a folder of photos by their names."""
-    sizes = images.inspect_folder(photos, "--instance_data_dir", False).sizes
+    sizes = list_images.inspect_folder(photos, "--instance_data_dir", False).sizes
     found = masks.find_masks(photos, sizes, str(light), "--mask_data_dir")
     return {path.name: mask.relative_to(light).as_posix() for path, mask in found.items()}
 
@@ -125,9 +125,9 @@ def test_transparent_parts_of_a_mask_do_not_count(tmp_path):
     cutout.paste((10, 20, 30, 255), (2, 2, 6, 6))
     cutout.save(tmp_path / "cutout.png")
     Image.new("RGBA", (8, 8), (255, 255, 255, 255)).save(tmp_path / "opaque.png")
-    light = np.asarray(images.open_light(tmp_path / "cutout.png"))
+    light = np.asarray(decode_images.open_light(tmp_path / "cutout.png"))
     assert light[2:6, 2:6].min() == 255 and light.sum() == 16 * 255
-    assert np.asarray(images.open_light(tmp_path / "opaque.png")).min() == 255
+    assert np.asarray(decode_images.open_light(tmp_path / "opaque.png")).min() == 255
 
 
 def test_a_mask_is_cut_and_mirrored_like_its_photo(tmp_path):
@@ -139,7 +139,8 @@ def test_a_mask_is_cut_and_mirrored_like_its_photo(tmp_path):
     for box in ((0, 0, 32, 32), (20, 8, 52, 40)):
         for flip in (False, True):
             cut = Crop((60, 40), box, flip)
-            photo = images.crop_image(images.open_scaled(path, (60, 40), Image.Resampling.LANCZOS), cut).convert("L")
+            scaled = decode_images.open_scaled(path, (60, 40), Image.Resampling.LANCZOS)
+            photo = decode_images.crop(scaled, cut).convert("L")
             wanted = torch.from_numpy(np.array(photo)).float() / 255
             assert torch.equal(masks.weight_map(path, cut, Size(32, 32), 1)[0], wanted)
             found = masks.weight_map(path, cut, Size(32, 32), 8)

@@ -100,7 +100,7 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
         script, prediction, torch.zeros(4, 3, 2, 2), torch.arange(len(alphas)), alphas, prediction_type, gamma
     )
     assert losses.shape == (4,)
-    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist())]
+    expected = [weight * error**2 for weight, error in zip(weights, errors.tolist(), strict=True)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     order = [2, 0, 3, 1]
     turned = losses_of(
@@ -154,7 +154,7 @@ def test_combine_in_every_order(script, weight):
     """Whatever the order, the loss is the mean over the photos and the weighted mean over the class images."""
     kinds = [(1.0, False), (3.0, False), (10.0, True), (40.0, True)]
     for order in itertools.permutations(kinds):
-        losses, is_prior = (torch.tensor(column) for column in zip(*order))
+        losses, is_prior = (torch.tensor(column) for column in zip(*order, strict=True))
         loss = combine(script, losses, is_prior, weight)
         assert {name: part.item() for name, part in loss.items()} == dict(
             zip(LOSSES, [2 + weight * 25, 2, 25], strict=True)
@@ -473,7 +473,7 @@ def test_two_processes_share_the_batches_of_one(script, priors):
     whole = list(make_sampler(script, 7, 4, priors=priors))
     ranks = [list(make_sampler(script, 7, 2, rank=rank, processes=2, priors=priors)) for rank in (0, 1)]
     assert len(whole) == 20
-    for step, (first, second) in zip(whole, zip(*ranks)):
+    for step, (first, second) in zip(whole, zip(*ranks, strict=True), strict=True):
         assert len(first) == len(second) == (4 if priors else 2)
         assert {visit.mean_weight for visit in step} == {1 / 4} and {
             visit.mean_weight for visit in first + second

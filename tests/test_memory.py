@@ -37,7 +37,7 @@ def test_a_step_that_needs_too_much_says_what_would_need_less(trainer, tmp_path,
     head, order, *lines = run.stderr[run.stderr.index("error: ") :].partition("\nWhat was asked for: ")[0].splitlines()
     assert re.fullmatch(r"error: Memory ran out on cpu: at most 0\.\d GB were in use\.", head)
     assert order == "Less is needed with, the largest saving first:"
-    changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines))
+    changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines), strict=True)
     assert set(changes) == {
         "--train_batch_size 1 --gradient_accumulation_steps 4",
         "--gradient_checkpointing",
@@ -89,7 +89,8 @@ FLAGS = {
     "gradient_checkpointing": False,
     "mixed_precision": "no",
     **{"use_8bit_adam": False, "optimizer": "adamw", "fused_backward": False, "base_model_precision": "nf4"},
-    "train_text_encoder": False,
+    **{"train_text_encoder": False, "pre_compute_text_embeddings": False},
+    **{"weight_dtype": "fp32", "cache_latents": "auto"},
     "text_encoder_precision": None,
     "sample_batch_size": 4,
     "prior_generation_precision": None,

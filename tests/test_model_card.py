@@ -14,16 +14,8 @@ import train_dreambooth
 import train_dreambooth_lora
 from utils.data.concepts import read_concepts
 from utils.data.geometry import Size
-from utils.hub.model_card import (
-    Card,
-    Picture,
-    find_license,
-    lora_snippet,
-    pipeline_snippet,
-    reading_lines,
-    render,
-    write_card,
-)
+from utils.hub import model_card
+from utils.hub.model_card import Card, Snippet, find_license, render, render_snippet, write_card
 
 ODD_PROMPTS = {
     "plain": "a photo of sks dog",
@@ -41,6 +33,19 @@ ODD_PROMPTS = {
 }
 
 
+SIZES = {"size": Size(256, 192), "small_size": Size(64, 48), "is_if": True}
+
+
+def pipeline_snippet(result: str, prompt: str, encoder_from: str | None, **facts) -> str:
+    """Return the code for a full result."""
+    return render_snippet(Snippet(result, prompt, encoder_from=encoder_from, **facts))
+
+
+def lora_snippet(result: str, prompt: str, base_model: str, revision: str | None, **facts) -> str:
+    """Return the code for an adapter."""
+    return render_snippet(Snippet(result, prompt, base_model, revision=revision, **facts))
+
+
 @pytest.fixture(params=ODD_PROMPTS)
 def prompt(request):
     """Run a test with each prompt."""
@@ -54,7 +59,7 @@ def card():
         title="somebody/dog",
         base_model="somebody/base",
         tags=["text-to-image", "dreambooth"],
-        instance_prompt="a photo of sks dog",
+        prompts=("a photo of sks dog",),
         validation_prompt="a sks dog in a bucket",
         grid="samples/step-000500/grid.png",
         settings={"steps": 500, "learning rate": "5e-06"},
@@ -178,7 +183,7 @@ def test_an_unreachable_base_model_has_no_licence(monkeypatch):
 
 def test_any_prompt_survives_the_header(card, prompt):
     """YAML gives both prompts back unchanged, as words."""
-    header, _ = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))
+    header, _ = split(render(dataclasses.replace(card, prompts=(prompt,), validation_prompt=prompt), {}))
     assert header["instance_prompt"] == header["widget"][0]["text"] == prompt
     assert header["widget"][0]["output"] == {"url": card.grid} and header["tags"] == card.tags
 
@@ -186,7 +191,7 @@ def test_any_prompt_survives_the_header(card, prompt):
 def test_any_prompt_stays_within_its_place_in_the_text(card, prompt):
     """Headings stay those of the card, and a prompt of one line is shown as code, letter by letter."""
     plain = outside_code(split(render(card, {}))[1])
-    markdown = split(render(dataclasses.replace(card, instance_prompt=prompt, validation_prompt=prompt), {}))[1]
+    markdown = split(render(dataclasses.replace(card, prompts=(prompt,), validation_prompt=prompt), {}))[1]
     headings = [line for line in outside_code(plain).splitlines() if line.startswith("#")]
     assert [line for line in outside_code(markdown).splitlines() if line.startswith("#")] == headings
     assert len(outside_code(markdown).splitlines()) == len(plain.splitlines())
@@ -230,15 +235,15 @@ def test_the_snippets_name_what_they_load():
 
 def test_the_snippets_draw_as_training_read_and_enlarged():
     """Prompts are read as in training, pictures enlarged from the size that it knew, and the scheduler is its own."""
-    assert reading_lines(None, False) == ()
-    reading = reading_lines(20, True)
-    assert reading == (
+    reading = (
         "pipeline.tokenizer.model_max_length = 20",
         "pipeline.text_encoder.config.use_attention_mask = True",
     )
-    drawn = Picture(Size(256, 192), Size(64, 48), is_if=True)
-    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", None, None, reading, "T5EncoderModel", drawn)
-    adapter = lora_snippet("some/dog", "a dog", "some/base", None, None, reading, True, drawn)
+    read = {"max_length": 20, "is_masked": True}
+    pipeline = pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", **read, **SIZES)
+    adapter = lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, **read, **SIZES)
+    plain = lora_snippet("some/dog", "a dog", "some/base", None)
+    assert not any(words in plain for words in ("max_length", "attention_mask", "width", "small.png", "dtype"))
     for code in (pipeline, adapter):
         lines = code.splitlines()
         drawn = next(number for number, line in enumerate(lines) if line.startswith("image = "))
@@ -256,24 +261,11 @@ def test_the_snippets_draw_as_training_read_and_enlarged():
     [
         pipeline_snippet("some/dog", "a dog", None),
         pipeline_snippet("some/dog", "a dog", "some/base"),
-        pipeline_snippet(
-            "some/dog",
-            "a dog",
-            "some/base",
-            encoder_class="T5EncoderModel",
-            picture=Picture(Size(256, 192), Size(64, 48), True),
-        ),
-        pipeline_snippet("some/dog", "a dog", None, reading=reading_lines(20, True), picture=Picture(Size(64, 48))),
+        pipeline_snippet("some/dog", "a dog", "some/base", encoder_class="T5EncoderModel", **SIZES),
+        pipeline_snippet("some/dog", "a dog", None, max_length=20, is_masked=True, size=Size(64, 48)),
         lora_snippet("some/dog", "a dog", "some/base", "v1"),
-        lora_snippet("some/dog", "a dog", "some/base", "v1", reading=reading_lines(20, True)),
-        lora_snippet(
-            "some/dog",
-            "a dog",
-            "some/base",
-            None,
-            has_scheduler=True,
-            picture=Picture(Size(256, 192), Size(64, 48), True),
-        ),
+        lora_snippet("some/dog", "a dog", "some/base", "v1", max_length=20, is_masked=True),
+        lora_snippet("some/dog", "a dog", "some/base", None, has_scheduler=True, **SIZES),
     ],
 )
 def test_the_snippets_use_only_what_they_import(code):
@@ -297,6 +289,16 @@ def test_the_snippet_stands_in_the_card_as_code(card):
     assert re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1] == code
 
 
+def test_the_templates_decide_the_words(card, tmp_path, monkeypatch):
+    """Who edits them needs no Python; the header stays."""
+    monkeypatch.setattr(model_card, "TEMPLATES", tmp_path)
+    (tmp_path / "model_card.md").write_text("---\n{{ card_data }}\n---\nMein {{ title }}, {{ settings['steps'] }}.\n")
+    (tmp_path / "snippet.md").write_text("load({{ repr(result) }})\n")
+    header, markdown = split(render(card, {"license": "mit"}))
+    assert markdown == "Mein somebody/dog, 500.\n" and header["license"] == "mit"
+    assert render_snippet(Snippet("some/dog", "a dog")) == "load('some/dog')"
+
+
 def recognised(script, **changes):
     """Return what a script makes of a Stable Diffusion model's configs, without any."""
     fields = {field.name: None for field in dataclasses.fields(script.ModelInfo)} | {
@@ -311,7 +313,9 @@ def recognised(script, **changes):
 # ------------------------------------------------------------------------------------------------------ card of a run
 
 
-def write_run(script, out: Path, *flags: str, repository: str | None = None, **changes) -> tuple[dict, str, str]:
+def write_run(
+    script, out: Path, *flags: str, repository: str | None = None, settings: dict | None = None, **changes
+) -> tuple[dict, str, str]:
     """Write the card of a run of 500 steps; return its header, its Markdown and its snippet."""
     (out.parent / "photos").mkdir(exist_ok=True)
     needed = ["--pretrained_model_name_or_path", "some/base", "--instance_data_dir", str(out.parent / "photos")]
@@ -321,7 +325,7 @@ def write_run(script, out: Path, *flags: str, repository: str | None = None, **c
     plan = dict.fromkeys(field.name for field in dataclasses.fields(script.Plan))
     plan |= {"base": recognised(script), "examples": [photo], "first_step": 0, "steps": 500, "output_dir": out}
     out.mkdir(exist_ok=True)
-    write_card(vars(args), script.Plan(**plan | changes), script.METHOD_TAGS, {"steps": "500"}, repository)
+    write_card(vars(args), script.Plan(**plan | changes), script.METHOD_TAGS, settings or {"steps": "500"}, repository)
     header, markdown = split((out / "README.md").read_text(encoding="utf-8"))
     return header, markdown, re.search(r"^```python\n(.*?)\n```$", markdown, re.DOTALL | re.MULTILINE)[1]
 
@@ -359,6 +363,13 @@ def test_a_card_says_what_the_run_was(script, tmp_path):
     header, markdown, snippet = write_run(script, tmp_path / "my-dog", *own, repository="me/dog", base=family)
     assert header["instance_prompt"] == "a dog on the beach" and "deepfloyd-if" in header["tags"]
     assert "# me/dog\n" in markdown and {"me/dog", "a dog on the beach"} <= set(strings_in(snippet))
+
+
+def test_a_card_tells_no_news_of_the_run(script, tmp_path):
+    """Whether a value was the default, and how many steps were done at the start, is for the screen."""
+    said = {"steps": "500, 50 an epoch; 0 are done", "resolution": "64 px, the default for this model", "loss": "mse"}
+    rows = table_rows(write_run(script, tmp_path / "out", settings=said)[1])
+    assert rows == [[" steps ", " 500 "], [" resolution ", " 64 px "], [" loss ", " mse "]]
 
 
 SAME_BASE = [

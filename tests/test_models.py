@@ -394,7 +394,7 @@ def test_all_contradictions_are_told_at_once(script, parse, copy):
     flags = ["--resolution=9", "--class_labels_conditioning=timesteps", "--num_eval_images=1", "--train_variance"]
     lines = refuse(script, parse(copy, *flags)).splitlines()[1:]
     starts = ("--num_eval_images", "--class_labels_conditioning", "--resolution or", "--train_variance")
-    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts))
+    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

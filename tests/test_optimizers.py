@@ -193,7 +193,7 @@ def test_updates_in_the_backward_pass_change_no_bit(trainer, tmp_path, script):
         {tmp_path / "plain": (script, flags), tmp_path / "fused": (script, f"{flags} --fused_backward")}
     )
     assert differing(read_tensors(plain), read_tensors(fused)) == []
-    for one, other in zip(read_metrics(plain), read_metrics(fused)):
+    for one, other in zip(read_metrics(plain), read_metrics(fused), strict=True):
         assert one["loss"] == other["loss"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
@@ -203,8 +203,10 @@ def test_resumed_equals_uninterrupted(trainer, tmp_path, case):
     flags = f"{RANDOM} --max_train_steps 5 --checkpointing_steps 2 {RESUMED[case]}"
     wholes = trainer.run_all({tmp_path / script: (script, flags) for script in SCRIPTS})
     parts = [continue_from(whole, 2, tmp_path / f"{whole.name}-part") for whole in wholes]
-    jobs = [trainer.start(*pair, f"{flags} --resume_from_checkpoint latest") for pair in zip(SCRIPTS, parts)]
-    for whole, job in zip(wholes, jobs):
+    jobs = [
+        trainer.start(*pair, f"{flags} --resume_from_checkpoint latest") for pair in zip(SCRIPTS, parts, strict=True)
+    ]
+    for whole, job in zip(wholes, jobs, strict=True):
         assert_resumed(whole, job.finish())
 
 

@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_dequantised_weight(precision, name):
     layer, inputs = make_layer(name)
     reduced = quantized(layer, precision)
     expected = gradient_of(dequantized(layer, reduced), inputs)
-    for found, wanted in zip(gradient_of(reduced, inputs), expected):
+    for found, wanted in zip(gradient_of(reduced, inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reduced.parameters())
 
@@ -238,11 +238,11 @@ def test_zeros_stay_zeros(precision, dtype):
 @every_precision
 def test_compiled_layers_compute_the_same(precision):
     """torch.compile traces layers whole, with and without gradients, under autocast and without it."""
-    layers, inputs = zip(*map(make_layer, ("reflecting", "odd", "linear")))
-    for layer, given in zip([quantized(layer, precision) for layer in layers], inputs):
+    layers, inputs = zip(*map(make_layer, ("reflecting", "odd", "linear")), strict=True)
+    for layer, given in zip([quantized(layer, precision) for layer in layers], inputs, strict=True):
         torch.compiler.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        for found, wanted in zip(gradient_of(compiled, given), gradient_of(layer, given)):
+        for found, wanted in zip(gradient_of(compiled, given), gradient_of(layer, given), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(compiled(given), layer(given))
@@ -259,7 +259,7 @@ def test_gpu(precision, name):
     assert difference(reduced.dequantize().cpu(), quantized(layer, precision).dequantize()) < 0.002
     assert difference(copy.deepcopy(reduced).cpu().dequantize(), reduced.dequantize().cpu()) < 1e-6
     reference = dequantized(layer.cuda(), reduced)
-    for found, wanted in zip(gradient_of(reduced, inputs.cuda()), gradient_of(reference, inputs.cuda())):
+    for found, wanted in zip(gradient_of(reduced, inputs.cuda()), gradient_of(reference, inputs.cuda()), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # TF32 may be on
 
 
@@ -353,7 +353,7 @@ def test_real_networks_are_covered(shape, gigabytes):
     """Of published sizes, 0.1 % of the weights stay in 16 bits: norms, biases, the first and the last layer."""
     with META:
         unet = build_unet(shape).bfloat16()
-    for precision, expected in zip(REDUCED, gigabytes):
+    for precision, expected in zip(REDUCED, gigabytes, strict=True):
         network = copy.deepcopy(unet)
         quantize.quantize_layers(network, precision, META)
         assert quantize.stored_bytes(network) / 1e9 == pytest.approx(expected, abs=6e-4)

@@ -103,7 +103,7 @@ def test_the_commands_run_in_their_order(trainer, home):
         assert run.code == 0, f"{block}\n{run.text}"
         assert (out / "metrics.jsonl").read_text().count("\n") == 1
     assert len(SAMPLES) == 2
-    for block, quick, count in zip(SAMPLES, (QUICK[0], f"{QUICK[1]} {CASCADE}"), (8, 4)):
+    for block, quick, count in zip(SAMPLES, (QUICK[0], f"{QUICK[1]} {CASCADE}"), (8, 4), strict=True):
         printed = run_tool(home, trainer, [*shlex.split(block.replace("\\\n", " ")), *quick.split()])
         assert f"Wrote {count} pictures and grid.png to pictures" in printed
 

@@ -94,7 +94,7 @@ def ended(trainer, tmp_path_factory) -> dict[str, Ended]:
 
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(3) as pool:
         hubs = [stack.enter_context(HubServer()) for _ in CASES]
-        yield dict(zip(CASES, pool.map(run, CASES, hubs)))
+        yield dict(zip(CASES, pool.map(run, CASES, hubs), strict=True))
 
 
 def stop_in_training(job: Job) -> None:

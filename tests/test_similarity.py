@@ -72,7 +72,7 @@ def write_encoders(home: Path) -> dict[str, Path]:
         "vit": ViTModel(ViTConfig(**VISION), add_pooling_layer=False),
         "dinov2": Dinov2Model(Dinov2Config(**VISION)),
     }
-    for (name, model), file in zip(models.items(), (CLIP_FILE, VIT_FILE, DINOV2_FILE)):
+    for (name, model), file in zip(models.items(), (CLIP_FILE, VIT_FILE, DINOV2_FILE), strict=True):
         for weights in model.parameters():
             if weights.ndim > 1:
                 torch.nn.init.normal_(weights, std=0.5)
@@ -86,7 +86,7 @@ def write_encoders(home: Path) -> dict[str, Path]:
 def encoders(folders) -> dict[str, similarity.Encoder]:
     """Load each model."""
     loaders = (similarity.load_clip, similarity.load_dino, similarity.load_dino)
-    return {name: load(folders[name]) for name, load in zip(NAMES, loaders)}
+    return {name: load(folders[name]) for name, load in zip(NAMES, loaders, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_texts_embedding_is_the_raw_models(encoders, folders):
     """It is the projected end token, whatever else is in the batch."""
     model, tokenizer = CLIPModel.from_pretrained(folders["clip"]).eval(), build_tokenizer()
     found = embed_texts(encoders["clip"], PROMPTS)
-    for prompt, row in zip(PROMPTS, found):
+    for prompt, row in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])
             expected = model.text_projection.weight @ model.text_model(ids).last_hidden_state[0, -1]

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.runs import SCRIPTS, read_metrics
 from utils.make_model import make_model
-from utils.memory import memory_tracker
+from utils.memory import memory_tracker, savings
 from utils.memory.memory_tracker import (
     COPIES,
     FROZEN,
@@ -152,8 +152,8 @@ def test_only_changes_that_change_something_are_tried():
     flags = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     flags |= {"mixed_precision": "bf16", "use_8bit_adam": True, "train_text_encoder": True, "text_encoder_lr": None}
     flags |= {"pre_compute_text_embeddings": None, "cache_latents": "on", "optimizer": "adamw", "weight_dtype": "bf16"}
-    flags |= {"base_model_precision": "nf4"}
-    found = [words for words, _ in memory_tracker.list_changes(flags)]
+    flags |= {"base_model_precision": "nf4", "fused_backward": False}
+    found = [words for words, _ in savings.list_changes(flags)]
     assert found == ["--train_batch_size 1 --gradient_accumulation_steps 8", "--no-train_text_encoder"]
 
 

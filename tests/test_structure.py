@@ -189,7 +189,7 @@ def short_names(tree: ast.Module) -> dict[str, list[ast.keyword]]:
     """
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     sides = [[getattr(side, "elts", [side]) for side in (node.targets[0], node.value)] for node in assigned]
-    pairs = [(ast.unparse(name), value) for names, values in sides for name, value in zip(names, values)]
+    pairs = [(ast.unparse(name), value) for names, values in sides for name, value in zip(names, values, strict=False)]
     found = {name: getattr(value, "keywords", []) for name, value in pairs if is_adder(value)}
     groups = [node for node in functions(tree) if re.fullmatch(GROUP, node.name)]
     found |= {name: PRESETS[name] for node in groups for name in parameters(node) if name in PRESETS}

@@ -120,7 +120,9 @@ def test_made_up_captions_are_labelled_by_what_they_say():
     rng = np.random.default_rng(0)
     for _ in range(200):
         text, labels = train_models.made_up_caption(rng)
-        words = [None if at == len(names) else names[at] for at, names in zip(labels, train_models.ATTRIBUTES)]
+        words = [
+            None if at == len(names) else names[at] for at, names in zip(labels, train_models.ATTRIBUTES, strict=True)
+        ]
         shape, colour, background, size, place, rare = words
         described = " ".join(word for word in (rare, colour) if word)
         assert text == shapes.phrase(shape, described or None, background, size, place)

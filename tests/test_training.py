@@ -335,10 +335,10 @@ def test_one_step_is_that_of_adamw(trainer, tiny, tmp_path):
     gradients = {number: state["exp_avg"] / 0.2 for number, state in saved["state"].items()}
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     assert float(total) == pytest.approx(0.01, rel=1e-4)
-    for group, part, rate in zip(saved["param_groups"], ("unet", "text_encoder"), (1e-3, 2e-3)):
+    for group, part, rate in zip(saved["param_groups"], ("unet", "text_encoder"), (1e-3, 2e-3), strict=True):
         old, new = (list(getattr(each, part).parameters()) for each in (pipeline, after))
         assert len(group["params"]) == len(old)
-        for number, before, now in zip(group["params"], old, new):
+        for number, before, now in zip(group["params"], old, new, strict=True):
             gradient = gradients[number]
             step = gradient / (gradient.abs() + 1e-6)
             torch.testing.assert_close(now, before * (1 - rate * 0.1) - rate * step, rtol=1e-4, atol=1e-6)

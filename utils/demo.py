@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam, shape_reader
 from utils.sampling import cascade, image_grid, results
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = args.output / "before-after.png"
-    images.save_png(compose([images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))], before, after), path)
+    opened = [decode_images.open_rgb(photo) for photo in sorted(photos.glob("*.png"))]
+    atomic_files.save_png(compose(opened, before, after), path)
     print(tell(path, result, before, after))
     return 0
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images, list_images
 from utils.devices import accelerator_setup
 from utils.evaluation import exam, similarity
 from utils.evaluation.exam import Answer, Enlarged
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         name: {of: dataclasses.asdict(value) for of, value in row.items()} for name, row in scores.items()
     }
     atomic_files.write_whole(output / "evaluation.json", json.dumps(report, indent=2, default=str) + "\n")
-    images.save_png(grid, output / "grid.png")
+    atomic_files.save_png(grid, output / "grid.png")
     print(make_table(scores))
     if not args.subject:
         print(f"\n{PUBLISHED[0].upper()}{PUBLISHED[1:]}.")
@@ -190,7 +190,7 @@ def show_answers(answers: dict[str, list[Answer]]) -> Image.Image:
     prompts = [list(dict.fromkeys(rows[number].question.prompt for rows in by_seed[RESULT])) for number in numbers]
     rows = [
         first if not others else f"{topics[number]}, a prompt a seed"
-        for number, (first, *others) in zip(numbers, prompts)
+        for number, (first, *others) in zip(numbers, prompts, strict=True)
     ]
     title = "Left: the base model, without the word. Right: the result. Numbers: the match with the subject."
     return make_sheet(cells, 2 * len(seeds), labels, rows, title)
@@ -231,7 +231,8 @@ def make_sheet(
 def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     """Draw the protocol's prompts with result and base model, and measure how like the photos and prompts they are."""
     prompts = choose_prompts(args)
-    photos = [images.open_rgb(path) for path in images.inspect_folder(args.photos, "--photos", False).sizes]
+    paths = list_images.inspect_folder(args.photos, "--photos", False).sizes
+    photos = [decode_images.open_rgb(path) for path in paths]
     device = results.choose_device(args.device, DTYPES[args.dtype])
     clip, dino = similarity.load_clip(args.clip, device), similarity.load_dino(args.dino, device)
     words = {BASE: args.class_word, RESULT: f"{args.word} {args.class_word}"}
@@ -247,7 +248,7 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
         rows = [draw(pipeline, kind, [text] * args.seeds, range(args.seeds), args) for text in asked]
         count = max(2, CLASS_PICTURES * args.seeds)
         of_class = draw(pipeline, kind, [f"a {args.class_word}"] * count, range(count), args)
-        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows)), of_class)
+        scores[of] = similarity.measure(clip, dino, photos, list(zip(plain, rows, strict=True)), of_class)
         drawn[of] = rows
     return join(scores), show_photos(photos, drawn, prompts)
 

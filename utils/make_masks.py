@@ -28,8 +28,9 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.core import atomic_files
 from utils.core.errors import UserError, exit_status, explain_write_errors
-from utils.data import images
+from utils.data import decode_images, list_images
 from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range, messages_if
 from utils.models import model_files
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         find = functools.partial(find_words, load_segmenter(args.model, args.prompt), args.threshold)
     written, kept, unfound, cells = [], [], [], []
     for job in tqdm(jobs, desc="masks", disable=None):
-        photo = images.open_rgb(job.photo)
+        photo = decode_images.open_rgb(job.photo)
         if job.is_there and not args.overwrite:
             kept.append(job)
         elif mask := draw_mask(photo, find, args.padding, args.feather):
@@ -147,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def report_doubtful(jobs: list[Job]) -> None:
     """Print which masks cover so little or so much that they are probably wrong."""
-    shares = {job.name: share_of(images.open_light(job.mask)) for job in jobs if job.mask.exists()}
+    shares = {job.name: share_of(decode_images.open_light(job.mask)) for job in jobs if job.mask.exists()}
     if doubtful := {name: share for name, share in shares.items() if not LITTLE <= share <= MUCH}:
         print(f"Look at these first, whose masks cover less than {LITTLE:.0%} or more than {MUCH:.0%}:")
         for name, share in doubtful.items():
@@ -195,7 +196,7 @@ def list_jobs(photos: Path, masks: Path, overwrite: bool) -> list[Job]:
         UserError: There are no photos, some cannot be read, two would have the same mask, or a mask that is there
             cannot be read or is in the way.
     """
-    inspection = images.inspect_folder(photos, "IN", skip_bad=True)
+    inspection = list_images.inspect_folder(photos, "IN", skip_bad=True)
     if inspection.unreadable:
         lines = [f"  {path}: {reason}" for path, reason in inspection.unreadable.items()]
         raise UserError("\n".join([f"{len(lines)} photos cannot be read:", *lines, "Mend or remove them."]))
@@ -221,8 +222,8 @@ def list_masks(folder: Path) -> dict[Path, Path]:
     Raises:
         UserError: One cannot be read, or two have the same name.
     """
-    paths = images.list_images(folder).images if folder.is_dir() else ()
-    problems = [f"  {path}: {reason}" for path, reason in images.inspect_images(paths).unreadable.items()]
+    paths = list_images.find_images(folder).images if folder.is_dir() else ()
+    problems = [f"  {path}: {reason}" for path, reason in list_images.inspect_images(paths).unreadable.items()]
     masks = {}
     for path in paths:
         if (first := masks.setdefault(path.relative_to(folder).with_suffix(""), path)) != path:
@@ -236,7 +237,7 @@ def write(image: Image.Image, path: Path) -> None:
     """Write a PNG file, and the folders that it lies in."""
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(image, path)
+    atomic_files.save_png(image, path)
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
@@ -438,7 +439,7 @@ def draw_cell(job: Job, photo: Image.Image) -> tuple[Image.Image, str]:
     photo.thumbnail((CELL_EDGE, CELL_EDGE))
     if not job.mask.exists():
         return photo, f"{job.name}: no mask"
-    mask = images.open_light(job.mask)  # as training does
+    mask = decode_images.open_light(job.mask)  # as training does
     dark = Image.blend(photo, Image.new("RGB", photo.size, TINT), 0.75)
     return Image.composite(photo, dark, mask.resize(photo.size)), f"{job.name}: {share_of(mask):.0%}"
 
@@ -450,7 +451,7 @@ def share_of(mask: Image.Image) -> float:
 
 def draw_sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     """Return all cells on one sheet, about as wide as high if they are many."""
-    pictures, labels = zip(*cells)
+    pictures, labels = zip(*cells, strict=True)
     columns = max(COLUMNS, math.ceil(math.sqrt(len(cells))))
     return image_grid.make_grid(pictures, columns, labels, title="Dark and blue: outside of the mask, does not count")
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import exit_status
-from utils.data import images, prompt_cleaning
+from utils.data import prompt_cleaning
 from utils.flags.flag_checks import find_out_of_range
 from utils.run import run_summary
 from utils.sampling import image_grid
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     script = importlib.import_module(Path(args.script).stem)
     sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(sheet, args.output)
+    atomic_files.save_png(sheet, args.output)
     print(args.output)
     return 0
 

@@ -25,8 +25,9 @@ import diffusers
 import torch
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import decode_images
 from utils.data.geometry import Size
 from utils.devices.accelerator_setup import silence_libraries
 from utils.flags.flag_checks import find_out_of_range
@@ -153,15 +154,15 @@ def draw_to_folder(args: argparse.Namespace) -> tuple[list[Path], int]:
     chain = list_stages(args, rows)
     cascade.check_stages(chain)
     paths = spread(args.images, rows, "--images") if args.images else []
-    pictures = [images.open_rgb(path) for path in paths]
+    pictures = [decode_images.open_rgb(path) for path in paths]
     sizes = cascade.plan_sizes(chain, args.width, args.height, pictures)
     output = args.output or Path("samples", results.default_name(args.result))
     folders = [*(output / f"stage-{stage.kind.number}" for stage in chain[:-1]), output]
-    small = [make_small(*row) for row in zip(paths, pictures, sizes[0])]
+    small = [make_small(*row) for row in zip(paths, pictures, sizes[0], strict=False)]
     diffusers.utils.logging.set_verbosity_warning()  # says which words of a prompt are too many
     embeds = cascade.embed_prompts(chain, drawing)
     drawn = [[picture] * len(args.seed) for picture in small] or None
-    for stage, own_sizes, folder in zip(chain, sizes, folders):
+    for stage, own_sizes, folder in zip(chain, sizes, folders, strict=True):
         drawn = write_rows(args, cascade.draw_rows(stage, own_sizes, drawing, embeds, drawn), folder)
     return folders, rows * len(args.seed)
 
@@ -173,8 +174,8 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
     texts = [path.stem for path in args.images] if several else args.prompt
     written = []
     for number, row in enumerate(rows):
-        for seed, picture in zip(args.seed, row):
-            images.save_png(picture, folder / file_name(number, texts[number], seed))
+        for seed, picture in zip(args.seed, row, strict=True):
+            atomic_files.save_png(picture, folder / file_name(number, texts[number], seed))
         written.append(row)
     one = len(written) == 1
     grid = image_grid.make_grid(
@@ -184,7 +185,7 @@ def write_rows(args: argparse.Namespace, rows: Iterable[list[Image.Image]], fold
         title=texts[0] if one else None,
         row_labels=None if one else texts,
     )
-    images.save_png(grid, folder / "grid.png")
+    atomic_files.save_png(grid, folder / "grid.png")
     return written
 
 

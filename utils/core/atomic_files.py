@@ -5,15 +5,21 @@ A file lock, which ends with its process, tells the leftovers of dead processes 
 """
 
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from utils.core.errors import explain_write_errors
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: there, every leftover counts as dead
     fcntl = None
+
+_HELD = []  # open files, whose locks this process holds until it ends
 
 
 def write_whole(
@@ -48,6 +54,14 @@ def write_whole(
         raise
     if to_disk:
         sync_folder(path.parent)
+
+
+def save_png(image: Any, path: Path) -> None:
+    """Write a Pillow image as a PNG that other processes see either whole or not at all."""
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    with explain_write_errors(path):
+        write_whole(path, content.getbuffer())
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,3 +108,24 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def lock_for_life(path: Path) -> None:
+    """Lock a file, made if need be, for the life of this process; forks of it, like data workers, hold no lock.
+
+    This process must not open the file again: the lock would go with the first handle that is closed.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
+    while fcntl is not None:
+        _HELD.append(path.open("a+b"))
+        try:
+            fcntl.lockf(_HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BlockingIOError(str(error)) from error
+        except OSError:
+            return  # a file system without locks
+        # Since it was opened, another run may have put its own file in the place of this one.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(_HELD[-1].fileno())):
+            return

@@ -142,7 +142,7 @@ def _find_idle(flags: dict[str, Any]) -> list[str]:
     idle = flags["prior_target"] == "base_prediction" and not has_priors
     needs = "neither --with_prior_preservation nor regularisation data"
     notes = [f"--prior_target base_prediction has no effect: there is {needs}."] * idle
-    for concept, entry in zip(concepts, given):
+    for concept, entry in zip(concepts, given, strict=True):
         keys = [key for key in ("class_data_dir", "class_prompt") if entry.get(key) and not concept.class_data_dir]
         if concept.is_regularisation_data:
             keys = [key for key in keys if key == "class_data_dir"]

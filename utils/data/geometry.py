@@ -122,7 +122,7 @@ def scaled_size(size: tuple[int, int], target: Size, shrinking: Shrinking) -> tu
         return smallest
     factor = shrinking.wanted / measure(size, shrinking.unit)
     wanted = tuple(round(edge * factor) for edge in size)
-    return wanted if all(edge >= least for edge, least in zip(wanted, smallest)) else smallest
+    return wanted if all(edge >= least for edge, least in zip(wanted, smallest, strict=True)) else smallest
 
 
 def bucket_step(target: Size, factor: int) -> int:
@@ -194,7 +194,7 @@ class Crop(NamedTuple):
 
 def crop_box(size: tuple[int, int], target: Size, style: str, chance: random.Random) -> tuple[int, int, int, int]:
     """Return (left, top, right, bottom) of a crop of a picture that covers it; `style` is one of `CROP_STYLES`."""
-    margins = [edge - wanted for edge, wanted in zip(size, target)]
+    margins = [edge - wanted for edge, wanted in zip(size, target, strict=True)]
     left, top = (margin // 2 for margin in margins)
     if style == "random":
         left, top = (chance.randint(0, margin) for margin in margins)
@@ -213,6 +213,8 @@ def shifted_center(margin_x: int, margin_y: int, target: Size, shift: tuple[floa
         shift: To the right and down, each in [-1, 1]; 1 is a tenth of the crop's edge, or less at the picture's edge.
     """
     margins = margin_x, margin_y
-    moved = [m // 2 + round(part * edge / _LARGEST_SHIFT) for m, part, edge in zip(margins, shift, target)]
-    left, top = (min(max(place, 0), margin) for place, margin in zip(moved, margins))
+    moved = [
+        m // 2 + round(part * edge / _LARGEST_SHIFT) for m, part, edge in zip(margins, shift, target, strict=True)
+    ]
+    left, top = (min(max(place, 0), margin) for place, margin in zip(moved, margins, strict=True))
     return left, top

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.core.errors import UserError, list_first
-from utils.data import images
+from utils.data import decode_images, list_images
 from utils.data.geometry import Crop, Size
 from utils.flags.flag_checks import messages_if
 
@@ -39,13 +39,13 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
     if masks is None:
         return {}
     masks, by_name = Path(masks), {}
-    for path in images.list_images(masks).images:
+    for path in list_images.find_images(masks).images:
         by_name.setdefault(_name(masks, path), []).append(path)
     pairs = {photo: by_name[_name(folder, photo)][0] for photo in sizes if _name(folder, photo) in by_name}
     if not pairs:
         raise UserError(f"{flag} {masks} has no mask for any of the {len(sizes)} photos; dog.png is that of dog.jpg.")
     problems = [f"{list_first(paths)} have the same name." for paths in by_name.values() if len(paths) > 1]
-    found = images.inspect_images(pairs.values())
+    found = list_images.inspect_images(pairs.values())
     problems += [f"{path} cannot be read: {reason}." for path, reason in found.unreadable.items()]
     for photo, path in pairs.items():
         problems += _find_misfit(photo, sizes[photo], path, found.sizes[path]) if path in found.sizes else []
@@ -64,7 +64,7 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
 def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tuple[int, int]) -> list[str]:
     """Return a sentence for each reason why a mask cannot be that of a photo."""
     (width, height), (mask_width, mask_height) = size, mask_size
-    mask = images.open_light(path)
+    mask = decode_images.open_light(path)
     light, most = float(np.asarray(mask).mean()) / 255, mask.getextrema()[1]
     shape = f"{path} is {mask_width}x{mask_height}, but {photo} is {width}x{height}: another shape."
     dark = f"{path} is light in {light:.2%} of its area: next to nothing of its photo would count."
@@ -74,10 +74,10 @@ def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tupl
     return messages_if((differs, shape), (light < LEAST_LIGHT, dark))
 
 
-@images.ByteLimitedCache
+@decode_images.ByteLimitedCache
 def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     """Open a mask as mode "L", upright, white where the loss counts, scaled to a size; the last are remembered."""
-    return images.open_light(path).resize(size, Image.Resampling.BILINEAR)
+    return decode_images.open_light(path).resize(size, Image.Resampling.BILINEAR)
 
 
 def move_crop_onto_mask(
@@ -123,7 +123,7 @@ def weight_map(mask: Path | None, cut: Crop, size: Size, factor: int) -> Tensor:
     """
     if mask is None:
         return torch.ones(1, size.height // factor, size.width // factor)
-    light = images.crop_image(open_mask(mask, cut.scaled), cut)
+    light = decode_images.crop(open_mask(mask, cut.scaled), cut)
     return F.avg_pool2d(torch.from_numpy(np.array(light))[None].float() / 255, factor)
 
 

@@ -8,7 +8,9 @@ is cleaned exactly once: what has been cleaned here must not go through a pipeli
 
 import functools
 import html
+import itertools
 import logging
+import operator
 import re
 import unicodedata
 import urllib.parse
@@ -125,7 +127,7 @@ def warn_of_losses(texts: list[str], cleaned_texts: list[str], tokenizer, length
     rows = tokenizer(cleaned_texts, return_offsets_mapping=tokenizer.is_fast)
     places = rows.get("offset_mapping", [None] * len(texts))
     losses = []
-    for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places):
+    for text, cleaned, ids, spans in zip(texts, cleaned_texts, rows["input_ids"], places, strict=True):
         if cleaned != text and (lost := lost_words(text)):
             words = ", ".join(map(repr, lost))
             losses.append(f"The prompt {text!r} loses {words} when IF's pipelines clean it: T5 reads {cleaned!r}.")
@@ -201,36 +203,19 @@ def _align(words: list[set[str]], pieces: list[str], exact: list[bool]) -> set[i
         pieces: What came back.
         exact: For each word whether it occurs in the very same form; such words come first where two are equal.
     """
-    rows, columns = len(words), len(pieces)
-    best = [[0] * (columns + 1) for _ in range(rows + 1)]
-    ends = [[_run_end(word, pieces, column) for column in range(columns)] for word in words]
-    gains = [rows + 1 + is_exact for is_exact in exact]  # no number of exact forms outweighs one word more
-    for row in reversed(range(rows)):
-        for column in reversed(range(columns + 1)):
-            end = ends[row][column] if column < columns else None
-            with_word = gains[row] + best[row + 1][end] if end else 0
-            skipped = best[row][column + 1] if column < columns else 0
-            best[row][column] = max(with_word, skipped, best[row + 1][column])
-    kept, row, column = set(), 0, 0
-    while row < rows and column < columns:
-        end = ends[row][column]
-        if end and best[row][column] == gains[row] + best[row + 1][end]:
-            kept.add(row)
-            row, column = row + 1, end
-        elif best[row][column] == best[row][column + 1]:
-            column += 1
-        else:
-            row += 1
-    return kept
+    # For each word and piece: the best that they and all behind them can give, as a score and the words that are kept.
+    nothing, best = (0, ()), {}
+    for row, column in itertools.product(reversed(range(len(words))), reversed(range(len(pieces)))):
+        options = [best.get((row, column + 1), nothing), best.get((row + 1, column), nothing)]
+        if end := _run_end(words[row], pieces, column):
+            score, kept = best.get((row + 1, end), nothing)
+            # No number of exact forms outweighs one word more.
+            options.insert(0, (score + len(words) + 1 + exact[row], (row, *kept)))
+        best[row, column] = max(options, key=operator.itemgetter(0))
+    return set(best.get((0, 0), nothing)[1])
 
 
 def _run_end(word: set[str], pieces: list[str], start: int) -> int | None:
     """Return the end of the run of pieces from `start` on that spells a word, None if there is none."""
-    longest, spelt = max(map(len, word)), ""
-    for end in range(start, len(pieces)):
-        spelt += pieces[end]
-        if spelt in word:
-            return end + 1
-        if len(spelt) >= longest:
-            return None
-    return None
+    last = min(len(pieces), start + max(map(len, word)))
+    return next((end for end in range(start + 1, last + 1) if "".join(pieces[start:end]) in word), None)

@@ -120,7 +120,7 @@ def answer(
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
     )
-    return [mark(*pair, subject) for pair in zip(questions, pictures)]
+    return [mark(*pair, subject) for pair in zip(questions, pictures, strict=True)]
 
 
 def mark(question: Question, picture: Image.Image, subject: str) -> Answer:
@@ -241,7 +241,7 @@ def enlarge(
         height=size,
         width=size,
     )
-    return [Enlarged(row.topic, row.seed, *rest) for row, *rest in zip(rows, truths, smalls, pictures)]
+    return [Enlarged(row.topic, row.seed, *rest) for row, *rest in zip(rows, truths, smalls, pictures, strict=True)]
 
 
 def hold_out(subject: str, word: str, seed: int) -> list[HeldOut]:

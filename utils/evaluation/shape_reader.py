@@ -169,7 +169,7 @@ def poses_around(
 
 def axes_of(poses: Sequence[tuple[float, float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the own axes of several poses, each (poses, points, points)."""
-    x, y, radius, angle = (np.float32(values)[:, None, None] for values in zip(*poses))
+    x, y, radius, angle = (np.float32(values)[:, None, None] for values in zip(*poses, strict=True))
     points = PIXELS * SAMPLES
     place = (np.arange(points, dtype=np.float32) + 0.5) / points
     across, down = (place[None, None, :] - x) / radius, (place[None, :, None] - y) / radius

@@ -142,7 +142,7 @@ def embed_pictures(encoder: Encoder, pictures: Sequence[Image.Image], batch_size
     """Embed pictures, at least one: CLIP's projected image embedding, or DINO's class token after the last norm.
 
     Args:
-        pictures: Of any size, as `images.open_rgb` returns them.
+        pictures: Of any size, as `decode_images.open_rgb` returns them.
 
     Returns:
         (N, D) float32, each row of length 1, on the CPU.

@@ -1,7 +1,7 @@
-"""Requests to the Hub that end: each has a time, and what may be well again soon is tried again.
+"""Hub requests with timeouts and retries.
 
-huggingface_hub's client waits for an answer for ever, obeys a wish for an hour's pause, and tries few requests again:
-those that ask how to upload and that send large files, but neither the questions before training nor the commit.
+huggingface_hub's client has no timeout and waits for an hour if the Hub asks for it. It retries downloads of lists and
+uploads of large files, but neither the questions before training nor the commit.
 """
 
 import contextlib
@@ -14,62 +14,58 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
-from huggingface_hub import set_client_factory
+from huggingface_hub import get_session, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, OIDCError
-from huggingface_hub.utils import hf_raise_for_status
-from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
+
+from utils.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 UNREADABLE = (json.JSONDecodeError, LookupError, TypeError, AttributeError)  # a page of a hotel's network, for one
 # What the client raises when it cannot reach the Hub, is refused, or cannot read the answer.
 FAILURES = (httpx2.HTTPError, OSError, ValueError, OIDCError, *UNREADABLE)
-BROKEN = (httpx2.NetworkError, httpx2.RemoteProtocolError)  # a connection that may be well again soon
-BUSY = (408, 429, 500, 502, 503, 504)  # so may a Hub with such an answer
+BROKEN = (httpx2.NetworkError, httpx2.RemoteProtocolError)  # the connection; often it works again soon
+BUSY = (408, 429, 500, 502, 503, 504)  # answers of a Hub that often works again soon
 PAUSES = (1, 4, 16)  # seconds before another try, unless the Hub names them
-LONGEST_PAUSE = 60  # a Hub that asks for more has refused
+LONGEST_PAUSE = 60  # seconds; a longer one counts as a refusal
 
 
 @contextlib.contextmanager
 def request_timeout(seconds: float) -> Iterator[None]:
-    """Let the client give up requests of which nothing comes for some time, and those that are to wait for long."""
-    set_client_factory(functools.partial(_make_client, seconds))
+    """Give up requests that get no answer for some time, and those that the Hub wants to delay for long."""
+    own = get_session().event_hooks["request"]  # of the client: offline, it refuses requests
+    hooks = {"request": [*own, functools.partial(_set_limit, seconds)], "response": [_refuse_endless_waits]}
+    set_client_factory(functools.partial(httpx2.Client, event_hooks=hooks, follow_redirects=True, timeout=None))
     try:
         yield
     finally:
-        set_client_factory(default_client_factory)
-
-
-def _make_client(seconds: float) -> httpx2.Client:
-    """Return the Hub's own client, with limits."""
-    client = default_client_factory()
-    before = [*client.event_hooks["request"], functools.partial(_set_limit, seconds)]
-    client.event_hooks = {"request": before, "response": [_refuse_endless_waits]}
-    return client
+        options = {"event_hooks": {"request": own}, "follow_redirects": True, "timeout": None}
+        set_client_factory(functools.partial(httpx2.Client, **options))
 
 
 def _set_limit(seconds: float, request: httpx2.Request) -> None:
-    """Limit a request that has no limit; some calls ask for none instead of taking the client's own."""
+    """Set the timeout of a request, also of one that asks for none."""
     if request.extensions["timeout"]["read"] is None:
         request.extensions["timeout"] = httpx2.Timeout(seconds).as_dict()
 
 
 def _refuse_endless_waits(response: httpx2.Response) -> None:
-    """Raise an error where the client would sleep as long as it is told, or create a repository again and again."""
+    """Raise an error where the client would wait for long, or would create a repository again and again."""
     is_long = response.status_code in BUSY and (_asked_pause(response) or 0) > LONGEST_PAUSE
     if is_long or (response.status_code == 409 and b"another conflicting operation" in response.read()):
         hf_raise_for_status(response)
 
 
 def with_retries(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = ()) -> Any:
-    """Ask the Hub, and again after a while when it is busy or the connection breaks.
+    """Ask the Hub, and ask again after a pause if it is busy or the connection breaks.
 
     Args:
         ask: Makes the requests, and returns what is to be returned.
-        passing: Errors of a broken connection after which it is worth asking again.
+        passing: Errors of a broken connection that are worth a retry.
 
     Raises:
-        Exception: What the last try raised, or the first one that is not worth another.
+        Exception: What the last try raised, or the first error that is not worth a retry.
     """
     for usual in PAUSES:
         try:
@@ -86,8 +82,20 @@ def with_retries(ask: Callable[[], Any], passing: tuple[type[Exception], ...] = 
     return ask()
 
 
+def find_token(token: str | None) -> str | None:
+    """Return the given token, or else that of the environment or of `hf auth login`, if there is one."""
+    try:
+        token = (token or "").strip() or get_token()
+    except FAILURES as error:
+        raise UserError(f"The environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        # Must come before the first request, because the HTTP client's error would quote the token.
+        raise UserError("The token has spaces or signs in it that no token has. Copy it again, the whole of it.")
+    return token
+
+
 def _find_cause(error: BaseException) -> BaseException:
-    """Return the error of the request that an upload's error comes from, or else that error itself."""
+    """Return the request's error that caused an upload's error, or else that error itself."""
     cause = error
     while cause and not isinstance(cause, httpx2.HTTPError):
         cause = cause.__cause__
@@ -95,7 +103,7 @@ def _find_cause(error: BaseException) -> BaseException:
 
 
 def _asked_pause(response: httpx2.Response) -> int | None:
-    """Return after how many seconds the Hub wants to be asked again, if it says so."""
+    """Return how many seconds the Hub asks to wait, if it says so."""
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds
@@ -104,7 +112,7 @@ def _asked_pause(response: httpx2.Response) -> int | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the status of the answer that an error is about, if there was one."""
+    """Return the HTTP status that an error is about, if there was an answer."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 

@@ -8,12 +8,20 @@ import json
 import shlex
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from utils.core.errors import UserError
-from utils.hub.hub_requests import BROKEN, FAILURES, reason_of, request_timeout, status_of, with_retries
+from utils.hub.hub_requests import (
+    BROKEN,
+    FAILURES,
+    find_token,
+    reason_of,
+    request_timeout,
+    status_of,
+    with_retries,
+)
 
 PIPELINE = "model_index.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -38,7 +46,7 @@ def prepare_repository(name: str | None, output_dir: Path, token: str | None, pr
     Raises:
         UserError: There is no login, the Hub refuses it, the id or the rights, or does not answer.
     """
-    token = _find_token(token)
+    token = _require_token(token)
     api = HfApi(token=token)
     user = _check_login(api)
     repository = name or output_dir.resolve().name
@@ -104,7 +112,7 @@ def upload_result(folder: Path, repo_id: str, token: str | None) -> str:
         UserError: It failed for whatever reason; the message has the command that tries again.
     """
     try:
-        token = _find_token(token)
+        token = _require_token(token)
         api = HfApi(token=token)
         with_retries(functools.partial(_commit, api, folder, repo_id), BROKEN)
     except Exception as error:  # hf_xet's errors and those of upload threads have no base class in common
@@ -127,18 +135,11 @@ def say_how_to_upload(folder: Path, repo_id: str) -> str:
     return f"The result is safe in {folder}. Try again with: {command}"
 
 
-def _find_token(token: str | None) -> str:
-    """Return the given token, or else the one of the environment or of `hf auth login`."""
-    try:
-        token = (token or "").strip() or get_token()
-    except FAILURES as error:
-        raise UserError(f"the environment's login failed: {reason_of(error, token)}. Run `hf auth login`.") from None
-    if token is None:
-        raise UserError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        # Must come before the first request, because the HTTP client's error would quote the token.
-        raise UserError("the token has spaces or signs in it that no token has. Copy it again, the whole of it.")
-    return token
+def _require_token(token: str | None) -> str:
+    """Return the token of `find_token`, or raise an `UserError` if there is none."""
+    if found := find_token(token):
+        return found
+    raise UserError(f"there is no login for the Hub. {NEW_TOKEN}, or set HF_TOKEN.")
 
 
 def _check_login(api: HfApi) -> str:

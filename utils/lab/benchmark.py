@@ -38,7 +38,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
 from utils.devices import accelerator_setup, launch
 from utils.flags.precision import has_accelerator
 from utils.lab.step_timing import PARTS
@@ -100,7 +99,7 @@ STEPS, COMPARED_STEPS = 6, 20  # in the latter, each photo comes twice, so that 
 LETTERS, ROW, HEAD, BAR, ROOM = 20, 36, 136, 560, 120  # of the plot, in pixels; ROOM is for the number behind a bar
 INK, FAINT_INK, PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 # By Okabe and Ito: told apart by the colour-blind, too.
-PART_COLOURS = dict(zip(PARTS, ("#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#BBBBBB")))
+PART_COLOURS = dict(zip(PARTS, ("#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#BBBBBB"), strict=True))
 WHOLE, SPEED = "#7F8A99", "#D55E00"
 
 
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     report["measurements"] = [dataclasses.asdict(one) for one in measured]
     path = args.output / ("against.json" if args.against else "benchmark.json")
     atomic_files.write_whole(path, json.dumps(report, indent=2) + "\n")
-    images.save_png(draw_plot(title, measured), path.with_suffix(".png"))
+    atomic_files.save_png(draw_plot(title, measured), path.with_suffix(".png"))
     print(f"Wrote {path} and {path.with_suffix('.png')}")
     return int(any(one.problem for one in measured))
 
@@ -244,8 +243,8 @@ def prepare(output: Path, shape: str) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
     subject, pictures = next(iter(shapes.SUBJECTS)), np.random.default_rng(0)
     for number, picture in enumerate(shapes.draw_photos(subject, PHOTOS, 512, pictures, list(shapes.COLOURS))):
-        images.save_png(picture, folders["photos"] / f"{number}.png")
-        images.save_png(picture, folders["class-images"] / f"{number:05d}.png")
+        atomic_files.save_png(picture, folders["photos"] / f"{number}.png")
+        atomic_files.save_png(picture, folders["class-images"] / f"{number:05d}.png")
     return folders
 
 
@@ -488,12 +487,12 @@ def align(heads: tuple[str, ...], rows: list[tuple[str, ...]], texts: int = 1) -
     widths = [max(len(row[column]) for row in whole) for column in range(len(heads))]
     widths[:texts] = [max(len(row[column]) for row in (heads, *rows)) for column in range(texts)]
     marks = ["<"] * texts + [">"] * (len(heads) - texts)
-    rule = ["-" * width if mark == "<" else "-" * (width - 1) + ":" for width, mark in zip(widths, marks)]
+    rule = ["-" * width if mark == "<" else "-" * (width - 1) + ":" for width, mark in zip(widths, marks, strict=True)]
     lines = [heads, rule, *rows]
     return "\n".join(
-        f"| {' | '.join(f'{cell:{mark}{width}}' for cell, width, mark in zip(line, widths, marks))} |"
+        f"| {' | '.join(f'{cell:{mark}{width}}' for cell, width, mark in zip(line, widths, marks, strict=True))} |"
         if len(line) == len(heads)
-        else f"| {' | '.join(f'{cell:<{width}}' for cell, width in zip(line[:texts], widths))} | {line[-1]} |"
+        else f"| {' | '.join(f'{line[column]:<{widths[column]}}' for column in range(texts))} | {line[-1]} |"
         for line in lines
     )
 

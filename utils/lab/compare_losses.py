@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.core import atomic_files
 from utils.core.errors import UserError
-from utils.data import images
 from utils.demo import CLASS, MODEL, SUBJECT, WORD
 from utils.devices import launch
 from utils.synthetic import shapes
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed = True
         if PLAIN in losses:
             print(f"\n{make_table(script, losses)}\n")
-            images.save_png(
+            atomic_files.save_png(
                 draw_plot(f"{script}: loss, means of {WINDOW} steps", losses), args.output / f"{script}.png"
             )
             report = json.dumps({"script": script, "options": options, "losses": losses}, indent=1)
@@ -145,7 +145,8 @@ def make_table(script: str, losses: dict[str, list[float]]) -> str:
     for name, values in losses.items():
         quarter = len(plain) // 4
         end, reference = statistics.fmean(values[-quarter:]), statistics.fmean(plain[-quarter:])
-        apart = statistics.fmean(abs(one - other) for one, other in zip(values, plain)) / statistics.fmean(plain)
+        gaps = [abs(one - other) for one, other in zip(values, plain, strict=True)]
+        apart = statistics.fmean(gaps) / statistics.fmean(plain)
         rows.append(f"| {name} | {end:.4f} | {end / reference:.1%} | {apart:.2%} |")
     return "\n".join(rows)
 

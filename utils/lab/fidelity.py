@@ -258,7 +258,7 @@ def run_all(args: argparse.Namespace) -> list[Record]:
     if args.jobs == 1:
         return [record for lane in lanes for record in run_lane(*lane)]
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(itertools.chain.from_iterable(pool.map(run_lane, *zip(*lanes))))
+        return list(itertools.chain.from_iterable(pool.map(run_lane, *zip(*lanes, strict=True))))
 
 
 def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]:

@@ -6,7 +6,7 @@
     python utils/lab/step_timing.py peak OUT.json [DTYPE …]             operations a second of large matrix products
 
 `utils.lab.benchmark` starts it. It imports nothing else of this repository, because the script that it runs may belong
-to another project whose modules have the same names.
+to another project whose modules have the same names. That is why `peak_memory_gb` repeats some of `device_memory`.
 """
 
 import functools

@@ -228,14 +228,14 @@ def teach_text_encoder(pipeline: DiffusionPipeline, steps: int, seed: int, batch
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.01)
     for step in range(steps):
         set_rate(optimizer, 2e-3, step, steps)
-        texts, labels = zip(*(made_up_caption(rng) for _ in range(batch_size)))
+        texts, labels = zip(*(made_up_caption(rng) for _ in range(batch_size)), strict=True)
         tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
         is_t5 = tokenizer.bos_token is None
         hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if is_t5 else None).last_hidden_state
         # CLIP's tokens see those before them only; the whole caption is known from its end on, padding included.
         mask = tokens.attention_mask.float() if is_t5 else (tokens.input_ids == tokenizer.eos_token_id).float()
         wanted = torch.tensor(labels).T
-        loss = sum(F.cross_entropy(*pair) for pair in zip(reader(hidden, mask), wanted))
+        loss = sum(F.cross_entropy(*pair) for pair in zip(reader(hidden, mask), wanted, strict=True))
         take_step(loss, optimizer, parameters)
     encoder.eval().requires_grad_(False)
 
@@ -244,11 +244,11 @@ def made_up_caption(rng: np.random.Generator) -> tuple[str, list[int]]:
     """Return a caption and, for each attribute, the number of its word; the last number means that none is there."""
     said = [None if rng.random() < 0.3 else int(rng.integers(len(words))) for words in ATTRIBUTES]
     said[0] = int(rng.integers(len(ATTRIBUTES[0])))
-    words = [None if number is None else words[number] for number, words in zip(said, ATTRIBUTES)]
+    words = [None if number is None else words[number] for number, words in zip(said, ATTRIBUTES, strict=True)]
     shape, colour, background, size, place, rare = words
     described = " ".join(word for word in (rare, colour) if word)
     text = shapes.phrase(shape, described or None, background, size, place)
-    return text, [len(words) if number is None else number for number, words in zip(said, ATTRIBUTES)]
+    return text, [len(words) if number is None else number for number, words in zip(said, ATTRIBUTES, strict=True)]
 
 
 @torch.no_grad()
@@ -374,7 +374,7 @@ def train_unet(
         if step % 100 == 99:
             report(f"step {step + 1} of {recipe.steps}, loss {np.mean(losses[-100:]):.4f}")
     with torch.no_grad():
-        for parameter, value in zip(unet.parameters(), average):
+        for parameter, value in zip(unet.parameters(), average, strict=True):
             parameter.copy_(value)
     unet.eval()
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from utils.core.errors import UserError
 from utils.devices.device_memory import is_out_of_memory, peak_memory_gb
+from utils.memory.savings import WORTHWHILE, list_changes
 from utils.optim.optimizers import STATE_BYTES, optimizer_of
 
 # Shares of the activations' memory, measured on Stable Diffusion 1.5's U-Net with adapters, 256 px, batches of 1 to 4.
 SAVED_BY_CHECKPOINTING = 0.7
 SAVED_BY_HALF_PRECISION = 0.35
 SAVED_BY_NF4 = 0.7  # of frozen weights in bf16, norms and small layers included
-WORTHWHILE = 0.02  # of the peak; a change that saves less is not named
 
 
 class Saving(NamedTuple):
@@ -57,38 +57,42 @@ def find_savings(flags: dict[str, Any], networks: Iterable[nn.Module], peak: flo
         networks: Those on the device.
         peak: Memory in use at most, in 10^9 bytes.
     """
-    batch, steps = flags["train_batch_size"], flags["gradient_accumulation_steps"]
     weights = [parameter for network in networks for parameter in network.parameters()]
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad) / 1e9
     held = [tensor for weight in weights for tensor in (weight, weight.grad) if tensor is not None]
     activations = max(peak - sum(tensor.nbytes for tensor in held) / 1e9, 0)
-    frozen = sum(weight.nbytes for weight in weights if not weight.requires_grad) / 1e9
-    is_float32 = flags["mixed_precision"] == "no"
-    trains_whole = any(all(weight.requires_grad for weight in network.parameters()) for network in networks)
-    encoder = [network for network in networks if isinstance(network, PreTrainedModel)]
-    encoder_bytes = sum(weight.nbytes for network in encoder for weight in network.parameters()) / 1e9
-    own = sum(w.numel() for network in encoder for w in network.parameters() if w.requires_grad) / 1e9
+    encoders = [network for network in networks if isinstance(network, PreTrainedModel)]
+    trained, encoder_trained = count_trained(networks), count_trained(encoders)
+    adapted = [n for n in networks if n not in encoders and any(weight.requires_grad for weight in n.parameters())]
     state, small = STATE_BYTES[optimizer_of(flags)], STATE_BYTES["adamw8bit"]
-    adapted = [n for n in networks if n not in encoder and any(weight.requires_grad for weight in n.parameters())]
-    base = (
-        sum(weight.nbytes for network in adapted for weight in network.parameters() if not weight.requires_grad) / 1e9
-    )
-    fuses = not flags["fused_backward"] and steps == 1 and flags["optimizer"] != "prodigy"
-    smaller = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
-    found = [
-        ("--gradient_checkpointing", not flags["gradient_checkpointing"], SAVED_BY_CHECKPOINTING * activations),
-        (smaller, batch > 1 and not flags["fused_backward"], (1 - 1 / batch) * activations),
-        ("--mixed_precision bf16", is_float32, SAVED_BY_HALF_PRECISION * activations + frozen / 2),
-        ("--optimizer adamw8bit", state > small, (state - small) * trained),
-        ("--fused_backward --max_grad_norm 0", fuses, 4 * trained),
-        ("--base_model_precision nf4", flags.get("base_model_precision") == "no_change", SAVED_BY_NF4 * base),
-        ("--no-train_text_encoder", flags["train_text_encoder"], (4 + state) * own),
-        ("--pre_compute_text_embeddings", bool(encoder) and not own, encoder_bytes),
-        ("train_dreambooth_lora.py", trains_whole, (4 + state) * trained),
-        ("a --resolution of half the edge", True, 0.75 * activations),
-    ]
-    savings = [Saving(change, gain) for change, holds, gain in found if holds and gain > WORTHWHILE * peak]
+    is_stored_whole = flags.get("base_model_precision") == "no_change"
+    gains = {
+        "--gradient_checkpointing": SAVED_BY_CHECKPOINTING * activations,
+        "--train_batch_size": (1 - 1 / flags["train_batch_size"]) * activations,
+        "--mixed_precision": SAVED_BY_HALF_PRECISION * activations + count_frozen_gb(networks) / 2,
+        "--optimizer": (state - small) * trained,
+        "--fused_backward": 4 * trained,
+        "--base_model_precision": SAVED_BY_NF4 * count_frozen_gb(adapted) * is_stored_whole,
+        "--no-train_text_encoder": (4 + state) * encoder_trained,
+        "--pre_compute_text_embeddings": 0 if encoder_trained else count_frozen_gb(encoders),
+    }
+    found = [(change, gains.get(change.split()[0], 0)) for change, _ in list_changes(flags)]
+    if any(all(weight.requires_grad for weight in network.parameters()) for network in networks):
+        found.append(("train_dreambooth_lora.py", (4 + state) * trained))
+    found.append(("a --resolution of half the edge", 0.75 * activations))
+    savings = [Saving(change, gain) for change, gain in found if gain > WORTHWHILE * peak]
     return sorted(savings, key=lambda saving: -saving.gigabytes)
+
+
+def count_frozen_gb(networks: Iterable[nn.Module]) -> float:
+    """Return the size of the weights that do not train, in 10^9 bytes."""
+    weights = [weight for network in networks for weight in network.parameters()]
+    return sum(weight.nbytes for weight in weights if not weight.requires_grad) / 1e9
+
+
+def count_trained(networks: Iterable[nn.Module]) -> float:
+    """Return how many weights train, in 10^9."""
+    weights = [weight for network in networks for weight in network.parameters()]
+    return sum(weight.numel() for weight in weights if weight.requires_grad) / 1e9
 
 
 def find_early_savings(flags: dict[str, Any]) -> list[Saving]:

@@ -19,12 +19,12 @@ from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from utils.core.errors import UserError
+from utils.data.cache import read_samples
 from utils.data.geometry import Size
-from utils.data.tensor_cache import read_samples
 from utils.devices.device_memory import is_out_of_memory
 from utils.flags.flag_checks import messages_if
-from utils.models import loading_checks
-from utils.models.config_checks import PARTS, check_config, check_index, has_part
+from utils.models import model_checks
+from utils.models.model_checks import PARTS, check_config, check_index, has_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _check_noise(part: str, config: dict) -> None:
     try:
         diffusers.DDPMScheduler.from_config(config)
     except Exception as error:  # whatever a wrong type or name ends in
-        reason = loading_checks.explain(error)
+        reason = model_checks.explain(error)
         raise UserError(f"The model's {part}/scheduler_config.json says no noise levels: {reason}") from error
 
 
@@ -214,22 +214,22 @@ def load(kind: type, model: str, part: str | None, device: torch.device | None =
     options |= _options_of(kind)
     is_here = os.path.isdir(folder)
     if is_network and is_here:
-        loading_checks.check_presence(name, folder, options.get("variant"))
-        if loading_checks.are_pickles(name, folder, options.get("variant")):
+        model_checks.check_presence(name, folder, options.get("variant"))
+        if model_checks.are_pickles(name, folder, options.get("variant")):
             options["use_safetensors"] = False
     try:
         loaded = kind.from_pretrained(model, **options)
     except Exception as error:  # broken files raise nearly every type
         if isinstance(error, ImportError) or is_out_of_memory(error):
             raise
-        why = f"{loading_checks.explain(error)} {_advice(is_here, options)}"
+        why = f"{model_checks.explain(error)} {_advice(is_here, options)}"
         raise UserError(f"{name} cannot be loaded: {why}") from error
     if is_network:
         loaded, info = loaded
-        loading_checks.check_completeness(name, info)
+        model_checks.check_completeness(name, info)
         if not is_here:
             _warn_of_downloaded_pickles(name, model, options)
-    loading_checks.check_loaded(name, loaded)
+    model_checks.check_loaded(name, loaded)
     return loaded if device is None else loaded.to(device)
 
 
@@ -268,7 +268,7 @@ def _warn_of_downloaded_pickles(name: str, model: str, options: dict) -> None:
     filename = f"{options.get('subfolder')}/config.json"
     config = huggingface_hub.try_to_load_from_cache(model, filename, revision=options.get("revision"))
     if isinstance(config, str):
-        loading_checks.are_pickles(name, Path(config).parent, options.get("variant"))
+        model_checks.are_pickles(name, Path(config).parent, options.get("variant"))
 
 
 def resume_keys_of_model(model: str, revision: str | None, token: str | None) -> dict[str, str]:
@@ -282,9 +282,7 @@ def fingerprint(model: str, revision: str | None, token: str | None) -> str:
         config = huggingface_hub.hf_hub_download(model, "unet/config.json", revision=revision, token=token)
         return Path(config).parents[1].name
     found = hashlib.blake2b(digest_size=8)
-    for path in sorted(
-        path for path in Path(model, "unet").iterdir() if path.suffix in loading_checks.WEIGHT_SUFFIXES
-    ):
+    for path in sorted(path for path in Path(model, "unet").iterdir() if path.suffix in model_checks.WEIGHT_SUFFIXES):
         found.update(read_samples(path))
     return found.hexdigest()
 

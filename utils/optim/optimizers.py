@@ -1,4 +1,4 @@
-"""What the optimizers need and cannot do, for the checks of flags."""
+"""Optimizers by name: what they need and cannot do, updating one weight at a time, and loading their state."""
 
 import contextlib
 import functools
@@ -13,10 +13,10 @@ from utils.flags.flag_checks import is_installed, messages_if
 from utils.flags.precision import precision_of
 
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
-NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy")))
+NAMES = dict(zip(OPTIMIZERS, ("AdamW", "AdamW8bit", "Adafactor", "Prodigy"), strict=True))
 # For each weight that trains, about. Adafactor keeps means over a weight's last two edges, which for a convolution of
 # 3 x 3 are two thirds of its size: on these U-Nets it needs what AdamW does in 8 bits.
-STATE_BYTES = dict(zip(OPTIMIZERS, (8, 2, 2, 16)))
+STATE_BYTES = dict(zip(OPTIMIZERS, (8, 2, 2, 16), strict=True))
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")
 
 

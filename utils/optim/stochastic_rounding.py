@@ -19,7 +19,7 @@ def round_stochastically(values: Tensor) -> Tensor:
     the device.
     """
     rounded = torch.empty_like(values, dtype=torch.bfloat16)
-    for place, part in zip(rounded.view(-1).split(AT_ONCE), values.reshape(-1).split(AT_ONCE)):
+    for place, part in zip(rounded.view(-1).split(AT_ONCE), values.reshape(-1).split(AT_ONCE), strict=True):
         noise = torch.randint(1 << DROPPED_BITS, part.shape, dtype=torch.int32, device=part.device)
         # The sign is a bit of its own, so noise adds to the magnitude; to infinity nothing may be added.
         noise = noise.masked_fill_(~part.isfinite(), 0).add_(part.view(torch.int32))

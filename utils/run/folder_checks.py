@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.errors import UserError
+from utils.data.class_images import describe_source
 from utils.data.concepts import Concept, read_concepts
-from utils.data.images import describe_source
 from utils.flags.flag_checks import is_text, messages_if
 from utils.hub import publish
 from utils.run import checkpoints

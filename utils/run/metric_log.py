@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.core.atomic_files import write_whole
 from utils.core.errors import UserError, explain_write_errors
 from utils.devices import device_memory, network_speed
 from utils.run import checkpoints
@@ -49,7 +50,7 @@ class MetricLog:
         )
         self.file = None
         if accelerator.is_main_process:
-            checkpoints.truncate_metrics(path, first_step)
+            truncate_metrics(path, first_step)
             self.file = path.open("a" if first_step else "w", encoding="utf-8")
 
     def add(
@@ -144,6 +145,25 @@ class MetricLog:
             f"Training has diverged: {what} at step {step}{files}. Nothing is saved from here on. {way} with a lower "
             "--learning_rate, in bf16 instead of fp16, or without these pictures."
         )
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of a JSON-lines file whose "step" is at most `step`; drop later, torn and other lines."""
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    kept = [line for line in before.splitlines() if _line_step(line) <= step]
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        write_whole(path, after)
+
+
+def _line_step(line: bytes) -> float:
+    """Return the "step" of a line of JSON, infinity if there is none."""
+    try:
+        return float(json.loads(line.decode())["step"])  # bytes alone might be of another encoding
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return float("inf")
 
 
 def track_images(accelerator: Accelerator, name: str, pictures: list[Image.Image], step: int) -> None:

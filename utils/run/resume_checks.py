@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.errors import UserError
-from utils.data import images
+from utils.data import list_images
 from utils.models.model_files import resume_keys_of_model
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def resume_keys_of_pictures(examples: list, resolution: str) -> dict:
         else None,
         "sizes": [str(example.size) for example in photos] if sizes != {resolution} else None,
         "concepts": [[one.instance_prompt, one.class_prompt, one.repeats] for one in subjects if one.number] or None,
-        "content of the pictures": images.fingerprint((one.path, may_be_drawn(one)) for one in examples),
-        MASKS: images.fingerprint((example.mask, False) for example in examples if example.mask),
+        "content of the pictures": list_images.fingerprint((one.path, may_be_drawn(one)) for one in examples),
+        MASKS: list_images.fingerprint((example.mask, False) for example in examples if example.mask),
         SETTINGS: {one.flag_name(key): getattr(one, key) for one in subjects if one.number for key in SET},
     }
 

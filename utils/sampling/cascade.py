@@ -202,7 +202,8 @@ def plan_sizes(
         source = sizes[-1]
         sizes.append([Size(size.width * SCALE, size.height * SCALE) for size in source])
         checked = source if stage.kind is UPSCALER else sizes[-1]
-        if wrong := next((size for size, edges in zip(source, checked) if any(edge % factor for edge in edges)), None):
+        pairs = zip(source, checked, strict=True)
+        if wrong := next((size for size, edges in pairs if any(edge % factor for edge in edges)), None):
             raise UserError(
                 f"{stage.name} cannot enlarge the {wrong.width} x {wrong.height} pixels of {before.name}: its U-Net "
                 f"needs multiples of {factor}. Choose --width and --height accordingly."
@@ -287,8 +288,8 @@ def prompt_arguments(stage: Stage, row: int, drawing: Drawing, embeds: dict) -> 
     texts, count = (stage.prompts[row], drawing.negative_prompt), len(drawing.seeds)
     if stage.kind in IF:
         encoded = [embeds[text, stage.tokens].to(drawing.device).expand(count, -1, -1) for text in texts]
-        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), encoded))
-    return dict(zip(("prompt", "negative_prompt"), ([text] * count for text in texts)))
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), encoded, strict=True))
+    return dict(zip(("prompt", "negative_prompt"), ([text] * count for text in texts), strict=True))
 
 
 def draw_batches(

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from utils.data import images
+from utils.core import atomic_files
+from utils.data import decode_images
 from utils.data.geometry import Size
 from utils.sampling import image_grid
 
@@ -31,7 +32,7 @@ def list_previews(sizes: list[Size], count: int, seed: int) -> list[Preview]:
     names = ["{:02d}.png" if len(sizes) == 1 else f"{{:02d}}-{size}.png" for size in sizes]
     return [
         Preview(name.format(index), index, (seed + index) % 2**32, size)
-        for name, size in zip(names, sizes)
+        for name, size in zip(names, sizes, strict=True)
         for index in range(count)
     ]
 
@@ -64,14 +65,14 @@ def draw(
         if small is not None and not (small / preview.name).exists():
             continue  # there was no memory to draw it
         if small is not None:
-            options["image"] = images.open_rgb(small / preview.name)
+            options["image"] = decode_images.open_rgb(small / preview.name)
         picture = pipeline(
             generator=torch.Generator().manual_seed(preview.seed),
             height=preview.size.height,
             width=preview.size.width,
             **options,
         ).images[0]
-        images.save_png(picture, folder / preview.name)
+        atomic_files.save_png(picture, folder / preview.name)
 
 
 def shrink(previews: list[Preview], paths: list[Path], folder: Path) -> None:
@@ -81,13 +82,13 @@ def shrink(previews: list[Preview], paths: list[Path], folder: Path) -> None:
     sizes = ", ".join(dict.fromkeys(str(preview.size) for preview in previews))
     logger.info("Previews enlarge %s, cut and shrunk to %s px.", used, sizes)
     for preview in previews:
-        picture = ImageOps.fit(images.open_rgb(paths[preview.index]), preview.size, Image.Resampling.BICUBIC)
-        images.save_png(picture, folder / preview.name)
+        picture = ImageOps.fit(decode_images.open_rgb(paths[preview.index]), preview.size, Image.Resampling.BICUBIC)
+        atomic_files.save_png(picture, folder / preview.name)
 
 
 def write_grid(names: Iterable[str], folder: Path, title: str) -> list[Image.Image]:
     """Draw those pictures of a folder that are there on one sheet, grid.png, and return them."""
-    drawn = [images.open_rgb(folder / name) for name in names if (folder / name).exists()]
+    drawn = [decode_images.open_rgb(folder / name) for name in names if (folder / name).exists()]
     if drawn:
-        images.save_png(image_grid.make_grid(drawn, columns=4, title=title), folder / "grid.png")
+        atomic_files.save_png(image_grid.make_grid(drawn, columns=4, title=title), folder / "grid.png")
     return drawn

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.core import atomic_files
 from utils.core.seeds import derive_seed
-from utils.data import images
 
 COLOURS = {  # sRGB
     "red": (214, 40, 40),
@@ -238,7 +238,7 @@ def write_photos(folder: Path, subject: str, word: str | None = None) -> list[Pa
     rng = np.random.default_rng(derive_seed("photos", subject))
     scenes = photo_scenes(subject, PHOTOS, rng, split_backgrounds(subject)[0])
     paths = write_pictures(folder, [draw(scene, PHOTO_PIXELS) for scene in scenes])
-    for path, scene in zip(paths, scenes) if word else ():
+    for path, scene in zip(paths, scenes, strict=True) if word else ():
         text = phrase(scene.shape, word, scene.background, scene.size, scene.place)
         path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     return paths
@@ -255,8 +255,8 @@ def write_pictures(folder: Path, pictures: Sequence[Image.Image]) -> list[Path]:
     """Write pictures as PNG, named by their numbers."""
     paths = [folder / f"{number}.png" for number in range(len(pictures))]
     folder.mkdir(parents=True, exist_ok=True)
-    for picture, path in zip(pictures, paths):
-        images.save_png(picture, path)
+    for picture, path in zip(pictures, paths, strict=True):
+        atomic_files.save_png(picture, path)
     return paths
 
 

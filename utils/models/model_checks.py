@@ -1,6 +1,7 @@
-"""Checks of a model's weights and tokenizer as they are loaded, and what is said of those that cannot be."""
+"""Checks of a model: what its config files say, before anything is done by them, and its weights and tokenizer."""
 
 import functools
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -16,6 +17,91 @@ from utils.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+PARTS = {  # of a model that runs read, and what their classes must be
+    "unet": nn.Module,
+    "vae": nn.Module,
+    "text_encoder": nn.Module,
+    "tokenizer": transformers.PreTrainedTokenizerBase,
+    "scheduler": diffusers.SchedulerMixin,
+    "image_noising_scheduler": diffusers.SchedulerMixin,
+}
+_TYPES = {  # of the config values that runs read, by the words that messages have for them; each may be missing
+    "a name": (str, ("_class_name", "class_embed_type", "prediction_type")),
+    "a whole number": (int, ("in_channels", "out_channels", "max_position_embeddings", "num_train_timesteps")),
+    "a list of whole numbers": (list, ("block_out_channels",)),
+    "one whole number or two": ((int, list), ("sample_size",)),
+}
+_NEEDED = {  # by class; without them diffusers would assume the sizes of Stable Diffusion 1
+    "UNet2DConditionModel": ("in_channels", "block_out_channels"),
+    "AutoencoderKL": ("block_out_channels",),
+}
+
+
+def check_index(path: str, index: dict) -> None:
+    """Check the content of a model_index.json.
+
+    Args:
+        path: Of the file, for messages.
+
+    Raises:
+        UserError: A component is no pair of library and class, is no folder's name, or does not come with diffusers
+            or transformers; or see `check_config`.
+    """
+    check_config(path, "index", index)
+    for name, value in index.items():
+        is_pair = isinstance(value, list) and len(value) == 2
+        if value is None or (is_pair and value[0] is None):
+            continue
+        is_component = is_pair and all(isinstance(text, str) for text in value)
+        if name in PARTS and not is_component:
+            raise UserError(f'{path} has "{name}": {json.dumps(value)}; it must be a library and a class.')
+        if is_component and not name.isidentifier():
+            raise UserError(f"{path} has a component {name!r}; it must be the name of a folder of the model.")
+        if is_component and not _comes_installed(value[0]):
+            raise UserError(
+                f'{path} has "{name}": {json.dumps(value)}; only classes of diffusers and transformers are loaded, '
+                "and no code that comes with a model."
+            )
+
+
+def check_config(path: str, part: str, config: dict) -> None:
+    """Check the content of a part's config.
+
+    Args:
+        path: Of the file, for messages.
+        part: Its folder, or "index" for model_index.json.
+
+    Raises:
+        UserError: It names code of the model's own, lacks a value or has one of the wrong type.
+    """
+    if "auto_map" in config:
+        raise UserError(f"{path} has an auto_map, so it needs code that comes with the model: none is ever run.")
+    wrong = {
+        key: words
+        for words, (kind, keys) in _TYPES.items()
+        for key in keys
+        if config.get(key) is not None and not isinstance(config[key], kind)
+    }
+    if part.endswith("scheduler") and not hasattr(diffusers, str(config.get("_class_name", "DDPMScheduler"))):
+        wrong["_class_name"] = "one of diffusers' schedulers"
+    if wrong:
+        key, words = next(iter(wrong.items()))
+        raise UserError(f'{path} has "{key}": {json.dumps(config[key])}; it must be {words}.')
+    lacking = [key for key in _NEEDED.get(config.get("_class_name"), ()) if config.get(key) is None]
+    if lacking:
+        raise UserError(f"{path} has no {' and no '.join(lacking)}. Download the model again, or use another.")
+
+
+def has_part(index: dict, part: str) -> bool:
+    """Say whether a checked model_index.json names a class for a part."""
+    return bool((index.get(part) or [None])[0])
+
+
+def _comes_installed(library: str) -> bool:
+    """Say whether a library is one of the two, or the folder of one of diffusers' pipelines."""
+    pipelines = Path(diffusers.__file__).parent / "pipelines"
+    folders = [pipelines / library, pipelines / "deprecated" / library] if library.isidentifier() else []
+    return library in ("diffusers", "transformers") or any(folder.is_dir() for folder in folders)
 
 
 def check_presence(name: str, folder: Path, variant: str | None) -> None:
