@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+# What git tracks, and all files without git: copies of the scripts are not looked at.
+SOURCES = $(or $(wildcard $(shell git ls-files '*.py' 2>/dev/null)),.)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -26,8 +28,8 @@ test: lint  ## lint, then run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style, formatting and that the two scripts' shared functions are the same
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/python -m utils.check_sync
 
 bench: $(STAMP)  ## measure speed and memory

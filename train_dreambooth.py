@@ -22,7 +22,7 @@ To change an experiment, edit one function:
     noise and timesteps ...... sample_noise          order of the photos ...... StepSampler
     stage II's input ......... stage_two_inputs      the optimizer ............ make_optimizer
     the target ............... prediction_target     the schedule ............. learning_rate
-    the loss of an example ... example_losses        previews, their sampler .. make_preview_pipeline
+    the loss of an example ... example_losses        the previews' sampler .... make_sampler
     instance + class loss .... combine_losses        what is saved ............ save_result
 
 Tools such as `python -m utils.preview_data SCRIPT` call functions of this file by name; docs/changing.md lists them.
@@ -34,7 +34,51 @@ Papers: DreamBooth arXiv 2208.12242, latent diffusion 2112.10752, velocity predi
 cascades 2205.11487, learned variance 2102.09672.
 """
 
-import utils.core.quick_imports  # isort: skip  # noqa: F401  (first: it nearly halves the seconds that the others take)
+import sys
+
+try:  # before all else, because quick_imports nearly halves the seconds that the other imports take
+    import utils.core.quick_imports  # noqa: F401
+    from utils.core import version_check
+    from utils.core.errors import UserError, exit_status
+    from utils.core.seeds import derive_seed, generator
+    from utils.data import (
+        batch_order,
+        cache,
+        captions,
+        class_images,
+        concepts,
+        decode_images,
+        geometry,
+        list_images,
+        masks,
+        prompt_cleaning,
+    )
+    from utils.data.geometry import Crop, Size
+    from utils.devices import accelerator_setup, device_memory, graceful_stop, network_speed, shards
+    from utils.flags import command_line, flag_checks, precision
+    from utils.hub import hub_datasets, model_card, publish
+    from utils.memory import memory_estimate, out_of_memory
+    from utils.models import layer_names, model_files
+    from utils.optim import optimizers, schedules, stochastic_rounding
+    from utils.run import (
+        atomic_folders,
+        checkpoints,
+        flag_conflicts,
+        folder_checks,
+        metric_log,
+        resume_checks,
+        run_summary,
+    )
+    from utils.sampling import preview_pipeline
+
+    version_check.check_names_used(__file__)
+except ImportError as error:
+    found = getattr(sys.modules.get("utils"), "__file__", "none")
+    sys.exit(
+        f"error: {error}; this script needs its repository's utils/ (found: {found}) and the packages of "
+        "requirements.txt: git clone REPOSITORY_URL, and run it in that folder, or `pip install -e` that folder."
+    )
+
 import argparse
 import copy
 import dataclasses
@@ -44,7 +88,6 @@ import itertools
 import json
 import math
 import random
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -66,38 +109,6 @@ from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-
-from utils.core.errors import UserError, exit_status
-from utils.core.seeds import derive_seed, generator
-from utils.data import (
-    batch_order,
-    cache,
-    captions,
-    class_images,
-    concepts,
-    decode_images,
-    geometry,
-    list_images,
-    masks,
-    prompt_cleaning,
-)
-from utils.data.geometry import Crop, Size
-from utils.devices import accelerator_setup, device_memory, graceful_stop, network_speed, shards
-from utils.flags import command_line, flag_checks, precision
-from utils.hub import hub_datasets, model_card, publish
-from utils.memory import memory_estimate, out_of_memory
-from utils.models import model_files
-from utils.optim import optimizers, schedules, stochastic_rounding
-from utils.run import (
-    atomic_folders,
-    checkpoints,
-    flag_conflicts,
-    folder_checks,
-    metric_log,
-    resume_checks,
-    run_summary,
-)
-from utils.sampling import preview_pipeline
 
 logger = get_logger(__name__)
 
@@ -306,7 +317,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_parser()
     args = command_line.parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
     if problems := find_problems(args) + find_method_problems(args):
-        parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
+        parser.error("\n".join(["these flags cannot be used:", *(f"  - {problem}" for problem in problems)]))
     return args
 
 
@@ -433,13 +444,13 @@ def add_method_args(add, switch) -> None:
 
 def add_validation_args(add, switch) -> None:
     """Add the flags of the pictures that are drawn during training."""
-    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_prompt", help="Draw previews of this before, during and after training. Unset: none.")
     add("--validation_negative_prompt", default="", help="Negative prompt of the previews.")
     add("--num_validation_images", type=int, default=4, help="Previews per round. Each round uses the same seeds.")
     add("--validation_steps", type=int, default=100, help="Optimizer steps between rounds of previews.")
     add("--validation_epochs", type=int, help="Epochs between rounds. Overrides --validation_steps.")
-    add("--validation_scheduler", default=samplers[0], choices=samplers, help="Sampler of the pictures.")
+    sampler = "DPMSolverMultistepScheduler"
+    add("--validation_scheduler", default=sampler, metavar="CLASS", help="Scheduler class of diffusers for previews.")
     add("--validation_num_inference_steps", type=int, default=25, help="Sampling steps per preview.")
     add("--validation_guidance_scale", type=float, default=7.5, help="Guidance scale of the previews. 1: none.")
     add("--validation_resolution", metavar="SIZES", help="Sizes of the previews: 64,64x96. Unset: --resolution.")
@@ -481,6 +492,7 @@ def find_problems(args: Namespace) -> list[str]:
         ),
         *folder_checks.find_folder_problems(vars(args)),
         *list_images.find_unreadable("--validation_images", args.validation_images or []),
+        *preview_pipeline.find_sampler_problems(args.validation_scheduler),
         *metric_log.find_tracker_problems(metric_log.tracker_names(args.report_to)),
     ]
 
@@ -549,11 +561,12 @@ def detect_model(args: Namespace) -> ModelInfo:
     )
     longest = configs.text_encoder.get("max_position_embeddings", 77)
     problems = flag_conflicts.find_model_conflicts(vars(args), base, longest)
+    problems += layer_names.find_unknown_layers(unet, method_resume_keys(args, base).get("layers"))
     has_images = args.validation_images or args.num_eval_images
     small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
-        raise UserError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
+        raise UserError("\n".join([f"these flags cannot be used with {name} ({kind.value}):", *problems]))
     return base
 
 
@@ -673,6 +686,7 @@ def print_dry_run(args: Namespace, accelerator: Accelerator, plan: Plan) -> int:
     prompts.embeds = prompts.ids if plan.base.precomputes_text else None
     models = load_models(args, plan, prompts, empty)
     prepare_training(args, plan, models, empty)
+    models.optimizer = make_optimizer(args, plan, models)
     summary = describe_run(args, accelerator, plan, DreamBoothDataset(args, plan, prompts).order, models)
     title = f"{METHOD} of {args.pretrained_model_name_or_path}, not begun (--dry_run)"
     run_summary.show_run(accelerator, title, summary)
@@ -695,8 +709,8 @@ def describe_run(
     frozen_words = f"{frozen:.2f} M are frozen in {run_summary.describe_frozen(flags, plan)}"
     variance = "trained" if args.train_variance else "not trained: results draw with fixed_small"
     rates = " and ".join(f"{rate:g}" for rate in plan.learning_rates.values())
-    optimizer = optimizers.NAMES[optimizers.optimizer_of(flags)]
-    optimizer += " in the backward pass" if args.fused_backward else ""
+    optimizer = optimizers.class_name(models.optimizer) + (" in the backward pass" if args.fused_backward else "")
+    sampler = f"{type(make_sampler(args, plan)).__name__}, {args.validation_num_inference_steps} steps"
     return {
         "model": base.kind.value + (f", fed by {base.conditioning}" if base.conditioning else ""),
         "resolution": f"{base.resolution} px" + ("" if args.resolution else ", the default for this model"),
@@ -709,6 +723,7 @@ def describe_run(
         "steps": f"{plan.steps}, {plan.steps_per_epoch} an epoch; {plan.first_step} are done",
         "loss": f"{base.prediction_type}, min-SNR {args.snr_gamma or 'off'}, noise offset {plan.noise_offset:g}",
         "learning rate": f"{rates}, {args.lr_scheduler}, {optimizer}",
+        **({"previews": f"{len(plan.previews)} by {sampler}"} if args.validation_prompt else {}),
         "arithmetic": f"{accelerator.mixed_precision} mixed precision on {accelerator.device.type}, seed {plan.seed}",
     }
 
@@ -1590,10 +1605,14 @@ def preview_options(args: Namespace, prompts: PromptTable, text_encoder: nn.Modu
 def make_preview_pipeline(args: Namespace, accelerator: Accelerator, plan: Plan, models: Models) -> DiffusionPipeline:
     """Build the pipeline that draws previews from the networks in memory."""
     parts = {"vae": models.vae, "image_noising_scheduler": models.image_noising_scheduler}
-    scheduler = getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
     unet = accelerator.unwrap_model(models.unet)
     kind = getattr(diffusers, PIPELINES[plan.base.kind])
-    return preview_pipeline.assemble(kind, unet=unet, scheduler=scheduler, **parts)
+    return preview_pipeline.assemble(kind, unet=unet, scheduler=make_sampler(args, plan), **parts)
+
+
+def make_sampler(args: Namespace, plan: Plan) -> diffusers.SchedulerMixin:
+    """Return the sampler of the previews, with the noise that the model was trained with."""
+    return getattr(diffusers, args.validation_scheduler).from_config(plan.base.scheduler)
 
 
 # ------------------------------------------------------------------------------------------------------------ result

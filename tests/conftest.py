@@ -26,7 +26,7 @@ from PIL import Image
 from tests.runs import Trainer
 from utils.data.concepts import Concept
 from utils.data.geometry import Size
-from utils.make_model import make_model
+from utils.synthetic.random_models import make_model
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 if hasattr(signal, "SIGHUP"):

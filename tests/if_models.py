@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from utils.make_model import make_model
+from utils.synthetic.random_models import make_model
 
 STAGES = ("if1", "if2")
 PAIRS = tuple((script, stage) for stage in STAGES for script in ("full", "lora"))

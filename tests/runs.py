@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.devices import accelerator_setup
+from utils.run.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"full": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}
@@ -135,7 +137,7 @@ class Trainer:
         """Start a run.
 
         Args:
-            script: "full" or "lora".
+            script: "full" or "lora", or the path of a copy.
             out: its output folder.
             flags: added to `BASE_FLAGS`, over which they win.
             how: "fork", or a key of `HOWS` for a process of its own.
@@ -151,11 +153,11 @@ class Trainer:
         log = self.home / f"run-{self.count}"
         (log / "cwd").mkdir(parents=True)
         if how == "fork":
-            request = {"script": SCRIPTS[script], "words": words, "log": str(log), "variables": variables}
+            request = {"script": SCRIPTS.get(script, script), "words": words, "log": str(log), "variables": variables}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             return self.remember(Job(log, out, None))
-        command = [sys.executable, *HOWS[how].split(), str(ROOT / SCRIPTS[script]), *words]
+        command = [sys.executable, *HOWS[how].split(), str(ROOT / SCRIPTS.get(script, script)), *words]
         with (log / "stdout").open("w") as stdout, (log / "stderr").open("w") as stderr:
             streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
             variables = self.variables | {"PYTHONPATH": str(ROOT)} | variables
@@ -188,6 +190,17 @@ def wait_until(holds, what: str, seconds: float = TIMEOUT) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} s for {what}")
         time.sleep(0.01)
+
+
+def list_sources() -> list[str]:
+    """Return the Python files that git tracks, or all without git; untracked ones are people's own experiments."""
+    found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/*.py")]
+    if shutil.which("git"):
+        tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
+        found = [name for name in found if name in tracked] or found
+    return found
 
 
 # What a run leaves behind.
@@ -278,7 +291,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if os.fork() == 0:
-            keep(modules[request["script"]], request)
+            keep(modules.get(request["script"]), request)
 
 
 def keep(module, request: dict) -> None:
@@ -311,6 +324,7 @@ def run_main(module, request: dict) -> int:
     os.environ.update(request["variables"])
     sys.argv = [str(ROOT / request["script"]), *request["words"]]
     try:
+        module = module or load_script(request["script"])  # of a copy, which is imported by its own run alone
         code = module.exit_status(module.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

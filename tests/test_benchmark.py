@@ -9,8 +9,9 @@ from PIL import Image
 
 from utils.core.errors import UserError
 from utils.devices.launch import find_reason
-from utils.lab import benchmark, step_timing
-from utils.lab.benchmark import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison, Measurement
+from utils.lab import benchmark, compare_projects, measured_runs, plots, step_timing
+from utils.lab.benchmark import Measurement
+from utils.lab.compare_projects import OURS, OURS_AGAIN, OURS_BEST, THEIRS, Comparison
 from utils.lab.step_timing import PARTS, Clock
 
 PARSER = """
@@ -53,7 +54,7 @@ def test_a_configuration_is_measured_in_parts(tmp_path, monkeypatch, capfd):
     assert bad["problem"] == "train_dreambooth.py has no --warp" and bad["seconds"] is None
     assert f"| {name} |" in table and f"failed: {bad['problem']}" in table and "TFLOP/s in fp32" in table
     assert report["device"] and report["versions"]["torch"]
-    assert Image.open(tmp_path / "benchmark.png").height > 2 * benchmark.ROW
+    assert Image.open(tmp_path / "benchmark.png").height > 2 * plots.ROW
     assert not list(tmp_path.glob("runs/*/")) and not list(tmp_path.glob("runs/*.found"))
 
 
@@ -73,7 +74,7 @@ def test_another_project_is_compared_in_turn(tmp_path, capfd):
         assert one["samples_per_second"] == pytest.approx(1 / one["seconds"]) and one["start_seconds"] > 0
     assert report["threads"] >= 1 and report["steps"] == 5
     assert f"| LoRA, batch 1 | {THEIRS}" in table and f"failed: {best['problem']}" in table
-    assert Image.open(tmp_path / "out/against.png").height > 3 * benchmark.ROW
+    assert Image.open(tmp_path / "out/against.png").height > 3 * plots.ROW
     assert not list((tmp_path / "out/runs").glob("*/"))
 
 
@@ -88,9 +89,9 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
     """By the last line that says why; also if it ends well, but has not trained."""
     (tmp_path / "train_dreambooth.py").write_text(script)
     (tmp_path / "runs").mkdir()
-    run, folders = benchmark.Run({"runs": tmp_path / "runs"}, "one"), dict.fromkeys(("model", "photos"), tmp_path)
+    run, folders = measured_runs.Run({"runs": tmp_path / "runs"}, "one"), dict.fromkeys(("model", "photos"), tmp_path)
     with pytest.raises(UserError, match=reason):
-        benchmark.time_from_outside(run, tmp_path / "train_dreambooth.py", ["--train_batch_size=1"], folders, 4)
+        compare_projects.time_from_outside(run, tmp_path / "train_dreambooth.py", ["--train_batch_size=1"], folders, 4)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one.log"]
 
 
@@ -98,7 +99,7 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
     ("lines", "reason"),
     [
         ("usage: a.py\na.py: error: unrecognized arguments: --x\nsubprocess.CalledProcessError: 2", 1),
-        ("a.py: error: the flags do not fit:\n  - --rank 0 is out of range.\nsubprocess.CalledProcessError: 2", 1),
+        ("a.py: error: these flags cannot be used:\n  - --rank 0 is too small.\nsubprocess.CalledProcessError: 2", 1),
         ("error: the folder is empty.\nsubprocess.CalledProcessError: 1", 0),
         ("Traceback\nValueError: no\n  more of it\n", 1),
         ("Killed", 0),
@@ -189,7 +190,7 @@ def test_a_comparison_has_ratios():
     """To theirs, of the same work; a dash where theirs failed."""
     theirs, ours = Comparison("a", THEIRS, 0.5, 2, 40, 8), Comparison("a", OURS, 0.25, 4, 10, 6)
     failed, alone = Comparison("b", THEIRS, problem="no"), Comparison("b", OURS, 0.25, 4, 10, 6)
-    lines = benchmark.make_comparison([theirs, ours, failed, alone]).split("\n")
+    lines = compare_projects.make_comparison([theirs, ours, failed, alone]).split("\n")
     assert len({len(line) for line in lines if "failed" not in line}) == 1
     assert lines[3].split() == "| a | ours | 4.000 | 2.00 | 10.0 | 0.25 | 6.00 | 0.75 |".split()
     assert lines[4] == "| b    | theirs  | failed: no |" and lines[5].count("–") == 3
@@ -199,18 +200,18 @@ def test_the_plot_draws_what_there_is():
     """Each part has its colour, what failed has none, and the longest bar fits."""
     parts = dict.fromkeys(PARTS, 0.1)
     good, bad = Measurement("a", 0.5, 2, 1.25, 9, parts), Measurement("b", problem="no")
-    plot = benchmark.draw_plot("title", [good, bad])
+    plot = plots.draw_bars("title", [good, bad])
     colours = {colour for _, colour in plot.getcolors(plot.width * plot.height)}
-    wanted = [*benchmark.PART_COLOURS.values(), benchmark.SPEED]
+    wanted = [*plots.PART_COLOURS.values(), plots.SPEED]
     assert {tuple(bytes.fromhex(colour[1:])) for colour in wanted} <= colours
-    row = plot.crop((0, plot.height - benchmark.LETTERS - benchmark.ROW, plot.width, plot.height - benchmark.LETTERS))
+    row = plot.crop((0, plot.height - plots.LETTERS - plots.ROW, plot.width, plot.height - plots.LETTERS))
     assert len(row.getcolors(row.width * row.height)) < len(colours)
-    assert benchmark.draw_plot("title", [bad]).height < plot.height
+    assert plots.draw_bars("title", [bad]).height < plot.height
 
 
 def test_every_shape_has_its_own_size_and_configurations():
     """IF trains on pixels, at the size of its networks, and without what it lacks."""
-    assert [benchmark.size_of(shape) for shape in ("tiny", "sd15", "sd21", "if1-xl", "if2-l")] == [
+    assert [measured_runs.size_of(shape) for shape in ("tiny", "sd15", "sd21", "if1-xl", "if2-l")] == [
         64,
         512,
         768,

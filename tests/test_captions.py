@@ -18,7 +18,7 @@ from utils.data.prompt_cleaning import (
     lost_words,
     suggest_identifiers,
 )
-from utils.make_model import make_model
+from utils.synthetic.random_models import make_model
 
 PIPELINES = [name for name in dir(diffusers) if name.startswith("IF") and name.endswith("Pipeline")]
 TEXTS = [

@@ -26,9 +26,9 @@ from PIL import Image
 from tests.conftest import draw_picture
 from utils import sample
 from utils.data import prompt_cleaning
-from utils.make_model import make_model
 from utils.models import adapters, model_files
 from utils.sampling import cascade, results
+from utils.synthetic.random_models import make_model
 
 PROMPT, OWN = "A photo of sks dog, on the (sunny) beach!", "a photo of a dog"
 LAYERS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]

@@ -9,8 +9,9 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from tests.runs import SCRIPTS, read_metrics, read_tensors
 from utils.devices.network_speed import compile_blocks, list_blocks
-from utils.make_model import SHAPES, build_if1_unet, build_unet, make_model
 from utils.models.quantize import quantize_layers
+from utils.synthetic.model_sizes import SHAPES
+from utils.synthetic.random_models import build_if1_unet, build_unet, make_model
 
 CASES = {
     "full": "--gradient_checkpointing",

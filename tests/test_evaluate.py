@@ -10,8 +10,8 @@ from PIL import Image
 from tests.test_similarity import DATA_SET, write_encoders
 from utils import evaluate
 from utils.evaluation import exam
-from utils.make_model import make_model
 from utils.sampling import cascade
+from utils.synthetic.random_models import make_model
 
 SUBJECT = "quartered circle"
 

@@ -238,10 +238,10 @@ def test_every_difference_to_a_checkpoint_is_named(tmp_path):
             tmp_path / "checkpoint-5", {"seed": 1, "rank": 4, "same": 0}, {"seed": 2, "same": 0, "alpha": 8}
         )
     assert str(error.value).split("\n") == [
-        f"{tmp_path / 'checkpoint-5'} cannot be resumed by this command, which differs from that of its run in",
+        f"{tmp_path / 'checkpoint-5'} cannot be resumed: this command differs from the run that wrote it in",
         "  seed: 1 there, 2 here",
         "  alpha: None there, 8 here",
-        "Give the same as there, or start anew in another --output_dir.",
+        "Use the same values, or start a new run in another --output_dir.",
     ]
 
 

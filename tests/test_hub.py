@@ -171,7 +171,7 @@ def test_refusals(server, tmp_path, case):
 def test_login_is_checked_before_there_is_a_folder(server, tmp_path):
     """Prepare a repository for a run that has not begun, as training does."""
     code = (
-        "import sys; from pathlib import Path; from utils import hub;"
+        "import sys; from pathlib import Path; from utils.hub import publish;"
         "print(publish.prepare_repository(None, Path(sys.argv[1]), None, True))"
     )
     done = run_python(server, tmp_path, "-c", code, tmp_path / "not" / "yet")
@@ -226,7 +226,7 @@ def test_each_refusal_of_a_question_is_said_once_and_at_once(server, tmp_path):
     """Let each question fail in each way: one message with what to do, no second try, and nothing is uploaded."""
     cases = [(pattern, *case) for pattern, cases in QUESTIONS.items() for case in cases]
     code = (
-        "import sys; from pathlib import Path; from utils import hub, errors\n"
+        "import sys; from pathlib import Path; from utils.core import errors; from utils.hub import publish\n"
         f"for _ in range({len(cases)}):\n"
         "    try: publish.prepare_repository(None, Path('dog'), None, False)\n"
         "    except errors.UserError as error: print(error)"
@@ -350,7 +350,7 @@ def test_a_commit_that_is_refused_is_not_tried_again(server, tmp_path):
         server.fail("/commit/", number + 1, status)
     server.repositories[f"{USER}/dog"] = Repository()
     code = (
-        "import sys; from pathlib import Path; from utils import hub, errors\n"
+        "import sys; from pathlib import Path; from utils.core import errors; from utils.hub import publish\n"
         f"for _ in range({len(statuses) + 1}):\n"
         f"    try: print(publish.upload_result(Path(sys.argv[1]), '{USER}/dog', None))\n"
         "    except errors.UserError as error: print(error)"

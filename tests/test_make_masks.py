@@ -16,6 +16,8 @@ from tests.conftest import ORIENTATION
 from tests.runs import ROOT, environment, names
 from utils import make_masks
 from utils.core.errors import UserError
+from utils.data import make_mask
+from utils.models import segmentation
 from utils.synthetic.small_tokenizers import build_tokenizer
 
 DATA = ROOT.parent / "shared" / "data" / "dreambooth"
@@ -141,7 +143,7 @@ def test_padding_grows_and_feather_softens():
     """Both are fractions of the shorter edge; without them a mask is black and white."""
     photo, is_egg = draw_photo()
     edges = {"hard": (0, 0), "padded": (0.1, 0), "soft": (0.1, 0.2)}
-    drawn = {name: make_masks.draw_mask(photo, lambda _: is_egg, *both) for name, both in edges.items()}
+    drawn = {name: make_mask.draw_mask(photo, lambda _: is_egg, *both) for name, both in edges.items()}
     drawn = {name: np.asarray(mask).astype(int) for name, mask in drawn.items()}
     assert set(np.unique(drawn["hard"])) == set(np.unique(drawn["padded"])) == {0, 255}
     assert len(np.unique(drawn["soft"])) > 50
@@ -156,8 +158,8 @@ def test_padding_grows_and_feather_softens():
 def test_the_edge_falls_off_as_told():
     """One white pixel, by hand: 255 up to the padding, a straight line over the feather, 0 beyond."""
     is_subject = np.arange(12)[None] == 0
-    assert make_masks.soften(is_subject, 2, 0)[0].tolist() == [255] * 3 + [0] * 9
-    assert make_masks.soften(is_subject, 2, 5)[0].tolist() == [255] * 3 + [204, 153, 102, 51] + [0] * 5
+    assert make_mask.soften(is_subject, 2, 0)[0].tolist() == [255] * 3 + [0] * 9
+    assert make_mask.soften(is_subject, 2, 5)[0].tolist() == [255] * 3 + [204, 153, 102, 51] + [0] * 5
 
 
 def test_specks_go_and_holes_are_filled():
@@ -167,9 +169,9 @@ def test_specks_go_and_holes_are_filled():
     wanted = found.copy()
     found[45:55, 45:55] = False
     found[5:8, 5:8] = found[90, 10:90] = True
-    cleaned = make_masks.clean(found)
+    cleaned = make_mask.clean(found)
     assert (cleaned & wanted).sum() / (cleaned | wanted).sum() > 0.98
-    assert not make_masks.clean(np.zeros((40, 40), bool)).any()
+    assert not make_mask.clean(np.zeros((40, 40), bool)).any()
 
 
 def test_photos_without_a_subject_get_no_mask_and_are_listed(photos, tmp_path, capsys):
@@ -199,6 +201,66 @@ def test_masks_that_are_probably_wrong_are_named(photos, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Look at these first, whose masks cover less than 5% or more than 80%")
     assert lines[1:3] == ["  egg.png (4.0%)", "  more/tall.jpg (100.0%)"]
+
+
+def test_a_mask_unlike_the_others_is_named(tmp_path, capsys):
+    """Half or twice the median is the limit; of two masks nobody knows which one is wrong."""
+    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    photos.mkdir()
+    masks.mkdir()
+    for name, rows in (("a", 20), ("b", 20), ("c", 20), ("twice", 40), ("more", 41), ("half", 10), ("less", 9)):
+        draw_plain().resize((10, 100)).save(photos / f"{name}.png")
+        mask = Image.new("L", (10, 100))
+        mask.paste(255, (0, 0, 10, rows))
+        mask.save(masks / f"{name}.png")
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("80%, or less than half or more than twice as much as the median of 20.0%:")
+    assert lines[:2] == ["  less.png (9.0%)", "  more.png (41.0%)"] and "Masks in" in lines[2]
+    for name in ("b", "c", "twice", "half", "less"):
+        (photos / f"{name}.png").unlink()
+    assert make_masks.main([str(photos), str(masks)]) == 0
+    assert "Look at these first" not in capsys.readouterr().out
+
+
+STUB = """
+from types import SimpleNamespace
+from PIL import Image
+
+def new_session(name):
+    if name != "isnet-general-use":
+        raise ValueError(f"No session class found for model '{name}'")
+    return SimpleNamespace(name=name)
+
+def remove(photo, session, only_mask):
+    assert only_mask and session.name == "isnet-general-use"
+    mask = Image.new("L", photo.size, 100)
+    mask.paste(200, (0, 0, photo.width // 2, photo.height))
+    return mask
+"""
+
+
+def test_rembg_finds_the_subject(photos, tmp_path, monkeypatch):
+    """What is lighter than the middle in its answer is the mask; other names are refused with what to do."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "rembg.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "rembg", raising=False)
+    assert make_masks.main([str(photos), str(tmp_path / "masks"), "--rembg", "isnet-general-use", *HARD]) == 0
+    mask = np.asarray(Image.open(tmp_path / "masks" / "egg.png"))
+    assert mask.shape == (300, 400) and (mask[:, :195] == 255).mean() > 0.99 and not mask[:, 205:].any()
+    message = refusal(photos, tmp_path / "masks", "--rembg", "isnet")
+    assert message.startswith("--rembg isnet cannot be opened: No session class found for model 'isnet' Use a name")
+    assert "download isnet.onnx elsewhere and set U2NET_HOME to its folder" in message
+    monkeypatch.delitem(sys.modules, "rembg")
+
+
+def test_rembg_is_asked_for_by_name(photos, tmp_path, monkeypatch):
+    """Without the package there is one line that says what to install."""
+    monkeypatch.setattr(segmentation, "is_installed", lambda name: False)
+    with pytest.raises(ImportError, match=r'^--rembg needs .* pip install "rembg\[cpu\]"$'):
+        make_masks.main([str(photos), str(tmp_path / "masks"), "--rembg", "isnet-general-use"])
+    assert not (tmp_path / "masks").exists()
 
 
 @pytest.mark.parametrize("size", [(3, 2), (2000, 21), (1, 60)])
@@ -287,6 +349,7 @@ def test_opencv_is_asked_for_by_name(photos, tmp_path):
         ("--threshold nan", "--threshold nan is out of range"),
         ("--model x", "--model needs --prompt"),
         ("--prompt dog", "--prompt needs --model"),
+        ("--rembg x --model y --prompt dog", "--rembg and --model are two ways to find the subject"),
     ],
 )
 def test_flags_are_checked(capsys, flags, message):
@@ -307,22 +370,22 @@ def test_the_sheet_lies_beside_the_masks(out):
 def test_a_network_looks_for_what_the_prompt_says(segmenter, photos, tmp_path):
     """The mask is what the network is surer of than the threshold, at the photo's size; other words, another mask."""
     photo = Image.open(photos / "egg.png")
-    loaded = make_masks.load_segmenter(str(segmenter), "a dog")
-    pixels = make_masks.prepare_pixels(loaded, photo)
+    loaded = segmentation.load_segmenter(str(segmenter), "a dog")
+    pixels = segmentation.prepare_pixels(loaded, photo)
     wanted = ViTImageProcessorPil.from_pretrained(segmenter)(photo, return_tensors="pt")["pixel_values"]
     assert torch.allclose(pixels, wanted, atol=1e-5) and pixels.shape == (1, 3, 48, 48)
     with torch.no_grad():
         sure = loaded.network(**loaded.text, pixel_values=wanted).logits.sigmoid()[0]
     threshold = float(sure.quantile(0.6))
-    found = make_masks.find_words(loaded, threshold, photo)
+    found = segmentation.find_words(loaded, threshold, photo)
     assert np.array_equal(found, (sure > threshold).numpy()) and 0.3 < found.mean() < 0.5
-    other = make_masks.load_segmenter(str(segmenter), "a teapot on the beach")
+    other = segmentation.load_segmenter(str(segmenter), "a teapot on the beach")
     assert not torch.equal(other.text["input_ids"], loaded.text["input_ids"])
     flags = ["--model", str(segmenter), "--prompt", "a dog", "--threshold", str(threshold), *HARD]
     assert make_masks.main([str(photos), str(tmp_path / "masks"), *flags]) == 0
     mask = Image.open(tmp_path / "masks" / "egg.png")
     assert (mask.mode, mask.size) == ("L", (400, 300))
-    wanted = make_masks.draw_mask(photo, lambda _: found, 0, 0)
+    wanted = make_mask.draw_mask(photo, lambda _: found, 0, 0)
     assert np.array_equal(np.asarray(mask), np.asarray(wanted))
 
 

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from utils import make_model as tool
 from utils.core.errors import UserError
-from utils.make_model import SHAPES, make_model
-from utils.synthetic.small_tokenizers import END, START, WORDS
+from utils.synthetic import random_models
+from utils.synthetic.model_sizes import SHAPES
+from utils.synthetic.random_models import make_model
+from utils.synthetic.small_tokenizers import END, START, WORDS, build_t5_tokenizer, build_tokenizer
 
 PUBLISHED = {  # U-Net, VAE, text encoder
     "sd15": (859_520_964, 83_653_863, 123_060_480),
@@ -61,9 +63,9 @@ def count_parameters(shape: dict) -> tuple[int, int, int]:
     """Build a shape's networks without memory and count: U-Net, VAE, text encoder."""
     with torch.device("meta"):
         networks = (
-            tool.build_unet({**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
-            tool.build_vae(shape["vae"]),
-            tool.build_text_encoder({"vocab_size": 600, **shape["text"]}),
+            random_models.build_unet({**shape["unet"], "cross_attention_dim": shape["text"]["hidden_size"]}),
+            random_models.build_vae(shape["vae"]),
+            random_models.build_text_encoder({"vocab_size": 600, **shape["text"]}),
         )
     return tuple(sum(parameter.numel() for parameter in network.parameters()) for network in networks)
 
@@ -145,7 +147,7 @@ def test_common_words_are_one_token_and_everything_else_survives(tiny, loader):
 
 
 def test_sd21_pads_with_an_exclamation_mark():
-    tokenizer = tool.build_tokenizer(SHAPES["sd21"]["pad_token"])
+    tokenizer = build_tokenizer(SHAPES["sd21"]["pad_token"])
     assert tokenizer("dog", padding="max_length", max_length=4).input_ids[-1] == tokenizer.get_vocab()["!"] == 0
 
 
@@ -191,16 +193,16 @@ def test_the_command_line_writes_a_variant_and_refuses_a_folder_with_files(tmp_p
 @pytest.mark.parametrize("shape", IF_UNETS)
 def test_if_shapes_have_the_published_parameter_counts(shape):
     recipe = SHAPES[shape]
-    build = tool.build_if2_unet if recipe["family"] == "if2" else tool.build_if1_unet
+    build = random_models.build_if2_unet if recipe["family"] == "if2" else random_models.build_if1_unet
     counted = count_on_meta(build, {**recipe["unet"], "encoder_hid_dim": recipe["text"]["d_model"]})
     exact, rounded = IF_UNETS[shape]
     assert counted == exact and abs(counted / rounded - 1) < 0.08
-    assert count_on_meta(tool.build_t5_encoder, recipe["text"]) == 4_762_310_656
+    assert count_on_meta(random_models.build_t5_encoder, recipe["text"]) == 4_762_310_656
 
 
 def test_small_if1_is_small_enough_for_a_benchmark():
     recipe = SHAPES["small-if1"]
-    assert 20e6 < count_on_meta(tool.build_if1_unet, {**recipe["unet"], "encoder_hid_dim": 256}) < 40e6
+    assert 20e6 < count_on_meta(random_models.build_if1_unet, {**recipe["unet"], "encoder_hid_dim": 256}) < 40e6
     assert recipe["text"]["d_model"] == 256 and recipe["unet"]["sample_size"] == 64
 
 
@@ -208,7 +210,7 @@ def test_small_if1_is_small_enough_for_a_benchmark():
 def test_if_unets_are_configured_as_published(shape, sizes):
     recipe = SHAPES[shape]
     upscales = recipe["family"] == "if2"
-    build = tool.build_if2_unet if upscales else tool.build_if1_unet
+    build = random_models.build_if2_unet if upscales else random_models.build_if1_unet
     with torch.device("meta"):
         config = build({**recipe["unet"], "encoder_hid_dim": 4096}).config
     assert config.block_out_channels == sizes and config.cross_attention_dim == sizes[-1]
@@ -346,7 +348,7 @@ def test_the_sentencepiece_file_is_a_genuine_one(cascade):
 def test_the_t5_tokenizer_in_memory_is_the_one_on_disk(cascade):
     loaded, built = (
         T5Tokenizer.from_pretrained(cascade["tiny-if1"] / "tokenizer"),
-        tool.build_t5_tokenizer(),
+        build_t5_tokenizer(),
     )
     assert loaded.get_vocab() == built.get_vocab()
     for prompt in ("a photo of sks dog", "", "Zwx5k's theatre, 猫!"):
@@ -375,27 +377,27 @@ def note_dtypes(build, seen: set[torch.dtype], config: dict) -> torch.nn.Module:
 def test_if_is_built_directly_in_its_dtype(monkeypatch, tmp_path):
     seen = set()
     for name in ("build_if1_unet", "build_t5_encoder"):
-        monkeypatch.setattr(tool, name, functools.partial(note_dtypes, getattr(tool, name), seen))
+        monkeypatch.setattr(random_models, name, functools.partial(note_dtypes, getattr(random_models, name), seen))
     folder = tmp_path / "bf16"
     tool.main([str(folder), "--shape", "tiny-if1", "--dtype", "bf16"])
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in all_weights(folder).values()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
-    with pytest.raises(RuntimeError), tool.default_dtype(torch.bfloat16):
+    with pytest.raises(RuntimeError), random_models.default_dtype(torch.bfloat16):
         raise RuntimeError
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_real_shape_has_a_thin_text_encoder_unless_the_full_one_is_asked_for(monkeypatch, tmp_path, capsys):
     recipes = []
-    monkeypatch.setitem(tool.BUILDERS, "if1", lambda recipe, *rest: recipes.append(recipe) or tool.sys.exit())
+    monkeypatch.setitem(random_models.BUILDERS, "if1", lambda recipe, *rest: recipes.append(recipe) or tool.sys.exit())
     for flags in ([], ["--full_text_encoder"]):
         with pytest.raises(SystemExit):
             tool.main([str(tmp_path / "model"), "--shape", "if1-m", *flags])
     assert recipes[0]["unet"] == recipes[1]["unet"] == SHAPES["if1-m"]["unet"]
     thin, full = ({"vocab_size": 231, **recipe["text"]} for recipe in recipes)
     assert thin["d_model"] == full["d_model"] == 4096
-    assert count_on_meta(tool.build_t5_encoder, thin) < 5e6 and full == SHAPES["if1-m"]["text"]
+    assert count_on_meta(random_models.build_t5_encoder, thin) < 5e6 and full == SHAPES["if1-m"]["text"]
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path / "model"), "--shape", "tiny-if1", "--full_text_encoder"])
     assert "--full_text_encoder is for if1-* and if2-*, not for --shape tiny-if1" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_photos_without_mask_and_masks_without_photo_are_listed(folders, caplog)
     with caplog.at_level(logging.WARNING):
         assert list(find(photos, light)) == ["a.jpg", "c.jpg"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 of 3 photos have no mask and count wholly: {photos / 'b.png'}",
+        f"1 of 3 photos have no mask, so all their pixels count in the loss: {photos / 'b.png'}",
         f"1 masks in {light} belong to no photo: {light / 'd.png'}",
     ]
 
@@ -77,7 +77,7 @@ def test_masks_that_cannot_be_right_are_refused_together(folders):
         f"The masks in --mask_data_dir {light} cannot be used:",
         f"{light / 'more' / 'c.bmp'}, {light / 'more' / 'c.png'} have the same name.",
         f"{light / 'a.png'} is 60x60, but {photos / 'a.jpg'} is 60x40: another shape.",
-        f"{light / 'b.png'} is light in 0.00% of its area: next to nothing of its photo would count.",
+        f"{light / 'b.png'} is almost black (0.00% white), so almost no pixel of its photo would be trained.",
     ]
 
 

@@ -24,7 +24,8 @@ from tests.conftest import make_concept, make_dataset, visit_of
 from utils.core.seeds import derive_seed, generator, shuffled
 from utils.data.batch_order import BatchOrder
 from utils.data.geometry import Size
-from utils.make_model import NOISE_SCHEDULE, SHAPES, build_pipeline
+from utils.synthetic.model_sizes import NOISE_SCHEDULE, SHAPES
+from utils.synthetic.random_models import build_pipeline
 
 # The seeds of a run's examples, as far as statistics are concerned.
 SEEDS = [derive_seed(0, "example", number) for number in range(4000)]

@@ -18,8 +18,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train_dreambooth
 import train_dreambooth_lora
 from utils.core.errors import UserError
-from utils.make_model import END, build_tokenizer, make_model
 from utils.models import model_files
+from utils.synthetic.random_models import make_model
+from utils.synthetic.small_tokenizers import END, build_tokenizer
 
 SUPPORTED = "Supported: Stable Diffusion 1.x/2.x, DeepFloyd IF stage I, DeepFloyd IF stage II."
 GONE = "(removed)"  # in a change of a config: the key is taken out
@@ -386,7 +387,7 @@ def test_flags_that_contradict_the_model(script, parse, copy, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("low.png")
     message = refuse(script, parse(copy, *flags))
-    assert message.splitlines() == [f"the flags do not fit {copy} (Stable Diffusion 1.x/2.x):", sentence]
+    assert message.splitlines() == [f"these flags cannot be used with {copy} (Stable Diffusion 1.x/2.x):", sentence]
 
 
 def test_all_contradictions_are_told_at_once(script, parse, copy):

@@ -15,9 +15,9 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils import make_model
-from utils.make_model import SHAPES
 from utils.models import adapters, quantize
+from utils.synthetic import random_models
+from utils.synthetic.model_sizes import SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own layer pads even kernels apart
 
@@ -81,7 +81,7 @@ def gradient_of(layer: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, t
 def build_unet(shape: str) -> UNet2DConditionModel:
     """Build the frozen U-Net of a shape, on the default device."""
     recipe = SHAPES[shape]
-    build = {"sd": make_model.build_unet, "if1": make_model.build_if1_unet, "if2": make_model.build_if2_unet}
+    build = {"sd": random_models.build_unet, "if1": random_models.build_if1_unet, "if2": random_models.build_if2_unet}
     text = recipe["text"]
     width = {"cross_attention_dim": text["hidden_size"]} if "hidden_size" in text else {}
     width = width or {"encoder_hid_dim": text["d_model"]}
@@ -462,7 +462,7 @@ def test_saved_adapters_come_back(precision, tmp_path, all_layers):
 @pytest.mark.parametrize("shape", ["tiny", "tiny-if1"])
 def test_previews_are_drawn(shape, all_layers):
     """The pipeline takes the network as any other."""
-    pipeline = make_model.BUILDERS[SHAPES[shape]["family"]](SHAPES[shape])
+    pipeline = random_models.BUILDERS[SHAPES[shape]["family"]](SHAPES[shape])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_modules(unet=build_adapted(shape, "nf4", seen=0.05).eval())
     options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 2.0}

@@ -43,8 +43,9 @@ def test_adapters_do_not_look_for_layers_of_bitsandbytes():
     """Where nothing has imported it, there are none; peft itself is left as it was."""
     code = (
         "import torch\n"
-        "from utils import adapters\n"
-        "from utils.make_model import SHAPES, build_unet\n"
+        "from utils.models import adapters\n"
+        "from utils.synthetic.model_sizes import SHAPES\n"
+        "from utils.synthetic.random_models import build_unet\n"
         "unet = build_unet({'cross_attention_dim': 32, **SHAPES['tiny']['unet']})\n"
         "adapters.add(unet, ['to_k'], '--lora_layers', r=2)\n"
         "count = sum(weight.requires_grad for weight in unet.parameters())\n"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.runs import ROOT, SCRIPTS
-from utils.make_model import make_model
+from utils.synthetic.random_models import make_model
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(accelerate launch .*?)\n```$", TEXT, re.DOTALL | re.MULTILINE)

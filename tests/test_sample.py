@@ -15,8 +15,8 @@ from PIL import Image
 
 from utils import sample
 from utils.core.errors import UserError
-from utils.make_model import make_model
 from utils.sampling import results
+from utils.synthetic.random_models import make_model
 
 PROMPT, SEED, STEPS = "a photo of sks dog on the beach, at night", 3, 2
 RUNS = {  # name: script and flags

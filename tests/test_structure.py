@@ -1,6 +1,7 @@
 """The shape of the two scripts and of utils/, measured on their syntax trees."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -9,17 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import list_sources
 from utils.check_sync import read_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
-REHEARSES = "utils/memory/memory_estimate.py"  # goes through a script's own step, without content
-UTILS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "utils").rglob("*.py"))
+TRACKS_MEMORY = "utils/memory/memory_estimate.py"  # runs a script's own step, without content
+UTILS = sorted(name for name in list_sources() if name.startswith("utils/"))
+# In the order of imports: a room imports from itself and from those before it. Tools lie directly in utils/.
+ROOMS = "core flags optim devices data models hub run memory sampling synthetic evaluation lab".split()
+TOOL = "tool"
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 
-SCRIPT_LINES = 1750
+SCRIPT_LINES, UTILS_LINES = 1750, 400
 FUNCTION_LINES, FUNCTION_LINES_OF = 60, {"main": 80}
 DEPTH, DEPTH_OF = 3, {"train": 4}
 PARAMETERS = 8
@@ -133,6 +138,30 @@ def find_flags_in_nouns(tree: ast.Module) -> list[str]:
     ]
 
 
+def find_imports_against_the_order(tree: ast.Module, module: str) -> list[str]:
+    """Return the imports that the order of rooms forbids: of a later room, of the lab by a tool, of any tool.
+
+    Args:
+        module: The path of the file in this repository. A script is like a tool.
+    """
+    room, names = room_of(module), sorted(utils_imports(tree, module))
+    allowed = [one for one in ROOMS if one != "lab"] if room == TOOL else ROOMS[: ROOMS.index(room) + 1]
+    return [f"imports {name}" for name in names if room_of(name.replace(".", "/")) not in allowed]
+
+
+def find_no_room(module: str) -> list[str]:
+    """Return a message if a file lies neither directly in utils/ nor directly in a room."""
+    parts = Path(module).parts[1:]
+    return [] if len(parts) == 1 or (len(parts) == 2 and parts[0] in ROOMS) else [f"{module} is in no room"]
+
+
+def find_more_than_a_paragraph(tree: ast.Module) -> list[str]:
+    """Return what keeps the `__init__.py` of a room from being a docstring and nothing else."""
+    missing = [] if ast.get_docstring(tree) else ["no docstring says what lives here"]
+    extra = tree.body[1:] if not missing else tree.body
+    return missing + [f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}" for node in extra]
+
+
 # What the rules are made of.
 
 
@@ -164,6 +193,23 @@ def imports(tree: ast.Module) -> set[str]:
     plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     direct = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return {name.split(".")[0] for name in plain + direct}
+
+
+def utils_imports(tree: ast.Module, module: str) -> set[str]:
+    """Return the dotted names that a file imports from utils, with the name that is taken from a module."""
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            parents = list(Path(module).parts[: -node.level]) if node.level else []
+            start = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{start}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "utils"}
+
+
+def room_of(path: str) -> str:
+    """Return the room in which a file or module of utils/ lies, "tool" if it lies in none."""
+    parts = Path(path).parts
+    return parts[1] if parts[0] == "utils" and len(parts) > 1 and parts[1] in ROOMS else TOOL
 
 
 def changes_args(node: ast.AST) -> bool:
@@ -283,9 +329,31 @@ def test_utils_hold_mechanics_only(module, rule):
 
     The one that makes the scripts' parsers needs argparse for it, but takes no flags either.
     """
-    problems = rule(parse(module)) if rule is not find_training or module not in (MAKES_BASE_MODELS, REHEARSES) else []
+    problems = (
+        rule(parse(module)) if rule is not find_training or module not in (MAKES_BASE_MODELS, TRACKS_MEMORY) else []
+    )
     allowed = ["imports argparse"] if (rule, module) == (find_flags_in_nouns, MAKES_PARSERS) else []
     assert problems == allowed, "\n".join([module, *problems])
+
+
+@pytest.mark.parametrize("module", [*UTILS, *SCRIPTS])
+def test_rooms_import_one_way(module):
+    """A room imports no later one and no tool, a tool or a script neither a tool nor the lab."""
+    problems = find_imports_against_the_order(parse(module), module)
+    assert not problems, "\n".join([module, *problems])
+
+
+@pytest.mark.parametrize("module", UTILS)
+def test_a_file_of_utils_is_short_and_has_its_place(module):
+    """It is a tool or in a room, and holds one thought."""
+    lines = (ROOT / module).read_text(encoding="utf-8").count("\n")
+    assert not find_no_room(module) and lines <= UTILS_LINES, f"{module}: {lines} lines"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_lives_there_and_imports_nothing(room):
+    """So importing one of its modules imports no other, and modules have no order within a room."""
+    assert find_more_than_a_paragraph(parse(f"utils/{room}/__init__.py")) == []
 
 
 def test_utils_shadow_no_other_module():
@@ -413,6 +481,57 @@ def test_rule_finds_a_breach(rule, source):
     assert len(rule(ast.parse(source))) == 1
 
 
+FORBIDDEN = [
+    ("utils/core/a.py", "from utils.devices import launch"),
+    ("utils/core/a.py", "import utils.devices.launch"),
+    ("utils/core/a.py", "def f():\n    from utils.devices.launch import connect"),
+    ("utils/core/a.py", "from ..data import images"),
+    ("utils/evaluation/a.py", "from utils.lab import fidelity"),
+    ("utils/lab/a.py", "from utils.demo import MODEL"),
+    ("utils/data/a.py", "from utils import sample"),
+    ("utils/sample.py", "from utils.evaluate import main"),
+    ("utils/sample.py", "from utils.lab.benchmark import find_reason"),
+    ("utils/sample.py", "from . import demo"),
+    ("train_dreambooth.py", "from utils import sample"),
+    ("train_dreambooth.py", "from utils.lab import step_timing"),
+]
+ALLOWED = [
+    ("utils/devices/a.py", "import torch\nfrom utils.core import seeds\nfrom utils.devices import launch"),
+    (
+        "utils/lab/a.py",
+        "from utils.evaluation.exam import ask\nfrom utils.lab import fidelity\nfrom . import benchmark",
+    ),
+    ("utils/sample.py", "import utils.core.quick_imports\nfrom utils.evaluation import exam\nfrom .core import seeds"),
+    ("train_dreambooth.py", "import utils.core.quick_imports\nfrom utils.run import checkpoints"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), FORBIDDEN)
+def test_an_import_against_the_order_is_found(module, source):
+    """One breach gives one message."""
+    assert len(find_imports_against_the_order(ast.parse(source), module)) == 1
+
+
+@pytest.mark.parametrize(("module", "source"), ALLOWED)
+def test_an_import_in_the_order_passes(module, source):
+    """A room may import itself and those before it."""
+    assert find_imports_against_the_order(ast.parse(source), module) == []
+
+
+@pytest.mark.parametrize("module", ["utils/attic/a.py", "utils/core/deep/a.py"])
+def test_a_file_outside_of_the_rooms_is_found(module):
+    """A new folder is a new room, which has a place in the order."""
+    assert len(find_no_room(module)) == 1
+    assert find_no_room("utils/core/a.py") == find_no_room("utils/sample.py") == []
+
+
+@pytest.mark.parametrize("source", ["", "import torch", '"""Here live errors."""\nfrom utils.core import errors'])
+def test_more_than_a_paragraph_is_found(source):
+    """A room without a docstring, or one that imports, gives a message."""
+    assert find_more_than_a_paragraph(ast.parse(source))
+    assert find_more_than_a_paragraph(ast.parse('"""Here live errors."""\n')) == []
+
+
 @pytest.mark.parametrize(("rule", "source"), KEPT)
 def test_rule_lets_good_code_pass(rule, source):
     """What is just within the limits gives no message."""
@@ -461,3 +580,16 @@ def test_machine_paths_are_found(text):
 def test_other_paths_are_not(text):
     """Longer names, and folders below another folder, are no paths of a machine."""
     assert not MACHINE_PATH.search(text.replace("@", "/"))
+
+
+def test_untracked_files_are_left_alone():
+    """A copy or helper that git does not track, wherever it lies, breaks no rule of the project."""
+    own = ROOT / f"utils/untracked_{os.getpid()}.py"
+    own.touch()
+    try:
+        found = list_sources()
+    finally:
+        own.unlink()
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("git tracks no files here")
+    assert "utils/core/errors.py" in found and own.relative_to(ROOT).as_posix() not in found

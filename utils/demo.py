@@ -7,6 +7,7 @@ circle of four colours that it has never seen. The LoRA script trains it, as it 
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Iterable
@@ -20,15 +21,16 @@ from utils.core.errors import UserError
 from utils.data import decode_images
 from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam, shape_reader
+from utils.flags.command_line import convert_flag
+from utils.run import scripts
+from utils.run.scripts import FULL, LORA, SCRIPTS
 from utils.sampling import cascade, image_grid, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
-from utils.synthetic.shapes import SUBJECTS
+from utils.synthetic.shapes import SUBJECT, SUBJECTS, WORD
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = "train_dreambooth_lora.py"
-MODEL = ROOT / "models" / "shapes-sd"
-SUBJECT, WORD = "quartered circle", "sks"
+RESULTS = {FULL: "model", LORA: "lora"}  # the folder of the result, by what is trained
+MODEL = shapes.MODELS / "shapes-sd"
 CLASS = SUBJECTS[SUBJECT].shape
 SEEDS = 2  # pictures of a prompt on the sheet
 SEEN, UNSEEN = shapes.split_backgrounds(SUBJECT)
@@ -39,11 +41,14 @@ PROMPTS = (
     shapes.phrase(CLASS, WORD, UNSEEN[-1], "small", "left"),
 )
 CLASS_PROMPT = shapes.phrase(CLASS)
+FLAGS_OF = {
+    FULL: "--adam_epsilon=1e-4 --max_train_steps=600",
+    LORA: "--rank=16 --lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2 --max_train_steps=500",
+}
 FLAGS = (
     "--resolution=16 --train_batch_size=4 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=0 "
-    "--max_train_steps=500 --rank=16 --lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2 --snr_gamma=5 "
-    "--with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32 --seed=0 "
-    "--checkpointing_steps=100000 --report_to=none"
+    "--snr_gamma=5 --with_prior_preservation --num_class_images=96 --class_guidance_scale=1.5 --sample_batch_size=32 "
+    "--seed=0 --checkpointing_steps=100000 --report_to=none"
 )
 CELL = 128  # pixels of a picture on the sheet
 
@@ -52,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     """Write the photos, train, put the sheet together, and return the exit status."""
     args = parse_args(argv)
     accelerator_setup.silence_libraries()
-    photos, result = args.output / "photos", args.output / "lora"
+    photos = args.output / "photos"
     try:
+        result = args.output / RESULTS[scripts.method_of(args.script)]
         prepare(photos, result)
-        train(photos, result, args.steps)
+        train(args.script, photos, result, args.steps)
         torch.set_num_threads(1)
         before, after = (draw(model) for model in (MODEL, result))
     except UserError as error:
@@ -70,11 +76,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.demo", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where to; default: demo-output"
+    )
+    add = parser.add_argument
+    add(
+        "--script",
+        type=to_script,
+        default=SCRIPTS[LORA],
+        metavar="PATH",
+        help="to train with; default: the LoRA script",
     )
     parser.add_argument("--steps", type=int, help="training steps; default: as many as it takes")
     args = parser.parse_args(argv)
@@ -90,12 +105,14 @@ def prepare(photos: Path, result: Path) -> None:
         UserError: The result would replace something that is not of this demo.
     """
     if result.exists() and not photos.is_dir():
-        raise UserError(f"{result.parent} holds a folder lora that this demo did not write. Use another --output.")
+        raise UserError(
+            f"{result.parent} holds a folder {result.name} that this demo did not write. Use another --output."
+        )
     shutil.rmtree(result, ignore_errors=True)
     shapes.write_photos(photos, SUBJECT)
 
 
-def train(photos: Path, result: Path, steps: int | None) -> None:
+def train(script: Path, photos: Path, result: Path, steps: int | None) -> None:
     """Run the script as a person would.
 
     Raises:
@@ -107,11 +124,11 @@ def train(photos: Path, result: Path, steps: int | None) -> None:
         f"--instance_prompt={PROMPTS[0]}",
         f"--class_prompt={CLASS_PROMPT}",
         f"--output_dir={result}",
-        *FLAGS.split(),
+        *f"{FLAGS} {FLAGS_OF[scripts.method_of(script)]}".split(),
         *([f"--max_train_steps={steps}"] if steps else []),
     ]
     # On networks this small, one thread is quickest.
-    launch.run_script(SCRIPT, ROOT / SCRIPT, flags, OMP_NUM_THREADS="1")
+    launch.run_script(script.name, script, flags, OMP_NUM_THREADS="1")
 
 
 def draw(model: Path) -> list[list[Image.Image]]:
@@ -157,7 +174,7 @@ def tell(path: Path, result: Path, before: list[list[Image.Image]], after: list[
         f"  python -m utils.sample {result} --scheduler saved --guidance_scale 3 --seed 0 1 2 3 \\\n"
         f'    --prompt "{PROMPTS[3]}"\n'
         f'  python -m utils.evaluate {result} --subject "{SUBJECT}"\n\n'
-        f"  accelerate launch {SCRIPT} \\\n"
+        f"  accelerate launch {SCRIPTS[LORA].name} \\\n"
         "    --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision fp16 \\\n"
         '    --instance_data_dir photos --instance_prompt "a photo of sks dog" --output_dir my-dog-lora \\\n'
         "    --train_batch_size 1 --max_train_steps 500 --learning_rate 1e-4"

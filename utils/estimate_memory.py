@@ -7,13 +7,13 @@ The flags are those of the training command. With --dry_run it tells the same of
 
     python -m utils.estimate_memory --shape sd15 train_dreambooth_lora.py --train_batch_size 1 --mixed_precision bf16
 
-does without a model and photos: the networks have the given shape (one of `python -m utils.make_model`'s), and a plain
-picture stands for the photos.
+needs neither a model nor photos. The networks have the given shape; `python -m utils.make_model --help` lists the
+shapes. A plain picture stands for the photos.
 """
 
 import argparse
 import contextlib
-import importlib
+import functools
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,10 +24,11 @@ from PIL import Image
 
 from utils.core.errors import exit_status
 from utils.devices import accelerator_setup
-from utils.make_model import SHAPES, T5_XXL, make_model
+from utils.flags.command_line import convert_flag
 from utils.memory import memory_estimate
-from utils.preview_data import SCRIPTS
-from utils.run import run_summary
+from utils.run import run_summary, scripts, tool_names
+from utils.synthetic.model_sizes import SHAPES, T5_XXL
+from utils.synthetic.random_models import make_model
 
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 EDGE = 1024  # pixels of the photo that stands for all
@@ -37,26 +38,28 @@ def main(argv: list[str] | None = None) -> int:
     """Print the estimate and return the exit status."""
     args = parse_args(argv)
     accelerator_setup.silence_libraries()
-    script = importlib.import_module(Path(args.script).stem)
+    script = scripts.load_script(args.script)
+    tool_names.check_names(script, "utils.estimate_memory")
     with standing_in(args.shape) as stand_ins:
         given = script.parse_args([*stand_ins, *args.flags])
         accelerator = script.make_accelerator(given)
         base = script.detect_model(given)
         plan = script.make_plan(given, accelerator, base, script.list_examples(given, base))
-        costs = memory_estimate.foretell(script, vars(given), plan, accelerator, torch.device(args.device))
-    run_summary.show_run(accelerator, f"{args.script} {' '.join(args.flags)}", costs)
+        costs = memory_estimate.estimate_costs(script, vars(given), plan, accelerator, torch.device(args.device))
+    run_summary.show_run(accelerator, f"{args.script.name} {' '.join(args.flags)}", costs)
     return 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.estimate_memory", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add, known = parser.add_argument, [name for name, shape in SHAPES.items() if shape["family"] != "x4"]
     add("--device", choices=DEVICES, default="cuda", help="kind of device; default: cuda")
     add("--shape", choices=known, help="of the networks, instead of a model and photos")
-    add("script", choices=SCRIPTS, help="the training script")
+    add("script", type=to_script, help="path of the training script")
     add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.core import atomic_files
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
 from utils.data import decode_images, list_images
 from utils.devices import accelerator_setup
@@ -291,11 +291,8 @@ def show_photos(
 
 def make_table(scores: Scores) -> str:
     """Return the scores as a Markdown table with their standard errors."""
-    heads = ("measure", BASE, RESULT)
-    rows = [heads, *((name, *(tell(row[of]) for of in (BASE, RESULT))) for name, row in scores.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rows.insert(1, (f"{'':-<{widths[0]}}", *(f"{'':->{width - 1}}:" for width in widths[1:])))
-    return "\n".join(f"| {row[0]:<{widths[0]}} | {row[1]:>{widths[1]}} | {row[2]:>{widths[2]}} |" for row in rows)
+    rows = [(name, *(tell(row[of]) for of in (BASE, RESULT))) for name, row in scores.items()]
+    return markdown.make_table(("measure", BASE, RESULT), rows)
 
 
 def tell(estimate: Estimate) -> str:

@@ -9,9 +9,10 @@ it was seen before.
 """
 
 import argparse
-import importlib
+import functools
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,20 +21,21 @@ from PIL import Image
 from utils.core import atomic_files
 from utils.core.errors import exit_status
 from utils.data import prompt_cleaning
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
-from utils.run import run_summary
+from utils.run import run_summary, scripts, tool_names
 from utils.sampling import image_grid
 
 TINT = (40, 0, 120)  # of what a mask hides
 NARROWEST = 224  # pixels of a cell; the pictures of IF's stage I leave no room for words
 LINES = 12  # of a caption; as many words as a text encoder takes, or nearly
-SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the sheet, say where it is, and return the exit status."""
     args = parse_args(argv)
-    script = importlib.import_module(Path(args.script).stem)
+    script = scripts.load_script(args.script)
+    tool_names.check_names(script, "utils.preview_data")
     sheet = draw_sheet(script, script.parse_args(args.flags), args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.save_png(sheet, args.output)
@@ -43,13 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.preview_data", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("data-preview.png"), metavar="PNG", help="default: data-preview.png")
     add("--count", type=int, default=16, help="pictures, the first ones of the run; default: 16")
-    add("script", choices=SCRIPTS, help="the training script")
+    add("script", type=to_script, help="path of the training script")
     add("flags", nargs=argparse.REMAINDER, metavar="...", help="its flags, after its name")
     args = parser.parse_args(argv)
     if problems := find_out_of_range(vars(args), {"count": "1 or more"}):
@@ -57,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image:
+def draw_sheet(script: ModuleType, args: argparse.Namespace, count: int) -> Image.Image:
     """Return a sheet of the first pictures of a run, as its data set makes them.
 
     Args:
@@ -72,14 +75,14 @@ def draw_sheet(script: Any, args: argparse.Namespace, count: int) -> Image.Image
     dataset = script.DreamBoothDataset(args, plan, prompts)
     begun = plan.first_step * args.gradient_accumulation_steps
     pictures, labels = [], []
-    for draws in script.StepSampler(plan, dataset.order, range(begun, begun + count), rank=0):
+    for draws in script.StepSampler(plan, begun, begun + count, rank=0):
         for draw in draws:
             picture, label = describe(dataset, prompts.texts, draw, base.is_if)
             pictures.append(widen(picture))
             labels.append(label)
         if len(pictures) >= count:
             break
-    summary = run_summary.describe_pictures(vars(args), plan, dataset.order, None)
+    summary = run_summary.describe_pictures(vars(args), plan, None)
     words = "; ".join(f"{name}: {text}" for name, text in summary.items() if name in ("masks", "sizes"))
     photos = sum(not example.is_prior for example in plan.examples)
     title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"

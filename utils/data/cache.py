@@ -239,7 +239,10 @@ def model_identity(model: str, revision: str | None, parts: tuple[str, ...], tok
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(f"The model {model} is no folder here, and the Hub gave none of its files: {error}") from error
     # …/snapshots/COMMIT/PART/config.json
-    return {"model": model, "commits": [[part, Path(path).parents[1].name] for part, path in zip(parts, paths)]}
+    return {
+        "model": model,
+        "commits": [[part, Path(path).parents[1].name] for part, path in zip(parts, paths, strict=True)],
+    }
 
 
 def content_hash(path: Path) -> str:

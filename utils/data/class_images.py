@@ -64,7 +64,7 @@ def save(concept: Any, numbers: Iterable[int], pictures: list[Image.Image], miss
     """Write the class images whose paths are missing, and note in their folder what they were generated from."""
     folder = Path(concept.class_data_dir)
     remember_source(folder, concept.class_prompt, concept.class_guidance_scale)
-    for number, picture in zip(numbers, pictures):
+    for number, picture in zip(numbers, pictures, strict=True):
         path = folder / f"{number:05d}.png"
         if path in missing:
             save_png(picture, path)

@@ -118,8 +118,8 @@ def open_scaled(path: Path, size: tuple[int, int], resample: Image.Resampling, s
         stepwise: Shrink by at most a quarter at a time. One step is sharper.
     """
     image = open_rgb(path)
-    while stepwise and any(_LARGEST_STEP * edge > wanted for edge, wanted in zip(image.size, size)):
-        smaller = [max(int(_LARGEST_STEP * edge), wanted) for edge, wanted in zip(image.size, size)]
+    while stepwise and any(_LARGEST_STEP * edge > wanted for edge, wanted in zip(image.size, size, strict=True)):
+        smaller = [max(int(_LARGEST_STEP * edge), wanted) for edge, wanted in zip(image.size, size, strict=True)]
         image = image.resize(tuple(smaller), resample)
     return image.resize(size, resample)
 

@@ -152,7 +152,9 @@ def leave_out_small(sizes: dict[Path, tuple[int, int]], minimum: int | None, uni
 
 def warn_of_enlarging(found: dict[Path, tuple[int, int]], sizes: dict[Path, Size], target: Size) -> None:
     """Warn if photos are smaller than what they are cropped to; `target` is the size that was asked for."""
-    if small := sum(any(edge < wanted for edge, wanted in zip(found[path], sizes[path])) for path in found):
+    if small := sum(
+        any(edge < wanted for edge, wanted in zip(found[path], sizes[path], strict=True)) for path in found
+    ):
         logger.warning("%d of %d photos are smaller than %s px: enlarged.", small, len(found), target)
 
 

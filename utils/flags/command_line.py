@@ -106,3 +106,11 @@ def _words(path: str, key: str, value: object, switches: dict[str, bool], lists:
 def flags_to_repeat(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags with which --config repeats a run, and does not continue it; without the token, a secret."""
     return {key: value for key, value in flags.items() if key not in ("config", "resume_from_checkpoint", "hub_token")}
+
+
+def convert_flag(convert: Callable[[str], Any], text: str) -> Any:
+    """Convert the text of a flag; a UserError becomes argparse's own message, with the name of the flag."""
+    try:
+        return convert(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

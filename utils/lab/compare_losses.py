@@ -7,29 +7,31 @@ is the option alone. How much another seed changes is in the table as well. To a
 """
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
-from utils.core import atomic_files
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
-from utils.demo import CLASS, MODEL, SUBJECT, WORD
 from utils.devices import launch
+from utils.flags.command_line import convert_flag
+from utils.lab import plots
+from utils.run import scripts
+from utils.run.scripts import FULL, LORA, SCRIPTS
 from utils.synthetic import shapes
+from utils.synthetic.shapes import SUBJECT, SUBJECTS, WORD
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = {"full": "train_dreambooth.py", "LoRA": "train_dreambooth_lora.py"}
+MODEL, CLASS = shapes.MODELS / "shapes-sd", SUBJECTS[SUBJECT].shape
 COMMON = (
     "--resolution=16 --train_batch_size=4 --snr_gamma=5 --lr_scheduler=cosine --lr_warmup_steps=0 --seed=0 "
     "--report_to=none --checkpointing_steps=100000"
 )
 FLAGS = {
-    "full": "--learning_rate=2e-4",
-    "LoRA": "--learning_rate=1e-3 --rank=16 --lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2",
+    FULL: "--learning_rate=2e-4",
+    LORA: "--learning_rate=1e-3 --rank=16 --lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2",
 }
 PLAIN, SEED = "plain", "another seed"
 OPTIONS = {  # of both scripts, then of one
@@ -46,23 +48,9 @@ OPTIONS = {  # of both scripts, then of one
     "Prodigy": "--optimizer=prodigy --learning_rate=1 --lr_scheduler=constant",
 }
 OWN_OPTIONS = {
-    "full": {"biases only": "--use_bitfit --learning_rate=3e-3"},
-    "LoRA": {f"base in {name}": f"--base_model_precision={name}" for name in ("bf16", "int8", "nf4")},
+    FULL: {"biases only": "--use_bitfit --learning_rate=3e-3"},
+    LORA: {f"base in {name}": f"--base_model_precision={name}" for name in ("bf16", "int8", "nf4")},
 }
-WINDOW = 25  # steps that a point of the plot is the mean of
-SIZE, MARGIN = (900, 420), 60  # of the plot, in pixels
-COLOURS = (
-    "#202124",
-    "#9aa0a6",
-    "#1a73e8",
-    "#d93025",
-    "#188038",
-    "#f9ab00",
-    "#9334e6",
-    "#12b5cb",
-    "#e8710a",
-    "#c2185b",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,34 +60,41 @@ def main(argv: list[str] | None = None) -> int:
     shapes.write_photos(args.output / "photos", SUBJECT)
     failed = False
     for script in args.scripts:
-        options = {
-            name: flags for name, flags in (OPTIONS | OWN_OPTIONS[script]).items() if is_chosen(name, args.only)
-        }
+        label, known = scripts.label_of(script), OPTIONS | OWN_OPTIONS[scripts.method_of(script)]
+        options = {name: flags for name, flags in known.items() if is_chosen(name, args.only)}
         losses = {}
         for name, flags in options.items():
-            print(f"{script}, {name} …", file=sys.stderr, flush=True)
+            print(f"{label}, {name} …", file=sys.stderr, flush=True)
             try:
                 losses[name] = train(script, name, flags, args)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed = True
         if PLAIN in losses:
-            print(f"\n{make_table(script, losses)}\n")
-            atomic_files.save_png(
-                draw_plot(f"{script}: loss, means of {WINDOW} steps", losses), args.output / f"{script}.png"
-            )
-            report = json.dumps({"script": script, "options": options, "losses": losses}, indent=1)
-            (args.output / f"{script}.json").write_text(report + "\n", encoding="utf-8")
+            print(f"\n{make_table(label, losses)}\n")
+            plot = plots.draw_lines(f"{label}: loss, means of {plots.WINDOW} steps", losses)
+            atomic_files.save_png(plot, args.output / f"{label}.png")
+            report = json.dumps({"script": label, "options": options, "losses": losses}, indent=1)
+            (args.output / f"{label}.json").write_text(report + "\n", encoding="utf-8")
     return int(failed)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.compare_losses", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("--scripts", nargs="+", choices=[*SCRIPTS], default=[*SCRIPTS], help="which scripts; default: both")
+    both = [*SCRIPTS.values()]
+    add(
+        "--scripts",
+        nargs="+",
+        type=to_script,
+        default=both,
+        metavar="SCRIPT",
+        help="full, lora or paths; default: both",
+    )
     add("--only", nargs="+", metavar="TEXT", default=[], help="options with one of these in their name; default: all")
     add("--steps", type=int, default=200, help="optimizer steps of each run; default: 200")
     add("--output", type=Path, default=Path("losses-output"), metavar="DIR", help="where to; default: losses-output")
@@ -117,70 +112,39 @@ def is_chosen(name: str, texts: list[str]) -> bool:
     return not texts or name in (PLAIN, SEED) or any(text.lower() in name.lower() for text in texts)
 
 
-def train(script: str, name: str, flags: str, args: argparse.Namespace) -> list[float]:
+def train(script: Path, name: str, flags: str, args: argparse.Namespace) -> list[float]:
     """Train with an option and return the loss of each step.
 
     Raises:
         UserError: The run failed.
     """
-    run = args.output / "runs" / f"{script}-{'-'.join(name.split())}"
+    run = args.output / "runs" / f"{scripts.label_of(script)}-{'-'.join(name.split())}"
     words = [
         f"--pretrained_model_name_or_path={MODEL}",
         f"--instance_data_dir={args.output / 'photos'}",
         f"--instance_prompt={shapes.phrase(CLASS, WORD)}",
         f"--output_dir={run}",
         f"--max_train_steps={args.steps}",
-        *f"{COMMON} {FLAGS[script]} {flags}".split(),
+        *f"{COMMON} {FLAGS[scripts.method_of(script)]} {flags}".split(),
     ]
-    program, log = ROOT / SCRIPTS[script], run.with_suffix(".log")
-    launch.run_script(f"{script}, {name}", program, words, log, OMP_NUM_THREADS="1")
+    log = run.with_suffix(".log")
+    launch.run_script(f"{scripts.label_of(script)}, {name}", script, words, log, OMP_NUM_THREADS="1")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
-def make_table(script: str, losses: dict[str, list[float]]) -> str:
+def make_table(label: str, losses: dict[str, list[float]]) -> str:
     """Return how each option's losses compare with the plain run's, as a Markdown table."""
-    plain = losses[PLAIN]
-    rows = [f"| {script} | last quarter's loss | of the plain run's | apart, step by step |", "|---|---:|---:|---:|"]
+    plain, rows = losses[PLAIN], []
+    quarter = len(plain) // 4
     for name, values in losses.items():
-        quarter = len(plain) // 4
         end, reference = statistics.fmean(values[-quarter:]), statistics.fmean(plain[-quarter:])
-        gaps = [abs(one - other) for one, other in zip(values, plain, strict=True)]
-        apart = statistics.fmean(gaps) / statistics.fmean(plain)
-        rows.append(f"| {name} | {end:.4f} | {end / reference:.1%} | {apart:.2%} |")
-    return "\n".join(rows)
-
-
-def draw_plot(title: str, losses: dict[str, list[float]]) -> Image.Image:
-    """Draw the losses over the steps, smoothed, each with its name at the right."""
-    smooth = {name: smoothed(values) for name, values in losses.items()}
-    top = max(max(values) for values in smooth.values())
-    low = min(min(values) for values in smooth.values())
-    sheet = Image.new("RGB", (SIZE[0] + 260, SIZE[1] + 2 * MARGIN), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((MARGIN, MARGIN / 3), title, COLOURS[0], ImageFont.load_default(18))
-    for number in range(5):
-        value = low + (top - low) * number / 4
-        y = MARGIN + SIZE[1] * (top - value) / (top - low or 1)
-        draw.line((MARGIN, y, SIZE[0], y), "#dadce0")
-        draw.text((MARGIN - 8, y), f"{value:.3f}", COLOURS[1], font, anchor="rm")
-    for number, (name, values) in enumerate(smooth.items()):
-        colour, across = COLOURS[number % len(COLOURS)], (SIZE[0] - MARGIN) / max(1, len(values) - 1)
-        points = [
-            (MARGIN + across * index, MARGIN + SIZE[1] * (top - value) / (top - low or 1))
-            for index, value in enumerate(values)
-        ]
-        draw.line(points, colour, 2)
-        draw.line((SIZE[0] + 16, MARGIN + 22 * number + 8, SIZE[0] + 40, MARGIN + 22 * number + 8), colour, 3)
-        draw.text((SIZE[0] + 48, MARGIN + 22 * number), name, COLOURS[0], font)
-    draw.text((SIZE[0] / 2, MARGIN * 1.3 + SIZE[1]), f"steps {WINDOW} to {len(losses[PLAIN])}", COLOURS[1], font)
-    return sheet
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Return the means of windows that move by one step."""
-    window = min(WINDOW, len(values))
-    return [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
+        apart = statistics.fmean(
+            abs(one - other) for one, other in zip(values, plain, strict=True)
+        ) / statistics.fmean(plain)
+        rows.append((name, f"{end:.4f}", f"{end / reference:.1%}", f"{apart:.2%}"))
+    heads = (label, "loss of the last quarter", "of the plain run's", "difference, step by step")
+    return markdown.make_table(heads, rows)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ Every run is one of the two scripts, started as a person would start it, on five
 standard error over them. What is measured is kept in the output folder, and a run is not repeated unless its flags,
 its model, the exam or the code has changed since.
 
-To add a line, add a recipe to `RECIPES`.
+To add a line, add a recipe to `utils.lab.fidelity_recipes.RECIPES`.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -26,35 +27,35 @@ from pathlib import Path
 
 import torch
 
-from utils.core import atomic_files
+from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
 from utils.devices import accelerator_setup, launch
 from utils.evaluation import exam
 from utils.evaluation.standard_errors import mean_of
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
+from utils.lab.fidelity_recipes import (
+    BASE_COLUMNS,
+    CHOSEN,
+    COLUMNS,
+    IF2,
+    IF2_BASE_COLUMNS,
+    IF2_COLUMNS,
+    PIXELS,
+    QUICK,
+    RECIPES,
+    Column,
+    Recipe,
+)
+from utils.run import scripts
+from utils.run.scripts import ROOT, SCRIPTS
 from utils.sampling import cascade, results
 from utils.sampling.results import SAVED
 from utils.synthetic import shapes
-from utils.synthetic.shapes import SUBJECTS
+from utils.synthetic.shapes import SUBJECTS, WORD
 
-ROOT = Path(__file__).parents[2]
-FULL, LORA = "train_dreambooth.py", "train_dreambooth_lora.py"
-WORD = "sks"
-CHOSEN = ("quartered circle", "striped square", "badged triangle", "two-armed cross")
-SD, SD_V, IF1, IF2 = "shapes-sd", "shapes-sd-v", "shapes-if1", "shapes-if2"
 # Of each run: one thread, offline.
 VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-PIXELS = {SD: 16, SD_V: 16, IF1: 16, IF2: 64}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One way to train."""
-
-    model: str
-    script: str
-    flags: str
-    seeds: int = 2  # runs on each subject unless --seeds says otherwise; fewer of what is only compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,105 +69,6 @@ class Record:
     seconds: float  # of training, with the start of the process and its class images
     scores: dict[str, float]
     fingerprint: str = ""  # of all that it depends on
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A measure of the table."""
-
-    measure: str
-    against: str = ""  # "ratio" or "gain": in comparison with the base model
-    percent: bool = True
-    digits: int = 0
-
-
-BASE_COLUMNS = {
-    "class right": Column("class right"),
-    "colour right": Column("colour right"),
-    "background right": Column("background right"),
-    "class colours, bits": Column("diversity of class colours, bits", percent=False, digits=2),
-}
-COLUMNS = {
-    "subject, unseen backgrounds": Column("subject, unseen backgrounds"),
-    "seen backgrounds": Column("subject, seen backgrounds"),
-    "mean match": Column("match, unseen backgrounds", percent=False, digits=2),
-    "prompts obeyed, of base": Column("prompts obeyed", "ratio"),
-    "other prompts, of base": Column("other prompts obeyed", "ratio"),
-    "class colours, of base": Column("diversity of class colours, bits", "ratio"),
-    "leak into class": Column("leak into the class"),
-    "into other classes": Column("leak into other classes"),
-    "seconds": Column("seconds", percent=False),
-}
-IF2_COLUMNS = {
-    "subject, PSNR gain in dB": Column("PSNR, subject", "gain", percent=False, digits=2),
-    "SSIM gain": Column("SSIM, subject", "gain", percent=False, digits=3),
-    "its class": Column("PSNR, class", "gain", percent=False, digits=2),
-    "other classes": Column("PSNR, others", "gain", percent=False, digits=2),
-    "seconds": Column("seconds", percent=False),
-}
-IF2_BASE_COLUMNS = {
-    name: Column(name, percent=False, digits=1)
-    for topic in ("subject", "class", "others")
-    for name in (f"PSNR, {topic}", f"PSNR, {topic}, bilinear")
-}
-COMMON = "--snr_gamma=5 --lr_scheduler=cosine --lr_warmup_steps=0"
-DRAWN = "--class_guidance_scale=1.5 --sample_batch_size=32"
-PRIOR = f"--with_prior_preservation --num_class_images=96 {DRAWN}"
-IF1_PRIOR = f"--with_prior_preservation --num_class_images=48 {DRAWN}"
-IF2_PRIOR = "--with_prior_preservation --num_class_images=96"
-# The larger epsilon keeps AdamW from moving weights whose gradients are small: with 1e-8, more damage is done to other
-# prompts by the time that the subject is there.
-FULL_FLAGS = f"--learning_rate=1e-3 --adam_epsilon=1e-4 --max_train_steps=600 {COMMON}"
-IF1_FULL_FLAGS = f"--learning_rate=7e-4 --adam_epsilon=1e-4 --max_train_steps=500 {COMMON}"
-# A subject's pattern is finer than the resolution at which these U-Nets attend: a LoRA of the attention alone (seen on
-# stage I) does not reach it.
-LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
-LORA_FLAGS = f"--learning_rate=1e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={LAYERS}"
-# Without the last six, stage I had stripes in 30 to 40 % of the pictures before seen backgrounds; with them in 80 to
-# 100 %.
-IF1_LAYERS = f"{LAYERS},add_k_proj,add_v_proj,conv_in,conv_out,conv_shortcut,time_emb_proj,linear_1,linear_2"
-IF1_LORA_FLAGS = f"--learning_rate=2.5e-3 --rank=16 --max_train_steps=500 {COMMON} --lora_layers={IF1_LAYERS}"
-TEXT = "--train_text_encoder --text_encoder_lr=2e-4"
-# As its model was trained: without offset noise, the colours of what it enlarges drift. So they do without pictures of
-# the class, which are given here: it cannot draw them from words alone.
-IF2_FLAGS = f"--learning_rate=1e-4 --max_train_steps=120 --train_batch_size=2 --noise_offset=0.15 {COMMON} {IF2_PRIOR}"
-CAPTIONS = "--caption_strategy=textfile"
-RECIPES = {
-    "SD, full": Recipe(SD, FULL, FULL_FLAGS, seeds=1),
-    "SD, full, prior": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR}"),
-    "SD, full, prior, captions": Recipe(SD, FULL, f"{FULL_FLAGS} {PRIOR} {CAPTIONS}"),
-    "SD, LoRA": Recipe(SD, LORA, LORA_FLAGS, seeds=1),
-    "SD, LoRA, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {PRIOR}"),
-    "SD, LoRA + text encoder": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT}", seeds=1),
-    "SD, LoRA + text encoder, prior": Recipe(SD, LORA, f"{LORA_FLAGS} {TEXT} {PRIOR}", seeds=1),
-    "SD, velocity, LoRA, prior": Recipe(SD_V, LORA, f"{LORA_FLAGS} {PRIOR}", seeds=1),
-    "IF I, full, prior": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {IF1_PRIOR}"),
-    "IF I, full, prior, captions": Recipe(IF1, FULL, f"{IF1_FULL_FLAGS} {IF1_PRIOR} {CAPTIONS}"),
-    "IF I, LoRA, prior": Recipe(IF1, LORA, f"{IF1_LORA_FLAGS} {IF1_PRIOR}"),
-    "IF II, full": Recipe(IF2, FULL, IF2_FLAGS),
-    "IF II, full, timesteps": Recipe(IF2, FULL, f"{IF2_FLAGS} --class_labels_conditioning=timesteps", seeds=1),
-}
-# What --quick runs, and between what its measures must be: wide enough for other machines, narrow enough for a broken
-# loss, a wrong target or an adapter that was not trained.
-QUICK = {
-    "SD, LoRA, prior": {
-        "seen backgrounds": (0.8, 1),
-        "subject, unseen backgrounds": (0.7, 1),
-        "mean match": (0.5, 1),
-        "prompts obeyed, of base": (0.75, 1.2),
-        "other prompts, of base": (0.75, 1.2),
-        "class colours, of base": (0.6, 1.5),
-        "leak into class": (0, 0.2),
-    },
-    "IF I, full, prior": {
-        "seen backgrounds": (0.6, 1),
-        "prompts obeyed, of base": (0.6, 1.2),
-        "other prompts, of base": (0.5, 1.2),
-        "class colours, of base": (0.6, 1.5),
-        "leak into class": (0, 0.2),
-    },
-    "IF II, full": {"subject, PSNR gain in dB": (-0.2, 4), "SSIM gain": (0.002, 0.1)},
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,12 +95,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.fidelity", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("fidelity-output"), metavar="DIR", help="default: fidelity-output")
     add("--models", type=Path, default=ROOT / "models", metavar="DIR", help="what utils.lab.train_models wrote")
+    add(
+        "--script",
+        type=to_script,
+        metavar="PATH",
+        help="a copy of a script, which runs the recipes of its method in its place",
+    )
     add("--only", metavar="TEXT", default="", help="only the recipes with this in their name; default: all")
     add("--subjects", nargs="+", choices=list(SUBJECTS), default=CHOSEN, help=f"default: {', '.join(CHOSEN)}")
     add("--seeds", type=int, help="runs of each recipe and subject; default: 2, or 1 of what is only compared with")
@@ -206,6 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each; default: one a core")
     add("--quick", action="store_true", help="some recipes on one subject, and an error if a measure is out of range")
     args = parser.parse_args(argv)
+    args.paths = {scripts.method_of(args.script): args.script} if args.script else SCRIPTS
     if problems := find_out_of_range(vars(args), dict.fromkeys(("seeds", "exam_seeds", "jobs"), "1 or more")):
         parser.error(" ".join(problems))
     if args.quick:
@@ -217,8 +127,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
-    """Return the names of the recipes that hold the text of --only, in any case."""
-    return [name for name in (QUICK if args.quick else RECIPES) if args.only.lower() in name.lower()]
+    """Return the names of the recipes that hold the text of --only, in any case, and that the scripts can run."""
+    names = [name for name in (QUICK if args.quick else RECIPES) if args.only.lower() in name.lower()]
+    return [name for name in names if RECIPES[name].method in args.paths]
 
 
 def check_models(args: argparse.Namespace) -> None:
@@ -274,16 +185,16 @@ def run_lane(subject: str, model: str, args: argparse.Namespace) -> list[Record]
     runs = [(name, seed) for name in names for seed in range(args.seeds or RECIPES[name].seeds)]
     for name, seed in [(None, 0), *runs]:
         path = args.output / "measured" / f"{slug(subject)}-{slug(name or model)}-{seed}.json"
-        fingerprint = take_fingerprint(RECIPES.get(name), args.models / model, args.exam_seeds)
+        fingerprint = take_fingerprint(RECIPES.get(name), args.models / model, args.exam_seeds, args.script)
         records.append(load_record(path, fingerprint) or measure(path, args, name, model, subject, seed, fingerprint))
     return records
 
 
-def take_fingerprint(recipe: Recipe | None, model: Path, exam_seeds: int) -> str:
+def take_fingerprint(recipe: Recipe | None, model: Path, exam_seeds: int, script: Path | None = None) -> str:
     """Return a hash of what decides a measurement: the recipe, the model's files, the exam and all code."""
-    files = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "utils").rglob("*.py")), *sorted(model.rglob("*"))]
+    code = [*([Path(script)] if script else []), *sorted(ROOT.glob("*.py")), *sorted((ROOT / "utils").rglob("*.py"))]
     state = hashlib.sha256(repr((recipe, exam_seeds)).encode())
-    for path in files:
+    for path in [*code, *sorted(model.rglob("*"))]:
         state.update(path.read_bytes() if path.is_file() else b"")
     return state.hexdigest()[:16]
 
@@ -341,8 +252,8 @@ def train(args: argparse.Namespace, name: str, subject: str, seed: int) -> tuple
         f"--resolution={PIXELS[recipe.model]}",
         *f"--seed={seed} --report_to=none --checkpointing_steps=100000 {recipe.flags}".split(),
     ]
-    began, log = time.perf_counter(), result.with_suffix(".log")
-    launch.run_script(f"{name} on the {subject}", ROOT / recipe.script, words, log, **VARIABLES)
+    log, began = result.with_suffix(".log"), time.perf_counter()
+    launch.run_script(f"{name} on the {subject}", args.paths[recipe.method], words, log, **VARIABLES)
     return result, time.perf_counter() - began
 
 
@@ -383,13 +294,8 @@ def make_tables(records: list[Record]) -> list[str]:
 
 def tabulate(head: str, columns: dict[str, Column], rows: dict[str, list[Record]], bases: dict) -> str:
     """Return a Markdown table, a row for each group of records and a column for each measure; empty without rows."""
-    lines = [
-        f"| {name} | {' | '.join(tell(group, column, bases) for column in columns.values())} |"
-        for name, group in rows.items()
-        if group
-    ]
-    heads = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(heads + lines) if lines else ""
+    cells = [(name, *(tell(group, column, bases) for column in columns.values())) for name, group in rows.items()]
+    return markdown.make_table((head, *columns), cells) if cells else ""
 
 
 def tell(group: list[Record], column: Column, bases: dict) -> str:

@@ -12,6 +12,7 @@ Random moments would hardly hit a save, which is short: most kills wait for the 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -25,13 +26,13 @@ from pathlib import Path
 
 from utils.core.errors import UserError
 from utils.devices import accelerator_setup
+from utils.flags.command_line import convert_flag
 from utils.flags.flag_checks import find_out_of_range
-from utils.make_model import make_model
+from utils.run import scripts
+from utils.run.scripts import SCRIPTS
 from utils.synthetic import shapes
+from utils.synthetic.random_models import make_model
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = {"full": "train_dreambooth.py", "lora": "train_dreambooth_lora.py"}
-SUBJECT = "quartered circle"
 FLAGS = (
     "--resolution=32 --train_batch_size=1 --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=2 --seed=0 "
     "--checkpointing_steps=2 --checkpoints_total_limit=1 --report_to=none --resume_from_checkpoint=latest"
@@ -63,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare(args.output)
         for script in args.scripts:
-            tally = torture(args, script, random.Random(f"{script} {args.seed}"))
-            print(tell(script, tally), flush=True)
+            label = scripts.label_of(script).lower()
+            tally = torture(args, script, random.Random(f"{label} {args.seed}"))
+            print(tell(label, tally), flush=True)
             failed |= bool(tally.differences)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,12 +76,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
+    to_script = functools.partial(convert_flag, scripts.find_script)
     parser = argparse.ArgumentParser(
         prog="python -m utils.lab.kill_and_resume", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("torture-output"), metavar="DIR", help="where to; default: torture-output")
-    add("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS), help="default: both")
+    both = [*SCRIPTS.values()]
+    add(
+        "--scripts",
+        nargs="+",
+        type=to_script,
+        default=both,
+        metavar="SCRIPT",
+        help="full, lora or paths; default: both",
+    )
     add("--kills", type=int, default=20, help="of each script; default: 20")
     add("--steps", type=int, default=24, help="of a run, an even number; default: 24")
     add("--seed", type=int, default=0, help="of the moments; default: 0")
@@ -103,26 +114,27 @@ def prepare(output: Path) -> None:
         raise UserError(f"--output {output} is not empty. Remove it, or use another folder.")
     accelerator_setup.import_what_is_imported_late()
     make_model(output / "model", "tiny")
-    shapes.write_photos(output / "photos", SUBJECT)
+    shapes.write_photos(output / "photos", shapes.SUBJECT)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
-def torture(args: argparse.Namespace, script: str, chance: random.Random) -> Tally:
+def torture(args: argparse.Namespace, script: Path, chance: random.Random) -> Tally:
     """Kill runs of a script as often as asked for, and compare each that comes to its end.
 
     Raises:
         UserError: A run ended by itself, but not well.
     """
-    calm, tally = args.output / f"{script}-calm", Tally()
+    label = scripts.label_of(script).lower()
+    calm, tally = args.output / f"{label}-calm", Tally()
     began = time.monotonic()
     finish(start(args, script, calm), calm)
     seconds = time.monotonic() - began
     while tally.kills.total() < args.kills:
-        out = args.output / f"{script}-{tally.rounds}"
+        out = args.output / f"{label}-{tally.rounds}"
         while tally.kills.total() < args.kills and strike(start(args, script, out), out, chance, seconds):
             tally.kills[find_half_done(out)] += 1
             tally.differences += [f"{out}: a kill left {line!r} in its metrics" for line in find_torn_lines(out)]
-            print(f"\r{script}: {tally.kills.total()} of {args.kills} kills", end="", file=sys.stderr, flush=True)
+            print(f"\r{label}: {tally.kills.total()} of {args.kills} kills", end="", file=sys.stderr, flush=True)
         finish(start(args, script, out), out)
         tally.rounds += 1
         found = compare(calm, out)
@@ -133,7 +145,7 @@ def torture(args: argparse.Namespace, script: str, chance: random.Random) -> Tal
     return tally
 
 
-def start(args: argparse.Namespace, script: str, out: Path) -> int:
+def start(args: argparse.Namespace, script: Path, out: Path) -> int:
     """Start a run in a process group of its own; return its number, which is the process's as well."""
     words = [
         f"--pretrained_model_name_or_path={args.output / 'model'}",
@@ -150,12 +162,12 @@ def start(args: argparse.Namespace, script: str, out: Path) -> int:
     return child
 
 
-def run(script: str, words: list[str], log: Path) -> int:
+def run(script: Path, words: list[str], log: Path) -> int:
     """Run a script in this process, as the interpreter would; return the exit status."""
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.argv = [str(ROOT / SCRIPTS[script]), *words]
+    sys.argv = [str(script), *words]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -254,11 +266,11 @@ def read_end(folder: Path) -> dict[str, object]:
     return found | {"metrics.jsonl": steps}
 
 
-def tell(script: str, tally: Tally) -> str:
+def tell(label: str, tally: Tally) -> str:
     """Say how it went."""
     kills = ", ".join(f"{count} in {name}" for name, count in tally.kills.most_common())
     end = "each ended in the bits of the run that was left alone" if not tally.differences else "BUT THESE DIFFER:"
-    head = f"{script}: {tally.kills.total()} kills ({kills}); {tally.rounds} runs brought to their end; {end}."
+    head = f"{label}: {tally.kills.total()} kills ({kills}); {tally.rounds} runs brought to their end; {end}."
     return "\n  ".join([head, *tally.differences])
 
 

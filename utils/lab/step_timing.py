@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     if mode == "stamps":
         return run_with_stamps(Path(out), script)
     module = load_script(script)
+    from utils.run import tool_names  # only here: a script of another project may have modules of this name
+
+    if sentence := tool_names.describe_missing_names(module, f"utils.lab.step_timing {mode}"):
+        sys.exit(f"error: {sentence}")
     prepare = {"split": split_steps, "flops": count_flops}[mode]
     prepare(module, Path(out))
     sys.exit(module.exit_status(module.main))

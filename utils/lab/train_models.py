@@ -7,7 +7,7 @@ sister that predicts velocity and starts from it (shapes-sd-v), and both stages 
 shapes-if2). The text encoder learns first, to tell what a caption says, and is then frozen: trained together with a
 U-Net this small, it would not get there. That includes the rare words, which a real one tells apart as well.
 
-To change what a model is, edit its entry in `utils.make_model.SHAPES`; how it is trained, its `Recipe` below.
+To change a model's sizes, edit its entry in `utils.synthetic.model_sizes`. To change its training, edit its `Recipe`.
 
 Letters: B pictures, C channels, H W height and width, L tokens, D text width, T timesteps.
 """
@@ -31,8 +31,9 @@ from transformers import T5Tokenizer
 from utils.core.errors import UserError
 from utils.core.seeds import derive_seed, generator
 from utils.devices import accelerator_setup
-from utils.make_model import BUILDERS, SHAPES
 from utils.synthetic import shapes
+from utils.synthetic.model_sizes import SHAPES
+from utils.synthetic.random_models import BUILDERS
 from utils.synthetic.small_tokenizers import write_t5_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ TOKENS = 77
 class Recipe:
     """How a model is trained."""
 
-    shape: str  # of utils.make_model
+    shape: str  # in `model_sizes.SHAPES`
     pixels: int
     steps: int
     batch_size: int

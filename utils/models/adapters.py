@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.core.errors import UserError
+from utils.models.layer_names import describe_unknown_layers
 
 
 def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = torch.float32, **config) -> None:
@@ -26,9 +27,8 @@ def add(model: nn.Module, layers: list[str], flag: str, dtype: torch.dtype = tor
     Raises:
         UserError: A name occurs in none of the network's layers, or in some that take no adapter.
     """
-    there = [f".{name}" for name, _ in model.named_modules()]
-    if missing := [name for name in layers if not any(path.endswith(f".{name}") for path in there)]:
-        raise UserError(f"{type(model).__name__} has no layers named {', '.join(missing)}. See {flag}.")
+    if sentence := describe_unknown_layers(model, layers, flag):
+        raise UserError(sentence)
     try:
         with _not_looking_for_bitsandbytes():
             model.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", target_modules=list(layers), **config))

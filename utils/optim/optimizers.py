@@ -25,6 +25,13 @@ def optimizer_of(flags: dict[str, Any]) -> str:
     return "adamw8bit" if flags["use_8bit_adam"] else flags["optimizer"]
 
 
+def class_name(optimizer: Any) -> str:
+    """Return the name of an optimizer's class, whatever accelerate and DeepSpeed have wrapped around it."""
+    while inner := getattr(optimizer, "optimizer", None):
+        optimizer = inner
+    return type(optimizer).__name__
+
+
 def find_optimizer_problems(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag of the optimizer that contradicts another or needs what is not there."""
     fused, name, rate = flags["fused_backward"], flags["optimizer"], flags["learning_rate"]

@@ -42,5 +42,5 @@ def in_float32(optimizer: Any, weight: nn.Parameter) -> Iterator[nn.Parameter]:
     if weight in optimizer.state:
         optimizer.state[wide] = optimizer.state.pop(weight)
     yield wide
-    optimizer.state[weight] = optimizer.state.pop(wide)
+    optimizer.state[weight] = optimizer.state.pop(wide, {})  # some optimizers keep none
     weight.data.copy_(round_stochastically(wide.detach()))

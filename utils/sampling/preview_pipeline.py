@@ -1,11 +1,13 @@
 """Samplers of previews: which pictures a round draws, and how a pipeline of the networks in memory draws them."""
 
+import difflib
 import inspect
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
@@ -16,6 +18,9 @@ from utils.data.geometry import Size
 from utils.sampling import image_grid
 
 logger = logging.getLogger(__name__)
+
+# What a scheduler must take to have the noise of these models; those of flow matching do not.
+DDPM_NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"}
 
 
 class Preview(NamedTuple):
@@ -35,6 +40,34 @@ def list_previews(sizes: list[Size], count: int, seed: int) -> list[Preview]:
         for name, size in zip(names, sizes, strict=True)
         for index in range(count)
     ]
+
+
+def find_sampler_problems(name: str) -> list[str]:
+    """Return a sentence if no scheduler of diffusers has this name, or if it cannot draw with our models."""
+    if is_sampler(name):
+        return []
+    word = name.lower().removesuffix("scheduler")
+    known = [one for one in dir(diffusers) if one.endswith("Scheduler") and is_sampler(one)]
+    near = [one for one in known if word and word in one.lower()] or difflib.get_close_matches(name, known, cutoff=0.5)
+    kind = getattr(diffusers, name, None)
+    why = "is not a scheduler of diffusers"
+    if kind is not None:
+        backends = kind.__dict__.get("_backends")  # of a stand-in for a class whose packages are missing
+        why = (
+            f"needs other packages: pip install {' '.join(backends)}" if backends else "cannot draw with these models"
+        )
+    return [f"--validation_scheduler {name} {why}. {'Near' if near else 'Known'}: {', '.join(near or known)}."]
+
+
+def is_sampler(name: str) -> bool:
+    """Say whether a scheduler of diffusers draws with a model that was trained with DDPM's noise."""
+    kind = getattr(diffusers, name, None)
+    if not isinstance(kind, type) or "Inverse" in name or not name.endswith("Scheduler") or "_backends" in vars(kind):
+        return False
+    taken = inspect.signature(kind).parameters
+    step = inspect.signature(kind.step).parameters.values() if hasattr(kind, "step") else []
+    needed = [slot.name for slot in step if slot.default is slot.empty]
+    return taken.keys() >= DDPM_NOISE and needed == ["self", "model_output", "timestep", "sample"]
 
 
 def assemble(kind: type[DiffusionPipeline], **parts) -> DiffusionPipeline:

@@ -48,6 +48,8 @@ RARE_WORDS = ("sks", "ohwx", "zwx", "xjy", "qvz", "wzx")  # in no caption; they 
 PLAIN_WORDS = ("a", "at", "the", "on", "background")
 PHOTOS, PHOTO_PIXELS = 5, 128  # of a subject, to train on
 CLASS_PICTURES = 96
+SUBJECT, WORD = "quartered circle", RARE_WORDS[0]  # of the demo, and of what is measured on one subject
+MODELS = Path(__file__).parents[2] / "models"  # small models that draw this world
 WORDS = (*PLAIN_WORDS, *CLASSES, *COLOURS, *SIZES, *PLACES, *RARE_WORDS)
 
 

@@ -31,12 +31,11 @@ sys.exit(STATUS)
 """
 
 
-def run_tool(tmp_path, monkeypatch, remembers: bool, status: int = 0) -> int:
+def run_tool(tmp_path, remembers: bool, status: int = 0) -> int:
     """Let the tool kill a script of this module five times."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("REMEMBERS", str(remembers)).replace("STATUS", str(status)))
-    monkeypatch.setattr(kill_and_resume, "SCRIPTS", {"full": script, "lora": script})
-    return kill_and_resume.main(["--output", str(tmp_path / "out"), "--scripts", "lora", "--kills", "5"])
+    return kill_and_resume.main(["--output", str(tmp_path / "out"), "--scripts", str(script), "--kills", "5"])
 
 
 def test_both_scripts_survive_kills(tmp_path):
@@ -59,24 +58,24 @@ def test_both_scripts_survive_kills(tmp_path):
         assert line.endswith("each ended in the bits of the run that was left alone.") and "in a save" in line
 
 
-def test_a_script_that_remembers_passes(tmp_path, monkeypatch, capfd):
+def test_a_script_that_remembers_passes(tmp_path, capfd):
     """What differs by time alone does not count, and runs that are equal are removed."""
-    assert run_tool(tmp_path, monkeypatch, remembers=True) == 0
-    assert "lora: 5 kills" in (told := capfd.readouterr().out) and "each ended in the bits" in told
-    assert not list((tmp_path / "out").glob("lora-[0-9]"))
+    assert run_tool(tmp_path, remembers=True) == 0
+    assert "script: 5 kills" in (told := capfd.readouterr().out) and "each ended in the bits" in told
+    assert not list((tmp_path / "out").glob("script-[0-9]"))
 
 
-def test_a_script_that_forgets_is_caught(tmp_path, monkeypatch, capfd):
+def test_a_script_that_forgets_is_caught(tmp_path, capfd):
     """Its metrics have steps twice: the tool says where, fails, and keeps the run."""
-    assert run_tool(tmp_path, monkeypatch, remembers=False) == 1
-    assert "BUT THESE DIFFER:" in (told := capfd.readouterr().out) and "lora-0: metrics.jsonl" in told
-    assert (tmp_path / "out" / "lora-0").is_dir()
+    assert run_tool(tmp_path, remembers=False) == 1
+    assert "BUT THESE DIFFER:" in (told := capfd.readouterr().out) and "script-0: metrics.jsonl" in told
+    assert (tmp_path / "out" / "script-0").is_dir()
 
 
-def test_a_script_that_fails_is_an_error(tmp_path, monkeypatch, capfd):
+def test_a_script_that_fails_is_an_error(tmp_path, capfd):
     """Its log is named."""
-    assert run_tool(tmp_path, monkeypatch, remembers=True, status=3) == 1
-    assert "ended with exit status 3: see" in (told := capfd.readouterr().err) and "lora-calm.log" in told
+    assert run_tool(tmp_path, remembers=True, status=3) == 1
+    assert "ended with exit status 3: see" in (told := capfd.readouterr().err) and "script-calm.log" in told
 
 
 def test_nothing_that_was_there_is_removed(tmp_path, capfd):
@@ -90,12 +89,14 @@ def test_nothing_that_was_there_is_removed(tmp_path, capfd):
 def test_a_run_can_be_killed_in_its_first_moment(tmp_path, monkeypatch):
     """Before it has got as far as to have a process group of its own."""
     (tmp_path / "script.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(kill_and_resume, "SCRIPTS", {"lora": tmp_path / "script.py"})
     monkeypatch.setattr(kill_and_resume, "AIMS", {"any time": (None, 1)})
     args = argparse.Namespace(output=tmp_path, steps=2)
     for _ in range(20):
         assert kill_and_resume.strike(
-            kill_and_resume.start(args, "lora", tmp_path / "run"), tmp_path / "run", random.Random(0), 0.0
+            kill_and_resume.start(args, tmp_path / "script.py", tmp_path / "run"),
+            tmp_path / "run",
+            random.Random(0),
+            0.0,
         )
 
 

@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.runs import SCRIPTS, read_metrics
-from utils.make_model import make_model
-from utils.memory import memory_tracker, savings
+from utils.memory import savings, speed_model
+from utils.memory.memory_estimate import PROCESS
 from utils.memory.memory_tracker import (
     COPIES,
     FROZEN,
     GRADIENTS,
     HOLES,
     META,
-    PROCESS,
     REST,
     STATE,
     WEIGHTS,
     MemoryTracker,
 )
+from utils.synthetic.random_models import make_model
 
 SIDE, ROWS = 1000, 500
 BYTES = 4 * SIDE * SIDE  # of a layer's weights
@@ -32,17 +32,17 @@ def layers(count: int, **options) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(SIDE, SIDE, bias=False, device=META, **options) for _ in range(count)))
 
 
-def step(rehearsal: MemoryTracker, network: nn.Module, optimizer=torch.optim.SGD, **options) -> dict[str, int]:
+def step(tracker: MemoryTracker, network: nn.Module, optimizer=torch.optim.SGD, **options) -> dict[str, int]:
     """Go through two steps of a network and return the memory at the peak, without the C library's holes."""
-    with rehearsal.watching("training", [network]):
-        rehearsal.wrap([network])
+    with tracker.watching("training", [network]):
+        tracker.wrap([network])
         weights = [weight for weight in network.parameters() if weight.requires_grad]
         trained = optimizer(weights, lr=1.0, **options)
         for _ in range(2):
             network(torch.empty(ROWS, SIDE, device=META)).sum().backward()
             trained.step()
             trained.zero_grad(set_to_none=True)
-    return {what: size for what, size in rehearsal.costs().memory.items() if what != HOLES}
+    return {what: size for what, size in tracker.costs().memory.items() if what != HOLES}
 
 
 def test_weights_gradients_and_moments_are_counted_to_the_byte():
@@ -83,32 +83,32 @@ def test_checkpointing_keeps_less():
 
     peaks = []
     for checkpoints in (False, True):
-        rehearsal, blocks = MemoryTracker("cpu", "bf16"), nn.ModuleList(Block() for _ in range(8))
-        with rehearsal.watching("training", [blocks]), rehearsal.autocast():
+        tracker, blocks = MemoryTracker("cpu", "bf16"), nn.ModuleList(Block() for _ in range(8))
+        with tracker.watching("training", [blocks]), tracker.autocast():
             rows = torch.empty(4096, 64, device=META)
             for block in blocks:
                 options = {"use_reentrant": False}
                 rows = torch.utils.checkpoint.checkpoint(block, rows, **options) if checkpoints else block(rows)
             assert rows.dtype is torch.bfloat16
             rows.sum().backward()
-        peaks.append(rehearsal.costs().memory[REST])
+        peaks.append(tracker.costs().memory[REST])
     assert peaks[1] < 0.4 * peaks[0]
 
 
 def test_attention_never_holds_all_pairs():
     """Of 4096 places, the matrix of pairs would take 64 MB."""
-    rehearsal = MemoryTracker("cuda", "no")
-    with rehearsal.watching("training"):
+    tracker = MemoryTracker("cuda", "no")
+    with tracker.watching("training"):
         query = torch.empty(1, 1, 4096, 8, device=META, requires_grad=True)
         F.scaled_dot_product_attention(query, query, query, attn_mask=None).sum().backward()
-    assert rehearsal.costs().peak < 10 * 4 * 4096 * 8
+    assert tracker.costs().peak < 10 * 4 * 4096 * 8
 
 
 def test_a_gpu_normalises_in_float32_and_a_cpu_does_not():
     """Autocast's lists differ between the two."""
     for kind, dtype in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
-        rehearsal = MemoryTracker(kind, "bf16")
-        with rehearsal.watching("training"), rehearsal.autocast():
+        tracker = MemoryTracker(kind, "bf16")
+        with tracker.watching("training"), tracker.autocast():
             rows = F.linear(torch.empty(8, 8, device=META), torch.empty(8, 8, device=META))
             assert rows.dtype is torch.bfloat16
             assert F.layer_norm(rows, (8,)).dtype is dtype
@@ -125,25 +125,25 @@ def test_adamw_without_a_fused_kernel_takes_all_weights_together():
 def test_a_convolution_on_a_cpu_has_copies():
     """As large as what it is given or makes, whichever is more; a GPU's has none."""
     for kind, expected in (("cpu", 4 * 2 * 64 * 64), ("cuda", 0)):
-        rehearsal = MemoryTracker(kind, "no")
-        with rehearsal.watching("training"), torch.no_grad():
+        tracker = MemoryTracker(kind, "no")
+        with tracker.watching("training"), torch.no_grad():
             F.conv2d(torch.empty(1, 1, 64, 64, device=META), torch.empty(2, 1, 3, 3, device=META), padding=1)
-        assert rehearsal.costs().memory.get(COPIES, 0) == expected
+        assert tracker.costs().memory.get(COPIES, 0) == expected
 
 
 def test_products_are_counted_and_timed():
     """One forward and two backward products of 2 × 500 × 1000 × 1000, less one gradient of the input."""
-    rates = memory_tracker.Rates({("product", torch.float32): 1e9}, float("inf"), 0.0)
-    rehearsal = MemoryTracker("cpu", "no", 1, rates)
-    step(rehearsal, layers(1))
-    costs = rehearsal.costs()
+    rates = speed_model.Rates({("product", torch.float32): 1e9}, float("inf"), 0.0)
+    tracker = MemoryTracker("cpu", "no", 1, rates)
+    step(tracker, layers(1))
+    costs = tracker.costs()
     assert costs.flops == 2 * 2 * ROWS * SIDE * SIDE
     assert costs.seconds[0] == pytest.approx(costs.flops / 1e9)
 
 
 def test_rates_are_measured():
     """They are positive numbers."""
-    rates = memory_tracker.measure_rates(torch.device("cpu"), [torch.float32])
+    rates = speed_model.measure_rates(torch.device("cpu"), [torch.float32])
     assert all(rate > 1e6 for rate in rates.flops.values()) and rates.traffic > 1e6 and 0 < rates.overhead < 1
 
 
