@@ -12,11 +12,11 @@ SOURCES = $(or $(wildcard $(shell git ls-files '*.py' 2>/dev/null)),.)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fidelity clean
+.PHONY: help demo test lint bench fidelity mutants clean
 
 # Nothing below asks the Hub for anything, and forked data workers must not inherit the tokenizers' threads.
-demo test bench fidelity: export HF_HUB_OFFLINE = 1
-demo test bench fidelity: export TOKENIZERS_PARALLELISM = false
+demo test bench fidelity mutants: export HF_HUB_OFFLINE = 1
+demo test bench fidelity mutants: export TOKENIZERS_PARALLELISM = false
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ bench: $(STAMP)  ## measure speed and memory
 
 fidelity: $(STAMP)  ## measure what both scripts teach the small models; QUICK=1: a part of it
 	$(BIN)/python -m utils.lab.fidelity $(if $(QUICK),--quick)
+
+mutants: $(STAMP)  ## change the code in one place at a time and say which changes no test notices
+	$(BIN)/python -m utils.lab.mutants
 
 clean:  ## remove caches and demo-output/; .venv and trained models stay
 	rm -rf demo-output .pytest_cache .ruff_cache

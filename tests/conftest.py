@@ -11,6 +11,8 @@ os.environ |= {
 }
 
 import atexit
+import logging
+import shlex
 import shutil
 import signal
 import sys
@@ -23,7 +25,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs import Trainer
+from tests.inside import forget_processes
+from tests.runs import BASE_FLAGS, Trainer
 from utils.data.concepts import Concept
 from utils.data.geometry import Size
 from utils.synthetic.random_models import make_model
@@ -133,3 +136,19 @@ def trainer(tmp_path_factory, tiny, photos):
     trainer = Trainer(tmp_path_factory.mktemp("runs"), tiny, photos)
     yield trainer
     trainer.close()
+
+
+@pytest.fixture
+def here(tiny, photos, tmp_path, monkeypatch):
+    """Give a function that runs a script in this process, into `out`, and returns its exit status."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = logging.root.handlers[:]
+    words = ["--pretrained_model_name_or_path", str(tiny), "--instance_data_dir", str(photos)]
+
+    def run(script, flags: str = "", out: str = "out") -> int:
+        forget_processes()
+        return script.main([*words, *shlex.split(f"{BASE_FLAGS} {flags}"), "--output_dir", str(tmp_path / out)])
+
+    yield run
+    forget_processes()
+    logging.root.handlers[:] = handlers

@@ -152,6 +152,13 @@ def test_the_factor_is_that_of_the_vae(script, parse, copy, widths, factor):
     assert script.detect_model(parse(copy)).size_multiple == factor
 
 
+@pytest.mark.parametrize(("given", "scale"), [(0.13025, 0.13025), (1.0, 1.0), (GONE, 0.18215)])
+def test_latents_are_scaled_as_the_vae_says(script, parse, copy, given, scale):
+    """A VAE that says nothing is one of Stable Diffusion 1."""
+    change(copy, "vae/config.json", scaling_factor=given)
+    assert script.detect_model(parse(copy)).scaling_factor == scale
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
