@@ -1,8 +1,10 @@
 # Every target but help and clean first makes .venv and installs the pinned requirements, once per change of them.
 # Another interpreter: make test PYTHON=/path/to/python3.12. Some tests only: make test PYTEST_ARGS="-k resume".
+# Tests run in two processes side by side, a file in one of them. Another number of processes: make test WORKERS=4.
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 # What git tracks, and all files without git: copies of the scripts are not looked at.
@@ -23,7 +25,7 @@ demo: $(STAMP)  ## teach a small model a subject, offline, and draw before and a
 	$(BIN)/python -m utils.demo
 
 test: lint  ## lint, then run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style, formatting and that the two scripts' shared functions are the same
 	$(BIN)/ruff check $(SOURCES)

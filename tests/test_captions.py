@@ -201,6 +201,7 @@ def test_as_many_words_as_possible_come_back():
     """One in its exact form does not take the place of two others."""
     assert _align([{"ab"}, {"a"}, {"b"}], ["a", "b"], [True, False, False]) == {1, 2}
     assert _align([{"a"}, {"b"}, {"ab"}], ["a", "b"], [False, False, True]) == {0, 1}
+    assert _align([{"a"}, {"a"}], ["a"], [False, False]) == {0}, "the first of two that are equal"
 
 
 def test_random_prompts_lose_what_they_must():
