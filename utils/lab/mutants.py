@@ -149,6 +149,9 @@ def run(args: argparse.Namespace, imports: list[str], mutants: list[Mutant], fol
     began = time.monotonic()
     files = list_files(args.root)
     import_once(args.root, imports)
+    for path in files:  # what is edited in the meantime changes nothing
+        (folder / "start" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(args.root / path, folder / "start" / path)
     start = Starter(args.root, files, folder)
     plain = {}
     for name in (name for one in mutants for name in shlex.split(one.tests)):
@@ -216,10 +219,7 @@ class Starter:
     def __call__(self, mutant: Mutant | None, tests: str) -> Job:
         """Make a copy, change it, and fork a process that runs the tests in it."""
         self.count += 1
-        copy = self.folder / str(self.count)
-        for path in self.files:
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.root / path, copy / path)
+        copy = shutil.copytree(self.folder / "start", self.folder / str(self.count))
         for path, text in (mutant.apply(copy) if mutant else {}).items():
             path.write_text(text, encoding="utf-8")
         sys.stdout.flush()
