@@ -62,7 +62,7 @@ def _set_aside_newer(output_dir: Path, step: int) -> None:
 def _set_aside(path: Path, why: str) -> None:
     """Rename what has a checkpoint's name to one that no run takes or deletes, and say why."""
     kept = path.with_name(f"passed-over-{checkpoints.step_of(path)}-{secrets.token_hex(4)}")
-    logger.warning("%s %s: it is kept as %s.", path, why, kept.name)
+    logger.warning("%s %s: it is kept as %s.", path.name, why, kept.name)
     path.rename(kept)
 
 
