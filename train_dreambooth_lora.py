@@ -328,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_parser()
     args = command_line.parse_with_config(parser, sys.argv[1:] if argv is None else list(argv))
     if problems := find_problems(args) + find_method_problems(args):
-        parser.error("\n".join(["the flags do not fit:", *(f"  - {problem}" for problem in problems)]))
+        parser.error("\n".join(["these flags cannot be used:", *(f"  - {problem}" for problem in problems)]))
     return args
 
 
@@ -591,7 +591,7 @@ def detect_model(args: Namespace) -> ModelInfo:
     small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
     if problems := problems + model_files.find_stage_one_problems(*stage_one, configs, small):
-        raise UserError("\n".join([f"the flags do not fit {name} ({kind.value}):", *problems]))
+        raise UserError("\n".join([f"these flags cannot be used with {name} ({kind.value}):", *problems]))
     return base
 
 

@@ -291,11 +291,14 @@ FLAGS = {  # by flags, the sentence of the one mistake in them
         "--output_dir {photos}/good.png is a file. Use another name."
     ),
     "--output_dir {photos}/out": (
-        "--output_dir in --instance_data_dir {photos}: all pictures below it count as photos."
+        "--output_dir in --instance_data_dir {photos}: its images would be trained on as photos. Choose a folder "
+        "outside."
     ),
     f"{PRIOR} --class_data_dir {{photos}}": (
-        "--class_data_dir in --instance_data_dir {photos}: all pictures below it count as photos.\n"
-        "  - --instance_data_dir in --class_data_dir: all pictures below it count as class images."
+        "--class_data_dir in --instance_data_dir {photos}: its images would be trained on as photos. Choose a folder "
+        "outside.\n"
+        "  - --instance_data_dir in --class_data_dir: its images would be trained on as class images. Choose a folder "
+        "outside."
     ),
     f"{PRIOR} --class_data_dir {{model}}/model_index.json": (
         "--class_data_dir {model}/model_index.json is not a folder."
@@ -387,7 +390,7 @@ PHOTOS = {  # by name, what is said of the photo, and its content or makers
 }
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .heic .heif .avif"
 NO_IMAGES = f"--instance_data_dir {{photos}} holds no images (looked for {SUFFIXES}). "
-NOT_FITTING = "the flags do not fit:\n  - "
+NOT_FITTING = "these flags cannot be used:\n  - "
 FOLDERS = {
     "an empty folder": Case(NO_IMAGES + "It is empty.", [empty("photos")]),
     "captions alone": Case(
@@ -418,8 +421,7 @@ FOLDERS = {
         [folder("photos/locked"), lock("photos/locked", 0)],
     ),
     "a folder in the place of a file, and a file in that of a folder": Case(
-        NOT_FITTING
-        + "--output_dir {out} has metrics.jsonl, samples, in the place of what a run writes. Move it away, or use "
+        NOT_FITTING + "--output_dir {out} has metrics.jsonl, samples, which a run would write itself. Move it, or use "
         "another.",
         [folder("out/metrics.jsonl"), write("out/samples", "mine")],
         status=2,
@@ -893,7 +895,7 @@ FINE = {
 
 def refusals() -> dict[str, Case]:
     """Return all cases that must be refused, by name."""
-    unfit = "the flags do not fit {model} (Stable Diffusion 1.x/2.x):\n"
+    unfit = "these flags cannot be used with {model} (Stable Diffusion 1.x/2.x):\n"
     table = {flags: Case(NOT_FITTING + words, flags=flags, status=2) for flags, words in FLAGS.items()}
     for flags, (script, words) in OF_ONE_SCRIPT.items():
         table[flags] = Case(NOT_FITTING + words, flags=flags, status=2, script=script)
@@ -1010,4 +1012,4 @@ def said(at: Place, message: str) -> re.Pattern:
 def without_bar(printed: str) -> str:
     """Return what was printed beside progress bars and what is encoded once."""
     printed = re.sub(r"(\n(steps|latents|class images): [^]\n]*\])+(\n( +\n)?)?", "", printed)
-    return re.sub(r"INFO: \[RANK 0\] (Encoding \d+ of|Latents (of|are not)) [^\n]*\n?", "", printed)
+    return re.sub(r"INFO: (\[RANK 0\] )?(Encoding \d+ of|Cached the latents|Latents are not) [^\n]*\n?", "", printed)

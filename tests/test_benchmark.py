@@ -99,7 +99,7 @@ def test_another_projects_failure_is_told(script, reason, tmp_path):
     ("lines", "reason"),
     [
         ("usage: a.py\na.py: error: unrecognized arguments: --x\nsubprocess.CalledProcessError: 2", 1),
-        ("a.py: error: the flags do not fit:\n  - --rank 0 is out of range.\nsubprocess.CalledProcessError: 2", 1),
+        ("a.py: error: these flags cannot be used:\n  - --rank 0 is too small.\nsubprocess.CalledProcessError: 2", 1),
         ("error: the folder is empty.\nsubprocess.CalledProcessError: 1", 0),
         ("Traceback\nValueError: no\n  more of it\n", 1),
         ("Killed", 0),

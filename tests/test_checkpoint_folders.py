@@ -116,9 +116,9 @@ def test_a_checkpoint_that_does_not_fit_names_the_difference(trainer, outputs, t
     before = contents(out)
     flags = flags.format(other=outputs / "other", fewer=outputs / "fewer")
     run = trainer.run(second, out, f"--max_train_steps 2 {LATEST} {flags}", code=1)
-    head = f"error: {out}/checkpoint-1 cannot be resumed by this command, which differs from that of its run in\n"
+    head = f"error: {out}/checkpoint-1 cannot be resumed: this command differs from the run that wrote it in\n"
     assert f"{head}  " in run.stderr and f"\n  {words}" in run.stderr and "Traceback" not in run.text
-    assert run.stderr.endswith("Give the same as there, or start anew in another --output_dir.\n")
+    assert run.stderr.endswith("Use the same values, or start a new run in another --output_dir.\n")
     assert contents(out) == before
 
 
@@ -151,7 +151,7 @@ def test_an_abandoned_branch_is_not_gone_on_with(trainer, tmp_path):
     shutil.copytree(whole, out := tmp_path / "out")
     branch = "--checkpointing_steps 1 --max_train_steps 3 --learning_rate 1e-4 --resume_from_checkpoint checkpoint-2"
     run = trainer.run("lora", out, branch)
-    assert "checkpoint-4 lies ahead of this run, which begins at 2: it is kept as passed-over-4-" in run.stderr
+    assert "checkpoint-4 is from a later step than this run's start (2): it is kept as passed-over-4-" in run.stderr
     run = trainer.run("lora", out, f"{flags} 4 --learning_rate 1e-4 {LATEST}")
     assert f"Resumed from {out}/checkpoint-3: 3 of 4 steps are done." in run.stderr
     assert [line["lr"] for line in read_metrics(out)] == [1e-3, 1e-3, 1e-4, 1e-4]

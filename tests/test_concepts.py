@@ -286,7 +286,7 @@ def test_folders_may_be_shared_but_not_contain_each_other(flags_of, tmp_path):
     (problem,) = find_folder_problems(flags_of(one, one | {"instance_data_dir": small}, **out))
     assert problem == (
         f"--concepts_list, concept 2: instance_data_dir in {START}instance_data_dir {dogs}: "
-        "all pictures below it count as photos."
+        "its images would be trained on as photos. Choose a folder outside."
     )
     (problem,) = find_folder_problems(flags_of(one | {"mask_data_dir": small}, **out))
     assert problem.startswith(f"{START}mask_data_dir in {START}instance_data_dir")

@@ -104,7 +104,7 @@ def test_a_base_model_that_is_gone_at_the_end(trainer, tiny, tmp_path):
     run = job.finish()
     assert run.code == 1 and "Traceback" not in run.text and steps_saved(job.out) == [40]
     assert (
-        "What was learned is in checkpoint-40: once that is mended, resume from it to save the result." in run.stderr
+        "Training is saved in checkpoint-40. Fix the problem, then resume from it to write the result." in run.stderr
     )
     (tmp_path / "elsewhere").rename(model)
     trainer.run("full", job.out, f"{flags} --resume_from_checkpoint latest")

@@ -156,7 +156,7 @@ def refuse(script, argv, capsys) -> str:
 def refuse_one(script, argv, capsys) -> str:
     """Parse flags with one mistake and return its sentence."""
     head, *problems = refuse(script, argv, capsys).split("\n")
-    assert head == "the flags do not fit:" and len(problems) == 1, problems
+    assert head == "these flags cannot be used:" and len(problems) == 1, problems
     return problems[0].removeprefix("  - ")
 
 
@@ -221,7 +221,7 @@ def names_read(node: ast.AST) -> list[str]:
 def test_no_flag_is_accepted_and_ignored(script):
     """Every flag is read outside the functions that define or check flags, --config by its reader.
 
-    One that has no work left to do is read by what says so.
+    One that has no effect is read by what says so.
     As args.NAME or, where that is given on, as flags["NAME"]; those of each subject from its `Concept`.
     """
     modules = (
@@ -430,7 +430,7 @@ def test_pictures_to_enlarge_must_be_there(script, needed, capsys, tmp_path, sma
     (tmp_path / "none.png").write_text("no picture")
     paths = [str(tmp_path / "missing.png"), small_images[0], str(tmp_path / "none.png")]
     head, *problems = refuse(script, [*needed, "--validation_images", *paths], capsys).split("\n")
-    assert head == "the flags do not fit:" and len(problems) == 2
+    assert head == "these flags cannot be used:" and len(problems) == 2
     assert problems[0] == f"  - --validation_images {paths[0]}: No such file or directory"
     assert problems[1].startswith(f"  - --validation_images {paths[2]}: ") and len(problems[1]) > len(paths[2]) + 35
 
@@ -479,7 +479,7 @@ def test_folders_that_are_not_there(script, needed, capsys, tmp_path):
 def test_output_among_the_photos_is_refused(script, needed, capsys, tmp_path):
     """What a run writes must not be learned as the subject by the next."""
     photos = tmp_path / "photos"
-    why = f"in --instance_data_dir {photos}: all pictures below it count as photos."
+    why = f"in --instance_data_dir {photos}: its images would be trained on as photos. Choose a folder outside."
     prior = ["--with_prior_preservation", "--class_prompt", "a photo of dog"]
     for flags, named in (
         (["--output_dir", str(photos)], "--output_dir"),
@@ -539,7 +539,7 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_written(script, capsys, tm
         *(["--skip_save_text_encoder"] if script is FULL else ["--rank", "0", "--lora_layers", ","]),
     ]
     head, *problems = refuse(script, flags, capsys).split("\n")
-    assert head == "the flags do not fit:" and all(problem.startswith("  - --") for problem in problems)
+    assert head == "these flags cannot be used:" and all(problem.startswith("  - --") for problem in problems)
     named = [problem.split()[1] for problem in problems]
     expected = [
         *("--pretrained_model_name_or_path", "--instance_prompt", "--adam_beta1", "--snr_gamma", "--learning_rate"),
@@ -661,8 +661,8 @@ def test_the_token_is_in_no_message(script, needed, capsys, monkeypatch):
 
 
 IDLE = {
-    "--set_grads_to_none": "--set_grads_to_none has no work left to do: gradients are always set to None.",
-    "--local_rank=0": "--local_rank has no work left to do: the launcher's environment says it.",
+    "--set_grads_to_none": "--set_grads_to_none has no effect: gradients are always set to None.",
+    "--local_rank=0": "--local_rank has no effect: the launcher's environment sets it.",
     "--hub_token=hf_x": "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not.",
     "--enable_xformers_memory_efficient_attention": "xformers is not installed: torch's own attention serves instead.",
     "--prepend_instance_prompt": "--prepend_instance_prompt has no effect with --caption_strategy instanceprompt.",
@@ -677,7 +677,7 @@ IDLE = {
     "--num_eval_images=2": "--num_eval_images has no effect without --validation_prompt.",
     "--validation_resolution=64,96": "--validation_resolution has no effect without --validation_prompt.",
     "--class_labels_conditioning=timesteps": (
-        "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
+        "--class_labels_conditioning timesteps: stage II never sees the low-resolution image. Use noise_level."
     ),
 }
 
@@ -701,3 +701,9 @@ def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
     ]
     flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
     assert find_unused_flags(vars(script.parse_args([*needed, *flags]))) == []
+
+
+def test_what_is_kept_repeats_a_run_and_does_not_continue_it():
+    """Neither the file that was read, nor the checkpoint, nor the secret is repeated."""
+    given = {"config": "args.json", "resume_from_checkpoint": "latest", "hub_token": "hf_x", "seed": 1, "rank": None}
+    assert command_line.flags_to_repeat(given) == {"seed": 1, "rank": None}

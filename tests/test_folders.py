@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.runs import wait_until
 from utils.core.errors import UserError
+from utils.data import list_images
 from utils.data.list_images import IMAGE_SUFFIXES, inspect_folder
 from utils.run import atomic_folders
 from utils.run.atomic_folders import atomic_result, remove_leftovers
@@ -238,10 +240,10 @@ def test_every_difference_to_a_checkpoint_is_named(tmp_path):
             tmp_path / "checkpoint-5", {"seed": 1, "rank": 4, "same": 0}, {"seed": 2, "same": 0, "alpha": 8}
         )
     assert str(error.value).split("\n") == [
-        f"{tmp_path / 'checkpoint-5'} cannot be resumed by this command, which differs from that of its run in",
+        f"{tmp_path / 'checkpoint-5'} cannot be resumed: this command differs from the run that wrote it in",
         "  seed: 1 there, 2 here",
         "  alpha: None there, 8 here",
-        "Give the same as there, or start anew in another --output_dir.",
+        "Use the same values, or start a new run in another --output_dir.",
     ]
 
 
@@ -289,3 +291,10 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
         assert json.loads((tmp_path / str(number) / "args.json").read_text()) == {"seed": "ab"[statuses.index(0)]}
         for descriptor in (start, go, end, enough):
             os.close(descriptor)
+
+
+def test_photos_of_the_minimum_size_are_kept():
+    """A pixel less is too small."""
+    sizes = {Path("just.png"): (64, 100), Path("less.png"): (63, 100)}
+    assert list(list_images.leave_out_small(sizes, 64, "pixel")) == [Path("just.png")]
+    assert list_images.leave_out_small(sizes, None, "pixel") == sizes

@@ -87,7 +87,7 @@ CASES = {
         "--class_labels_conditioning timesteps",
         {"if2": 1.08626},
         SECOND,
-        said="--class_labels_conditioning timesteps never shows stage II what it is to enlarge",
+        said="--class_labels_conditioning timesteps: stage II never sees the low-resolution image",
     ),
     "noise level": Case("--class_labels_conditioning noise_level", PLAIN, ONE_OF_EACH[0][1:]),
     "Min-SNR and prior": Case(

@@ -58,7 +58,7 @@ def test_photos_without_mask_and_masks_without_photo_are_listed(folders, caplog)
     with caplog.at_level(logging.WARNING):
         assert list(find(photos, light)) == ["a.jpg", "c.jpg"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 of 3 photos have no mask and count wholly: {photos / 'b.png'}",
+        f"1 of 3 photos have no mask, so all their pixels count in the loss: {photos / 'b.png'}",
         f"1 masks in {light} belong to no photo: {light / 'd.png'}",
     ]
 
@@ -77,7 +77,7 @@ def test_masks_that_cannot_be_right_are_refused_together(folders):
         f"The masks in --mask_data_dir {light} cannot be used:",
         f"{light / 'more' / 'c.bmp'}, {light / 'more' / 'c.png'} have the same name.",
         f"{light / 'a.png'} is 60x60, but {photos / 'a.jpg'} is 60x40: another shape.",
-        f"{light / 'b.png'} is light in 0.00% of its area: next to nothing of its photo would count.",
+        f"{light / 'b.png'} is almost black (0.00% white), so almost no pixel of its photo would be trained.",
     ]
 
 
@@ -176,6 +176,13 @@ def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
     assert masks.move_crop_onto_mask(None, (100, 50), (0, 0, 50, 50)) == (0, 0, 50, 50)
     left, top, right, bottom = masks.move_crop_onto_mask(path, (100, 50), (0, 30, 20, 50))
     assert (right - left, bottom - top) == (20, 20) and left >= 80 and top <= 0
+
+
+def test_a_crop_with_less_than_a_tenth_of_the_light_is_moved(tmp_path):
+    """Also if it holds some: the loss would be that of a few places at the rim."""
+    path = write_mask(tmp_path / "wide.png", (100, 50), (80, 0, 100, 10))
+    assert masks.move_crop_onto_mask(path, (100, 50), (31, 0, 81, 50)) == (50, 0, 100, 50), "a twentieth"
+    assert masks.move_crop_onto_mask(path, (100, 50), (32, 0, 82, 50)) == (32, 0, 82, 50), "a tenth"
 
 
 def test_a_crop_between_two_light_parts_is_moved_onto_one(tmp_path):

@@ -34,9 +34,9 @@ def test_a_step_that_needs_too_much_says_what_would_need_less(trainer, tmp_path,
     limit_memory(job, 300_000_000)
     run = job.finish()
     assert run.code == 1 and "Traceback" not in run.text
-    head, order, *lines = run.stderr[run.stderr.index("error: ") :].partition("\nWhat was asked for: ")[0].splitlines()
+    head, order, *lines = run.stderr[run.stderr.index("error: ") :].partition("\nOriginal error: ")[0].splitlines()
     assert re.fullmatch(r"error: Memory ran out on cpu: at most 0\.\d GB were in use\.", head)
-    assert order == "Less is needed with, the largest saving first:"
+    assert order == "To use less memory, try (largest saving first):"
     changes, gains = zip(*(re.fullmatch(r"  (.*) \(about (0\.\d) GB\)", line).groups() for line in lines), strict=True)
     assert set(changes) == {
         "--train_batch_size 1 --gradient_accumulation_steps 4",
@@ -185,7 +185,7 @@ def test_what_is_no_lack_of_memory_is_let_through(error):
     """Only that is turned into a message; the networks are not kept alive by the set."""
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory.explain_out_of_memory(Setting, FLAGS):
         raise RuntimeError("shapes cannot be multiplied")
-    words = r"Memory ran out on cpu: at most .* GB were in use.\nLess is needed with"
+    words = r"Memory ran out on cpu: at most .* GB were in use.\nTo use less memory, try"
     with (
         pytest.raises(UserError, match=words),
         out_of_memory.explain_out_of_memory(Setting, FLAGS) as networks,

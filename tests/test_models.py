@@ -152,6 +152,13 @@ def test_the_factor_is_that_of_the_vae(script, parse, copy, widths, factor):
     assert script.detect_model(parse(copy)).size_multiple == factor
 
 
+@pytest.mark.parametrize(("given", "scale"), [(0.13025, 0.13025), (1.0, 1.0), (GONE, 0.18215)])
+def test_latents_are_scaled_as_the_vae_says(script, parse, copy, given, scale):
+    """A VAE that says nothing is one of Stable Diffusion 1."""
+    change(copy, "vae/config.json", scaling_factor=given)
+    assert script.detect_model(parse(copy)).scaling_factor == scale
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -387,7 +394,7 @@ def test_flags_that_contradict_the_model(script, parse, copy, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("low.png")
     message = refuse(script, parse(copy, *flags))
-    assert message.splitlines() == [f"the flags do not fit {copy} (Stable Diffusion 1.x/2.x):", sentence]
+    assert message.splitlines() == [f"these flags cannot be used with {copy} (Stable Diffusion 1.x/2.x):", sentence]
 
 
 def test_all_contradictions_are_told_at_once(script, parse, copy):

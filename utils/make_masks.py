@@ -148,7 +148,8 @@ def report_unfound(unfound: list[Job], count: int) -> None:
         for job in unfound:
             print(f"  {job.name}" + (" (its earlier mask stays)" if job.is_there else ""))
         print(
-            "Training counts a photo without a mask wholly. Paint one by hand, or use --rembg, or --model and --prompt."
+            "All pixels of a photo without a mask count in the loss. "
+            "Paint a mask by hand, or use --rembg, or --model and --prompt."
         )
 
 

@@ -122,7 +122,8 @@ def split_batch(count: int, rank: int, processes: int) -> tuple[range, float]:
     """Return which places of a batch are a process's own, and the part of each in the mean of its losses.
 
     As processes average their gradients, each counts its own pictures `processes / count` times. Where there are
-    fewer pictures than processes, those without one take the first and count it nothing, because all must take part.
+    fewer pictures than processes, those without one compute the first with weight 0, because all must join the
+    all-reduce.
     """
     first, last = (count * place // processes for place in (rank, rank + 1))
     return (range(first, last), processes / count) if first < last else (range(1), 0.0)

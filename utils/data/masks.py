@@ -53,7 +53,10 @@ def find_masks(folder: Path, sizes: dict[Path, tuple[int, int]], masks: str | No
         raise UserError("\n".join([f"The masks in {flag} {masks} cannot be used:", *problems]))
     if lacking := [photo for photo in sizes if photo not in pairs]:
         logger.warning(
-            "%d of %d photos have no mask and count wholly: %s", len(lacking), len(sizes), list_first(lacking)
+            "%d of %d photos have no mask, so all their pixels count in the loss: %s",
+            len(lacking),
+            len(sizes),
+            list_first(lacking),
         )
     known = {path for paths in by_name.values() for path in paths}
     if unused := sorted(known - set(pairs.values())):
@@ -67,7 +70,7 @@ def _find_misfit(photo: Path, size: tuple[int, int], path: Path, mask_size: tupl
     mask = decode_images.open_light(path)
     light, most = float(np.asarray(mask).mean()) / 255, mask.getextrema()[1]
     shape = f"{path} is {mask_width}x{mask_height}, but {photo} is {width}x{height}: another shape."
-    dark = f"{path} is light in {light:.2%} of its area: next to nothing of its photo would count."
+    dark = f"{path} is almost black ({light:.2%} white), so almost no pixel of its photo would be trained."
     # What a segmenter writes as its number of a thing looks black.
     dark += f" Its lightest place is {most} of 255, which should be white." if 0 < most < FAINT else ""
     differs = abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height)

@@ -30,7 +30,7 @@ UNSUPPORTED = {  # flags, or flags and values, that accelerate or the optimizer 
     "weight_dtype bf16": "each process would round its part by other draws",
     **{f"optimizer {name}": "only AdamW's state can be shared out" for name in OPTIMIZERS if name != "adamw"},
     **{f"base_model_precision {name}": "stored weights cannot be shared out" for name in ("bf16", "int8", "nf4")},
-    # A process whose batch has no class image would not ask, and the others wait for its part for ever.
+    # A process without class images would skip this forward pass, and the others would hang in the all-gather.
     "prior_target base_prediction": "not all processes would ask the base model in the same steps",
 }
 

@@ -43,9 +43,9 @@ def explain_out_of_memory(accelerator: Accelerator, flags: dict[str, Any]) -> It
         peak, loaded = peak_memory_gb(accelerator.device), list(networks)
         savings = find_savings(flags, loaded, peak) if loaded else find_early_savings(flags)
         lines = [f"  {change}" + (f" (about {gain:.1f} GB)" if gain else "") for change, gain in savings]
-        advice = ["Less is needed with, the largest saving first:", *lines] if lines else ["Use a larger device."]
+        advice = ["To use less memory, try (largest saving first):", *lines] if lines else ["Use a larger device."]
         head = f"Memory ran out on {accelerator.device}: at most {peak:.1f} GB were in use."
-        raise UserError("\n".join([head, *advice, f"What was asked for: {str(error).strip()}"])) from error
+        raise UserError("\n".join([head, *advice, f"Original error: {str(error).strip()}"])) from error
 
 
 def find_savings(flags: dict[str, Any], networks: Iterable[nn.Module], peak: float) -> list[Saving]:

@@ -56,7 +56,7 @@ def _set_aside_newer(output_dir: Path, step: int) -> None:
     """Rename checkpoints beyond a step: `latest` would take those of an abandoned run for this one's."""
     for path in checkpoints.list_checkpoints(output_dir):
         if checkpoints.step_of(path) > step:
-            _set_aside(path, f"lies ahead of this run, which begins at {step}")
+            _set_aside(path, f"is from a later step than this run's start ({step})")
 
 
 def _set_aside(path: Path, why: str) -> None:
@@ -126,7 +126,7 @@ def checkpoint_if_saving_fails(save: Callable[[], None], step: int, at_once: boo
                 save()
         except UserError:
             raise error from None
-        way = f"What was learned is in checkpoint-{step}: once that is mended, resume from it to save the result."
+        way = f"Training is saved in checkpoint-{step}. Fix the problem, then resume from it to write the result."
         raise UserError(f"{error} {way}") from error
 
 

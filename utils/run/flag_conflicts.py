@@ -70,16 +70,16 @@ def _find_misfits_of_text(flags: dict[str, Any], base: Any, longest: int) -> lis
 def find_unused_flags(flags: dict[str, Any]) -> list[str]:
     """Return a sentence for each flag that changes nothing in this run, or not what one might think."""
     xformers = flags["enable_xformers_memory_efficient_attention"] and not is_installed("xformers")
-    published = "--class_labels_conditioning timesteps never shows stage II what it is to enlarge; noise_level does."
+    published = "--class_labels_conditioning timesteps: stage II never sees the low-resolution image. Use noise_level."
     needs = dict.fromkeys(("validation_images", "num_eval_images", "validation_resolution"), "validation_prompt")
     has_small = not flags["validation_prompt"] or flags["validation_images"] or flags["num_eval_images"]
     unused = flags["stage_one_model_name_or_path"] and has_small and not flags["with_prior_preservation"]
     stored = flags.get("base_model_precision") == "bf16" and precision_of(flags) in ("bf16", "fp16")
-    idle = "has no work left to do"
+    idle = "has no effect"
     return [
         *messages_if(
             (flags["set_grads_to_none"], f"--set_grads_to_none {idle}: gradients are always set to None."),
-            (flags["local_rank"] != -1, f"--local_rank {idle}: the launcher's environment says it."),
+            (flags["local_rank"] != -1, f"--local_rank {idle}: the launcher's environment sets it."),
             (flags["hub_token"], "--hub_token is visible in the process list; HF_TOKEN or `hf auth login` is not."),
             (xformers, "xformers is not installed: torch's own attention serves instead."),
         ),

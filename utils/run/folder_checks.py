@@ -38,18 +38,19 @@ def find_folder_problems(flags: dict[str, Any]) -> list[str]:
     held += ", or --resume_from_checkpoint latest" if saved else ""
     kinds = {name: (output / name).is_dir() for name in (*FILES, *FOLDERS) if (output / name).exists()}
     wrong = ", ".join(name for name, is_folder in kinds.items() if is_folder != (name in FOLDERS))
+    trained, outside = "its images would be trained on as", "Choose a folder outside."
     return messages_if(
         *((folder.is_file(), f"{flag} {folder} is not a folder.") for flag, folder in (photos | masks).items()),
         *((not folder.exists(), f"{flag} {folder} does not exist.") for flag, folder in (photos | masks).items()),
-        *((True, f"{inside}: all pictures below it count as photos.") for inside in _list_below(photos, given)),
-        *((True, f"{inside}: all pictures below it count as class images.") for inside in _list_below(classes, given)),
+        *((True, f"{inside}: {trained} photos. {outside}") for inside in _list_below(photos, given)),
+        *((True, f"{inside}: {trained} class images. {outside}") for inside in _list_below(classes, given)),
         *((folder.is_file(), f"{flag} {folder} is not a folder.") for flag, folder in classes.items()),
         *((True, sentence) for sentence in _find_shared(subjects)),
         (output.is_file(), f"--output_dir {output} is a file. Use another name."),
         (left, f"--output_dir {held}."),
         (
             wrong,
-            f"--output_dir {output} has {wrong}, in the place of what a run writes. Move it away, or use another.",
+            f"--output_dir {output} has {wrong}, which a run would write itself. Move it, or use another.",
         ),
     )
 

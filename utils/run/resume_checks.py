@@ -86,5 +86,5 @@ def check_resume_keys(checkpoint: Path, theirs: dict, ours: dict) -> None:
         if name not in (MASKS, SETTINGS)
     ]
     if lines:
-        head = f"{checkpoint} cannot be resumed by this command, which differs from that of its run in"
-        raise UserError("\n".join([head, *lines, "Give the same as there, or start anew in another --output_dir."]))
+        head = f"{checkpoint} cannot be resumed: this command differs from the run that wrote it in"
+        raise UserError("\n".join([head, *lines, "Use the same values, or start a new run in another --output_dir."]))
