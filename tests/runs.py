@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -289,11 +290,12 @@ class ForkedServer:
             try:
                 os.close(writing)
                 os.dup2(reading, 0)
-                sys.stdin = os.fdopen(0)
+                # pytest has put its own streams there, which do not end where a run's output is wanted.
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
                 os.chdir(ROOT)
                 os.environ.clear()
                 os.environ |= variables
-                forget_connections()
+                forget_tests()
                 serve()
             except BaseException:
                 traceback.print_exc()
@@ -315,12 +317,14 @@ def start_server(variables: dict[str, str]) -> subprocess.Popen | ForkedServer:
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, text=True)
 
 
-def forget_connections() -> None:
-    """Forget what tests of this process have told accelerate, which would be true of all runs."""
+def forget_tests() -> None:
+    """Forget what tests have told accelerate and logging: runs would go by it, and print no messages."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
 
 
 def serve() -> None:

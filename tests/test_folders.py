@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import make_concept
 from tests.runs import wait_until
 from utils.core.errors import UserError
-from utils.data import list_images
+from utils.data import class_images, list_images
 from utils.data.list_images import IMAGE_SUFFIXES, inspect_folder
 from utils.run import atomic_folders
 from utils.run.atomic_folders import atomic_result, remove_leftovers
@@ -298,3 +299,11 @@ def test_photos_of_the_minimum_size_are_kept():
     sizes = {Path("just.png"): (64, 100), Path("less.png"): (63, 100)}
     assert list(list_images.leave_out_small(sizes, 64, "pixel")) == [Path("just.png")]
     assert list_images.leave_out_small(sizes, None, "pixel") == sizes
+
+
+def test_missing_class_images_are_drawn_in_the_batches_that_they_fall_in():
+    """Whatever is there already: their neighbors decide their last bits."""
+    concept = make_concept(class_data_dir="class", num_class_images=5)
+    missing = {Path("class", f"{number:05d}.png"): concept for number in (4, 1)}
+    found = class_images.list_batches(missing, 2)
+    assert found == [(concept, range(0, 2)), (concept, range(4, 5))]

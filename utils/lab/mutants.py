@@ -153,11 +153,11 @@ def run(args: argparse.Namespace, imports: list[str], mutants: list[Mutant], fol
     plain = {}
     for name in (name for one in mutants for name in shlex.split(one.tests)):
         plain.setdefault(name.partition("::")[0], {})[name] = None
-    jobs = [(None, " ".join(names)) for names in plain.values()]
+    jobs = [(None, shlex.join(names)) for names in plain.values()]
     failing = []
     for job in side_by_side(start, jobs, args.jobs):
         if job.end != ENDS[0]:
-            failing.append(job.name.partition("::")[0])
+            failing.append(shlex.split(job.name)[0].partition("::")[0])
             print(f"Without a change, these tests fail: {job.name}\n{read_end(job)}", flush=True)
         clear(job)
     if failing and not args.keep_going:
