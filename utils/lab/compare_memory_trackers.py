@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m utils.lab.compare_memory_trackers --shape small --output compare-output
 
 Each configuration of the README's table of memory is run for a few steps. Then both trackers foretell its peak: each
-watches the same two steps of the same script. --seconds adds the seconds of a step, from our `Rates` and from torch's
-`RuntimeEstimator`. Those need an idle machine. `RuntimeEstimator` asks for a GPU's speed, so it is given our rates.
+watches the same two steps of the same script. Real runs and estimates are children of one process that has imported
+the libraries, so library code that nothing touches is left out of both. --seconds adds the seconds of a step, from our
+`Rates` and from torch's `RuntimeEstimator`, on an idle machine. It asks for a GPU's speed, and is given our rates.
 
 Torch's tools run under `FakeTensorMode`. What they need of us to work here is in `FakeRun`, `Answers`, `build_fake`,
 `apply_to_fakes` and `SumTracker`. To add a configuration, add its name to `COMPARED`.
@@ -15,7 +16,6 @@ import contextlib
 import functools
 import json
 import multiprocessing
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +27,6 @@ from unittest import mock
 
 import diffusers
 import torch
-from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -39,7 +37,7 @@ from utils.core import atomic_files, markdown
 from utils.core.errors import UserError, exit_status
 from utils.devices import accelerator_setup
 from utils.lab import benchmark
-from utils.lab.measured_runs import WARM_UP, Run, describe_machine, prepare, size_of
+from utils.lab.measured_runs import WARM_UP, Run, describe_machine, prepare, read_lines, size_of
 from utils.memory import memory_estimate
 from utils.memory.memory_tracker import COPIES, HOLES, MemoryTracker
 from utils.memory.speed_model import Rates, measure_rates
@@ -48,7 +46,7 @@ from utils.run import scripts
 from utils.synthetic.model_sizes import SHAPES
 
 aten, CPU = torch.ops.aten, torch.device("cpu")
-FORKS = multiprocessing.get_context("forkserver")  # its children have imported all of this already
+FORKS = multiprocessing.get_context("forkserver")  # its children need not import the libraries again
 COMPARED = (  # the README's table of memory
     *("full, batch 1", "full, batch 4", "full, cached latents", "full, bf16", "full, 8-bit Adam"),
     *("full, fused backward", "full, bf16 weights", "full, gradient checkpointing", "full, text encoder"),
@@ -64,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table and write what was measured as JSON; return 1 if a real run failed."""
     args = parse_args(argv)
     accelerator_setup.silence_libraries()
-    FORKS.set_forkserver_preload([__spec__.name])
-    folders, found, processes = prepare(args.output, args.shape), {}, {}
+    FORKS.set_forkserver_preload(["utils.lab.benchmark", "utils.memory.memory_estimate"])
+    folders, found = prepare(args.output, args.shape), {}
     path = args.output / f"memory-trackers-{args.shape}.json"
     for name in (name for name in COMPARED if args.only.lower() in name.lower()):
-        found[name] = measure(name, args, folders, processes)
+        found[name] = measure(name, args, folders)
         print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
         report = {"shape": args.shape, "size": args.size, **describe_machine(None), "measurements": found}
         atomic_files.write_whole(path, json.dumps(report, indent=2) + "\n")
@@ -94,62 +92,61 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(name: str, args: argparse.Namespace, folders: dict[str, Path], processes: dict[tuple, float]) -> dict:
-    """Run a configuration for real, and let both trackers foretell it; return bytes, and seconds of a step.
-
-    Args:
-        processes: Bytes of a process before it trains, by script and whether it imports bitsandbytes; is added to.
-    """
+def measure(name: str, args: argparse.Namespace, folders: dict[str, Path]) -> dict:
+    """Run a configuration for real, and let both trackers foretell it; return bytes, and seconds of a step."""
     method, own = benchmark.CONFIGURATIONS[name]
-    run, script, kind = Run(folders, name), scripts.SCRIPTS[method], (method, "adamw8bit" in own or "nf4" in own)
-    flags = benchmark.flags_of(args, folders, run, own.split())
+    run = Run(folders, name)
+    flags, found = benchmark.flags_of(args, folders, run, own.split()), {}
     try:
-        real = benchmark.time_run(benchmark.Measurement(name), run, script, flags)
-        run.clean()
-        if kind not in processes:
-            run.finish(run.start(script, [*flags, "--dry_run"]))
-            told = re.search(rf"([\d.]+) GB {memory_estimate.PROCESS}", run.log.read_text(encoding="utf-8"))
-            processes[kind] = 1e9 * float(told[1])
-        with ProcessPoolExecutor(1, FORKS) as pool:
-            found = pool.submit(foretell, script, flags, args.seconds).result()
-    except (UserError, RuntimeError) as error:
-        return {"problem": f"{type(error).__name__}: {error}"}
-    finally:
-        run.clean()
-    return {"measured": 1e9 * real.memory_gb, "seconds": real.seconds, "process": processes[kind], **found}
+        for function, values in ((run_script, ()), (foretell, (args.seconds,))):
+            with ProcessPoolExecutor(1, FORKS) as pool:
+                found |= pool.submit(function, scripts.SCRIPTS[method], flags, *values).result()
+            run.clean()
+    except (UserError, RuntimeError, SystemExit) as error:
+        found["problem"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def run_script(script: Path, flags: list[str]) -> dict:
+    """Train for real in this process, and return its peak and the seconds of a step."""
+    module = scripts.load_script(script)
+    output = Path(module.parse_args(flags).output_dir)
+    if module.main(flags):
+        raise RuntimeError("the real run was stopped")
+    lines = read_lines(output / "metrics.jsonl")
+    seconds = statistics.median(line["seconds"] for line in lines[WARM_UP:])
+    return {"measured": 1e9 * max(line["memory_gb"] for line in lines), "seconds": seconds}
 
 
 def foretell(script: Path, flags: list[str], with_seconds: bool) -> dict:
-    """Return what both sides foretell: bytes beside those of the process, and perhaps seconds of a step."""
+    """Return what both sides foretell: bytes, beside those that the process has before, and seconds of a step."""
     accelerator_setup.silence_libraries()
     module = scripts.load_script(script)
     given = module.parse_args(flags)
     accelerator = module.make_accelerator(given)
     base = module.detect_model(given)
     plan = module.make_plan(given, accelerator, base, module.list_examples(given, base))
-    precision, rates = accelerator.mixed_precision, None
-    if with_seconds:
-        rates = measure_rates(CPU, [torch.float32, *([torch.bfloat16] if precision == "bf16" else [])])
+    precision = accelerator.mixed_precision
+    rates = measure_rates(CPU, [torch.float32, *([torch.bfloat16] if precision == "bf16" else [])])
+    process, rates = memory_estimate.resident_bytes(), rates if with_seconds else None
     values = vars(given) | {"mixed_precision": precision}
     costs = memory_estimate.run_two_steps(module, values, plan, {}, MemoryTracker("cpu", precision, 1, rates))
     rules = sum(costs.memory.get(what, 0) for what in (HOLES, COPIES))
-    found = {"ours": costs.peak, "rules": rules, "ours_seconds": sum(costs.seconds)}
+    found = {"process": process, "ours": costs.peak, "rules": rules, "ours_seconds": sum(costs.seconds)}
     try:
-        found["tracker"], found["estimator_seconds"] = track(module, values, plan, accelerator, rates)
+        found["tracker"], found["estimator_seconds"] = track(module, values, plan, rates)
     except Exception as error:  # whatever the library cannot do, the table says
         found[GIVEN_UP] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     return found
 
 
-def track(
-    script: ModuleType, flags: dict, plan: Any, accelerator: Accelerator, rates: Rates | None
-) -> tuple[int, float]:
+def track(script: ModuleType, flags: dict, plan: Any, rates: Rates | None) -> tuple[int, float]:
     """Return the peak that `MemTracker` foretells, in bytes, and the seconds of a step that `RuntimeEstimator` does.
 
     Args:
         rates: Of this CPU, given to the estimator in the place of a GPU's; None: do without the estimator.
     """
-    run = FakeRun(accelerator, bool(rates))
+    run = FakeRun(flags["mixed_precision"], bool(rates))
     with FakeTensorMode(allow_non_fake_inputs=True), Answers(), contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(model_files, "load", build_fake))
         patches.enter_context(mock.patch.object(nn.Module, "_apply", apply_to_fakes))
@@ -159,7 +156,7 @@ def track(
             patches.enter_context(mock.patch(f"{SPEEDS}.get_gpu_dram_gbps", return_value=traffic))
             patches.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
         memory_estimate.run_two_steps(script, flags, plan, {}, run)
-    return max(run.peaks), run.seconds / 2
+    return max(run.peaks), run.estimated / 2
 
 
 def speed_of(rates: Rates, dtype: torch.dtype) -> float:
@@ -176,16 +173,13 @@ class SumTracker(MemTracker):
     _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = _ignore
 
 
-class FakeRun:
+class FakeRun(MemoryTracker):
     """Stands where `MemoryTracker` stands, on a CPU of fake tensors, and has torch's tools watch each phase."""
 
-    device, num_processes, process_index = CPU, 1, 0
-    is_main_process = is_local_main_process = True
-
-    def __init__(self, accelerator: Accelerator, with_seconds: bool):
-        """Take over the precision of an accelerator."""
-        self.mixed_precision, self.with_seconds = accelerator.mixed_precision, with_seconds
-        self.peaks, self.seconds = [], 0.0
+    def __init__(self, precision: str, with_seconds: bool):
+        """Watch in a mixed precision."""
+        super().__init__("cpu", precision)
+        self.device, self.with_seconds, self.peaks, self.estimated = CPU, with_seconds, [], 0.0
 
     @contextlib.contextmanager
     def watching(self, _phase: str, networks: Iterable[nn.Module | None] = ()) -> Iterator[None]:
@@ -195,30 +189,11 @@ class FakeRun:
         with tracker, estimator if self.with_seconds else contextlib.nullcontext():
             yield
         self.peaks.append(sum(one["Total"] for one in tracker.get_tracker_snapshot("peak").values()))
-        self.seconds = estimator.total_runtime / 1e3  # training is the last phase
+        self.estimated = estimator.total_runtime / 1e3  # training is the last phase
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Compute in mixed precision."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision == "bf16")
-
-    def wrap(self, networks: Iterable[nn.Module]) -> None:
-        """Let networks run under autocast and put out float32, as `Accelerator.prepare` does."""
-        for network in networks if self.mixed_precision == "bf16" else ():
-            network.forward = convert_outputs_to_fp32(self.autocast()(network.forward))
-
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """Return a network itself."""
-        return model
-
-    def clip_grad_norm_(self, weights: Iterable[Tensor], longest: float) -> Tensor:
-        """Return the length of the gradient, and shorten it."""
-        return nn.utils.clip_grad_norm_(weights, longest)
-
-    def count_as_weight(self, _group: dict, _weight: Tensor) -> None:
-        """Ignore which tensor is a weight: only the sum is compared."""
-
-    def costs(self) -> None:
-        """Return nothing: `track` reads the peaks."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.half is not None)
 
 
 class Answers(TorchDispatchMode):

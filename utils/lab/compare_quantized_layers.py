@@ -36,7 +36,7 @@ from utils.models.quantize import quantize_layers
 from utils.synthetic.model_sizes import SHAPES
 from utils.synthetic.random_models import make_model
 
-FORKS = multiprocessing.get_context("forkserver")  # its children have imported all of this already
+FORKS = multiprocessing.get_context("forkserver")  # its children need not import the libraries again
 # What the table calls it: how the base is stored, with which options, in which environment. SDNQ's layers for
 # inference compute without gradient unless its environment says otherwise. Its layers for training are linear only.
 OURS, INFERENCE, TRAINING = "ours", "SDNQ's layers for inference", "SDNQ's layers for training"
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print the table and write what was measured as JSON; return 1 if anything failed."""
     args = parse_args(argv)
     accelerator_setup.silence_libraries()
-    FORKS.set_forkserver_preload([__spec__.name])
+    FORKS.set_forkserver_preload(["utils.models.adapters", "utils.synthetic.random_models"])
     args.output.mkdir(parents=True, exist_ok=True)
     make_unet(args)
     found, first = {}, {}
