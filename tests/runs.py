@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -122,9 +123,7 @@ class Trainer:
         self.home, self.model, self.photos, self.count = home, model, photos, 0
         self.jobs: list[Job] = []
         self.variables = environment(home)
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.runs"], cwd=ROOT, env=self.variables, stdin=subprocess.PIPE, text=True
-        )
+        self.server = start_server(self.variables)
 
     def close(self) -> None:
         """End the process that forks, and whatever a failed test has left running."""
@@ -278,6 +277,54 @@ def names(folder: Path) -> list[str]:
 
 
 # The process that forks: reads one request per line.
+
+
+class ForkedServer:
+    """The process that forks, as a fork of this one: for a process that has imported the libraries already."""
+
+    def __init__(self, variables: dict[str, str]):
+        """Start it with these variables as its environment."""
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(writing)
+                os.dup2(reading, 0)
+                # pytest has put its own streams there, which do not end where a run's output is wanted.
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+                os.chdir(ROOT)
+                os.environ.clear()
+                os.environ |= variables
+                forget_tests()
+                serve()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "w")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end."""
+        wait_until(lambda: os.waitpid(self.pid, os.WNOHANG)[0], f"process {self.pid}", seconds)
+
+
+def start_server(variables: dict[str, str]) -> subprocess.Popen | ForkedServer:
+    """Start the process that forks; `utils.lab.mutants` has imported the libraries, and wants to save the seconds."""
+    if os.environ.get("MUTANTS_FORK"):
+        return ForkedServer(variables)
+    command = [sys.executable, "-m", "tests.runs"]
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, text=True)
+
+
+def forget_tests() -> None:
+    """Forget what tests have told accelerate and logging: runs would go by it, and print no messages."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
 
 
 def serve() -> None:

@@ -1012,4 +1012,4 @@ def said(at: Place, message: str) -> re.Pattern:
 def without_bar(printed: str) -> str:
     """Return what was printed beside progress bars and what is encoded once."""
     printed = re.sub(r"(\n(steps|latents|class images): [^]\n]*\])+(\n( +\n)?)?", "", printed)
-    return re.sub(r"INFO: \[RANK 0\] (Encoding \d+ of|Latents (of|are not)) [^\n]*\n?", "", printed)
+    return re.sub(r"INFO: (\[RANK 0\] )?(Encoding \d+ of|Cached the latents|Latents are not) [^\n]*\n?", "", printed)

@@ -138,3 +138,17 @@ def test_processes_share_a_batch_by_its_mean(count, processes):
             weights[place] += share / processes
     assert weights == pytest.approx([1 / count] * count)
     assert max(len(places) for places, _ in parts) == math.ceil(count / processes)
+
+
+@pytest.mark.parametrize("sizes", [[Size(8, 8)], [Size(8, 8), Size(8, 16)]])
+def test_each_pass_has_an_order_of_its_own(sizes):
+    """Photos, class images and batches of one size do not come in the order of the pass before."""
+    photos = examples_of(concept(), sizes * 12)
+    order = BatchOrder(photos + examples_of(concept(), [None] * 24, is_prior=True), 4, 3)
+    passes = [[order[number] for number in range(at, at + 6)] for at in (0, 6, 12)]
+    for part in ("photo", "class_image"):
+        found = [[getattr(pair, part).example for pairs in batches for pair in pairs] for batches in passes]
+        assert len({tuple(examples) for examples in found}) == 3
+        assert len({tuple(sorted(examples)) for examples in found}) == 1
+    if len(sizes) > 1:
+        assert len({tuple(pairs[0].size for pairs in batches) for batches in passes}) > 1

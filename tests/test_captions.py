@@ -201,6 +201,7 @@ def test_as_many_words_as_possible_come_back():
     """One in its exact form does not take the place of two others."""
     assert _align([{"ab"}, {"a"}, {"b"}], ["a", "b"], [True, False, False]) == {1, 2}
     assert _align([{"a"}, {"b"}, {"ab"}], ["a", "b"], [False, False, True]) == {0, 1}
+    assert _align([{"a"}, {"a"}], ["a"], [False, False]) == {0}, "the first of two that are equal"
 
 
 def test_random_prompts_lose_what_they_must():
@@ -232,3 +233,23 @@ def test_many_captions_that_are_cut_are_counted(tiny, caplog):
     assert len(caplog.messages) == 6
     assert caplog.messages[4].startswith(f"The prompt {texts[4]!r} is longer than 6 tokens; the model will not see ")
     assert caplog.messages[5] == "7 of 8 prompts lose words: the first 5 are told above."
+
+
+def test_prompts_of_stable_diffusion_are_left_alone(tiny):
+    """Its pipeline does not clean either: capitals, tags and marks reach the tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(tiny, subfolder="tokenizer")
+    texts = ["a <dog> & a @cat", "a photo"]
+    ids, mask = prompt_cleaning.tokenize_texts(tokenizer, texts, 20, cleans=False)
+    wanted = tokenizer(texts, max_length=20, padding="max_length", return_tensors="pt")
+    assert torch.equal(ids, wanted["input_ids"]) and torch.equal(mask, wanted["attention_mask"])
+    cleaned, _ = prompt_cleaning.tokenize_texts(tokenizer, texts, 20, cleans=True)
+    assert not torch.equal(ids[0], cleaned[0]) and torch.equal(ids[1], cleaned[1])
+
+
+def test_a_single_token_too_many_is_told(tiny, caplog):
+    """A prompt that just fits is not."""
+    tokenizer = CLIPTokenizer.from_pretrained(tiny, subfolder="tokenizer")
+    length = len(tokenizer("a photo of a dog")["input_ids"])
+    for tokens, told in ((length, 0), (length - 1, 1)):
+        prompt_cleaning.tokenize_texts(tokenizer, ["a photo of a dog"], tokens, cleans=False)
+        assert len(caplog.messages) == told

@@ -395,3 +395,34 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError):
         atomic_files.write_whole(path, "new")
     assert path.read_text() == "größe\n" and names(tmp_path.iterdir()) == ["args.json"]
+
+
+def test_the_scale_of_fp16_comes_back(tmp_path):
+    """And the steps since it grew; without a scaler there is none."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=5)
+    weight.grad = scaler.scale(torch.ones(3))
+    scaler.step(optimizer)
+    scaler.update()
+    checkpoints.save_optimizer(tmp_path, optimizer.state_dict(), scaler)
+    again = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=5)
+    again.scale(torch.ones(1))
+    checkpoints.load_optimizer(tmp_path, optimizer, again)
+    assert (again.get_scale(), again.state_dict()["_growth_tracker"]) == (64.0, 1)
+    checkpoints.save_optimizer(tmp_path, optimizer.state_dict(), None)
+    checkpoints.load_optimizer(tmp_path, optimizer, None)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_command_that_resumes(tmp_path):
+    """What was learned is the checkpoint's; rate, betas, epsilon and weight decay are those of the flags."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.4)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    checkpoints.save_optimizer(tmp_path, optimizer.state_dict(), None)
+    given = {"lr": 0.2, "betas": (0.7, 0.8), "eps": 1e-4, "weight_decay": 0.0}
+    other = torch.optim.AdamW([weight], **given)
+    checkpoints.load_optimizer(tmp_path, other, None)
+    assert {key: other.param_groups[0][key] for key in given} == given
+    assert torch.equal(other.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])

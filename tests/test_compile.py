@@ -11,21 +11,39 @@ from tests.runs import SCRIPTS, read_metrics, read_tensors
 from utils.devices.network_speed import compile_blocks, list_blocks
 from utils.models.quantize import quantize_layers
 from utils.synthetic.model_sizes import SHAPES
-from utils.synthetic.random_models import build_if1_unet, build_unet
+from utils.synthetic.random_models import build_if1_unet, build_unet, make_model
 
 CASES = {
     "full": "--gradient_checkpointing",
     "lora": "--center_crop",
 }
+# One level, so that blocks repeat in few shapes: each shape is compiled.
+FLAT = SHAPES["tiny"] | {"unet": SHAPES["tiny"]["unet"] | {"widths": (24,)}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory):
+    """Keep what is compiled for all tests of this module, and for none after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder := tmp_path_factory.mktemp("kernels")))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """Write the tiny model with a U-Net of one level."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "flat", FLAT)
+        return make_model(tmp_path_factory.mktemp("models") / "flat", "flat")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_compiled_run_is_the_plain_one(trainer, tmp_path, monkeypatch, script):
+def test_a_compiled_run_is_the_plain_one(trainer, flat, kernels, tmp_path, monkeypatch, script):
     """Losses and weights are those of an uncompiled run but for rounding, and it says how long compiling took."""
     monkeypatch.setattr("tests.runs.TIMEOUT", 900)
-    flags = f"--max_train_steps 2 --train_batch_size 1 {CASES[script]}"
+    flags = f"--pretrained_model_name_or_path {flat} --max_train_steps 2 --train_batch_size 1 {CASES[script]}"
     plain = trainer.run(script, tmp_path / "plain", flags)
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(kernels)}
     run = trainer.start(script, tmp_path / "compiled-run", f"{flags} --compile", how="python", **cache).finish()
     assert run.code == 0, run.text
     (first, second), compiled = read_metrics(plain.out), read_metrics(run.out)

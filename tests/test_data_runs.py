@@ -143,7 +143,7 @@ def test_other_buckets_or_concepts_do_not_resume(trainer, tmp_path, shaped):
     trainer.run("lora", tmp_path / "out", flags)
     for more in ("--crop_aspect preserve", "--repeats 2", "--prior_target base_prediction", "--resolution 72"):
         run = trainer.run("lora", tmp_path / "out", f"{flags} {more} --resume_from_checkpoint latest", code=1)
-        assert "cannot be resumed by this command" in run.stderr
+        assert "cannot be resumed: this command" in run.stderr
 
 
 def test_another_size_of_all_photos_does_not_resume(trainer, tmp_path):

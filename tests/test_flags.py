@@ -701,3 +701,9 @@ def test_flags_that_have_work_to_do_are_not_called_idle(script, needed):
     ]
     flags += ["--validation_prompt=dog", "--num_eval_images=2", "--validation_resolution=64"]
     assert find_unused_flags(vars(script.parse_args([*needed, *flags]))) == []
+
+
+def test_what_is_kept_repeats_a_run_and_does_not_continue_it():
+    """Neither the file that was read, nor the checkpoint, nor the secret is repeated."""
+    given = {"config": "args.json", "resume_from_checkpoint": "latest", "hub_token": "hf_x", "seed": 1, "rank": None}
+    assert command_line.flags_to_repeat(given) == {"seed": 1, "rank": None}

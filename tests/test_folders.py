@@ -4,13 +4,16 @@ import contextlib
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import make_concept
 from tests.runs import wait_until
 from utils.core.errors import UserError
+from utils.data import class_images, list_images
 from utils.data.list_images import IMAGE_SUFFIXES, inspect_folder
 from utils.run import atomic_folders
 from utils.run.atomic_folders import atomic_result, remove_leftovers
@@ -289,3 +292,18 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path):
         assert json.loads((tmp_path / str(number) / "args.json").read_text()) == {"seed": "ab"[statuses.index(0)]}
         for descriptor in (start, go, end, enough):
             os.close(descriptor)
+
+
+def test_photos_of_the_minimum_size_are_kept():
+    """A pixel less is too small."""
+    sizes = {Path("just.png"): (64, 100), Path("less.png"): (63, 100)}
+    assert list(list_images.leave_out_small(sizes, 64, "pixel")) == [Path("just.png")]
+    assert list_images.leave_out_small(sizes, None, "pixel") == sizes
+
+
+def test_missing_class_images_are_drawn_in_the_batches_that_they_fall_in():
+    """Whatever is there already: their neighbors decide their last bits."""
+    concept = make_concept(class_data_dir="class", num_class_images=5)
+    missing = {Path("class", f"{number:05d}.png"): concept for number in (4, 1)}
+    found = class_images.list_batches(missing, 2)
+    assert found == [(concept, range(0, 2)), (concept, range(4, 5))]

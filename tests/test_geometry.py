@@ -88,6 +88,8 @@ def test_problems_of_a_flag():
         ((80, 64), (64, 64), (80, 64)),
         ((100, 90), (64, 64), (71, 64)),
         ((90, 100), (64, 64), (64, 71)),
+        ((30, 50), (16, 16), (16, 27)),
+        ((50, 30), (16, 16), (27, 16)),
         ((32, 16), (64, 64), (128, 64)),
         ((4000, 3000), (512, 512), (683, 512)),
         ((4000, 3000), (96, 64), (96, 72)),
@@ -187,6 +189,16 @@ def test_a_square_photo_has_the_resolution_as_its_bucket():
     for edge, step in ((512, 64), (512, 8), (64, 8), (256, 32)):
         target = Size(edge, edge)
         assert choose_bucket((1000, 1000), list_buckets(target, step, "pixel_area"), target) == target
+
+
+def test_of_two_buckets_that_cut_as_little_one_is_chosen_by_area_and_then_by_width():
+    """Whatever their order: a photo's bucket must not depend on how they were listed."""
+    target, near, far = Size(64, 64), Size(56, 72), Size(48, 80)
+    doubled, halved = Size(112, 144), Size(28, 36)
+    assert choose_bucket((560, 720), [doubled, near, halved, far], target) == near
+    assert choose_bucket((560, 720), [halved, far, near, doubled], target) == near
+    turned = [Size(32, 64), Size(64, 32)]  # each cuts off half of a square, to the last bit
+    assert choose_bucket((64, 64), turned, target) == choose_bucket((64, 64), turned[::-1], target) == Size(32, 64)
 
 
 def test_the_usual_step_follows_from_the_resolution():

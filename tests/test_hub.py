@@ -374,6 +374,12 @@ def test_a_folder_without_a_result_is_refused(server, tmp_path):
     assert server.requests == []
 
 
+def test_the_pictures_that_previews_enlarge_stay_here(tmp_path):
+    """They may be photos; the previews beside them are shared."""
+    files = {"samples/small/00.png": b"a photo", "samples/step-000000/00.png": b"drawn", "README.md": b"card"}
+    assert publish.files_to_upload(write_run(tmp_path, files)) == ["README.md", "samples/step-000000/00.png"]
+
+
 def test_nothing_behind_a_symlink_is_shared(tmp_path):
     """List a run with links to files and folders outside."""
     outside = write_run(tmp_path / "outside", {"key.png": b"secret", "unet/weights.bin": b"secret"})

@@ -82,6 +82,7 @@ def edges(count: int, width: int, height: int) -> torch.Tensor:
 def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch.Tensor, **flags):
     """Return the loss of a batch of pictures, and the inputs and the output of its call of the U-Net."""
     conditioning = flags.pop("class_labels_conditioning", "noise_level")
+    weight_map = flags.pop("weight_map", torch.ones_like(pictures[:, :1]))
     args = Namespace(**{"snr_gamma": None, "train_variance": False, "prior_target": "images"} | flags)
     kind = {"if1": script.ModelKind.IF_STAGE_1, "if2": script.ModelKind.IF_STAGE_2}[stage]
     base = SimpleNamespace(kind=kind, prediction_type="epsilon", conditioning=conditioning, scaling_factor=1.0)
@@ -94,7 +95,7 @@ def one_step(script, pipeline, stage: str, pictures: torch.Tensor, embeds: torch
     batch = {
         "pixel_values": pictures,
         "prompt_rows": torch.zeros(count, dtype=torch.int64),
-        "weight_map": torch.ones_like(pictures[:, :1]),
+        "weight_map": weight_map,
         "is_prior": torch.zeros(count, dtype=torch.bool),
         "mean_weights": torch.full((count,), 1 / count, dtype=torch.float64),
         "loss_weights": torch.ones(count, dtype=torch.float64),
@@ -412,6 +413,19 @@ def test_the_variance_is_taught_by_the_bound_and_the_prediction_is_not(script, p
     alphas, noisy = pipeline.scheduler.alphas_cumprod, fed["sample"][:, :3]
     terms = vlb_loss(*output.detach().split(3, dim=1), pictures, noisy, fed["timestep"], alphas)
     assert (hybrid["loss"] - plain["loss"]).item() == pytest.approx(steps / 1000 * terms.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_mask_hides_teaches_no_variance(script, pipelines, stage):
+    """Neither the prediction nor the variance has a gradient where the mask is dark."""
+    pictures, embeds = edges(2, 16, 16), torch.randn(1, 77, 48, generator=generator("embeds"))
+    light = torch.zeros(2, 1, 16, 16)
+    light[:, :, 4:12, 2:9] = 1
+    options = {"train_variance": True, "weight_map": light}
+    loss, _, output = one_step(script, pipelines[stage], stage, pictures, embeds, **options)
+    loss["loss"].backward()
+    dark, bright = ((light == value).expand_as(output) for value in (0, 1))
+    assert not output.grad[dark].any() and (output.grad[bright] != 0).float().mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------- pictures and captions

@@ -472,6 +472,28 @@ def test_versions_and_threads_decide_the_bits(options, package, monkeypatch):
     assert open_cache("latents", **options).load(photo(0)[0]) is None
 
 
+def test_a_photo_that_was_changed_has_another_hash(tmp_path):
+    """Also one of the same length, in a run that goes on."""
+    path, found = tmp_path / "photo.png", []
+    for number, content in enumerate((b"one", b"two", b"three", b"one")):
+        path.write_bytes(content)
+        os.utime(path, ns=(number, number))
+        found.append(content_hash(path))
+    assert len(set(found)) == 3 and found[0] == found[3] and len(found[0]) == 40
+
+
+def test_how_pictures_are_read_decides_the_bits(options, monkeypatch):
+    """After a change of the code that reads them, or of Pillow, entries are made anew."""
+    open_cache("latents", **options).save(*photo(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "READING", cache_module.READING + 1)
+        assert open_cache("latents", **options).load(photo(0)[0]) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.PIL, "__version__", "0.0.1")
+        assert open_cache("latents", **options).load(photo(0)[0]) is None
+    assert open_cache("latents", **options).load(photo(0)[0]) is not None
+
+
 def test_a_gpus_name_and_arithmetic_decide_the_bits(monkeypatch):
     """TF32 rounds, and deterministic kernels add in another order."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")

@@ -250,7 +250,7 @@ def test_rembg_finds_the_subject(photos, tmp_path, monkeypatch):
     mask = np.asarray(Image.open(tmp_path / "masks" / "egg.png"))
     assert mask.shape == (300, 400) and (mask[:, :195] == 255).mean() > 0.99 and not mask[:, 205:].any()
     message = refusal(photos, tmp_path / "masks", "--rembg", "isnet")
-    assert message.startswith("--rembg isnet cannot be opened: No session class found for model 'isnet' Use a name")
+    assert message.startswith("--rembg isnet cannot be opened: No session class found for model 'isnet'. Use a name")
     assert "download isnet.onnx elsewhere and set U2NET_HOME to its folder" in message
     monkeypatch.delitem(sys.modules, "rembg")
 

@@ -178,6 +178,13 @@ def test_a_crop_that_misses_the_mask_is_moved_to_it(tmp_path):
     assert (right - left, bottom - top) == (20, 20) and left >= 80 and top <= 0
 
 
+def test_a_crop_with_less_than_a_tenth_of_the_light_is_moved(tmp_path):
+    """Also if it holds some: the loss would be that of a few places at the rim."""
+    path = write_mask(tmp_path / "wide.png", (100, 50), (80, 0, 100, 10))
+    assert masks.move_crop_onto_mask(path, (100, 50), (31, 0, 81, 50)) == (50, 0, 100, 50), "a twentieth"
+    assert masks.move_crop_onto_mask(path, (100, 50), (32, 0, 82, 50)) == (32, 0, 82, 50), "a tenth"
+
+
 def test_a_crop_between_two_light_parts_is_moved_onto_one(tmp_path):
     """The middle of all that is light may be dark: there, nothing of the photo would count."""
     path = write_mask(tmp_path / "two.png", (192, 64), (0, 0, 40, 64), (150, 0, 192, 64))

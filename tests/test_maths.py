@@ -654,6 +654,25 @@ def test_a_crop_depends_on_seed_example_and_visit_alone(script, pictures):
         assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("variants", [1, 3])
+def test_so_many_variants_of_a_crop_take_turns(script, pictures, variants):
+    """K visits give K crops, and the next ones the same again: what is cached is used, and no crop comes beyond it."""
+    dataset = make_dataset(script, [pictures / "ramp.png"], latent_variants=variants)
+    crops = [dataset.crop(script.ExampleVisit(0, visit, Size(16, 16), 1.0, 0)) for visit in range(4 * variants)]
+    assert len(set(crops[:variants])) == variants
+    assert crops == crops[:variants] * 4
+
+
+def test_each_of_several_captions_is_drawn_as_often_as_the_others(script, pictures):
+    """By the visit, apart from the crop and from another photo."""
+    dataset = make_dataset(script, [pictures / "square.png"] * 2)
+    dataset.prompt_rows = [[3, 4, 5], [6]]
+    rows = [visit_of(dataset, 0, visit, seed=7)["prompt_rows"] for visit in range(600)]
+    assert all(150 < rows.count(row) < 250 for row in (3, 4, 5)) and set(rows) == {3, 4, 5}
+    assert rows[:50] == [visit_of(dataset, 0, visit, seed=8)["prompt_rows"] for visit in range(50)]
+    assert visit_of(dataset, 1, 0)["prompt_rows"] == 6
+
+
 @pytest.mark.parametrize("crop_style", ["center", "random"])
 def test_half_of_the_visits_are_exact_mirror_images(script, pictures, crop_style):
     """A mirrored picture is the other one read from right to left, and comes about every second time."""

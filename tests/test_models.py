@@ -1,6 +1,7 @@
 """What the scripts make of a checkpoint's config files, on tiny folders that imitate other families of models."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_dreambooth
@@ -150,6 +151,13 @@ def test_the_factor_is_that_of_the_vae(script, parse, copy, widths, factor):
     """Each level of the VAE but the first halves the picture."""
     change(copy, "vae/config.json", block_out_channels=widths)
     assert script.detect_model(parse(copy)).size_multiple == factor
+
+
+@pytest.mark.parametrize(("given", "scale"), [(0.13025, 0.13025), (1.0, 1.0), (GONE, 0.18215)])
+def test_latents_are_scaled_as_the_vae_says(script, parse, copy, given, scale):
+    """A VAE that says nothing is one of Stable Diffusion 1."""
+    change(copy, "vae/config.json", scaling_factor=given)
+    assert script.detect_model(parse(copy)).scaling_factor == scale
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -425,6 +433,19 @@ def test_weights_that_are_not_there_give_a_message(script, parse, tmp_path):
     """Forgetting --variant is a mistake that a person can mend, so no traceback."""
     model = make_model(tmp_path / "fp16", "tiny", dtype=torch.float16, variant="fp16")
     with pytest.raises(UserError, match="--variant"):
+        load(script, parse(model))
+
+
+@pytest.mark.parametrize("change", ["lacks", "nan"])
+def test_weights_that_are_of_no_use_are_named(script, parse, tmp_path, change):
+    """A layer that is missing would be random; one number that is none spoils all that is drawn and learned."""
+    model = make_model(tmp_path / "model", "tiny")
+    (path,) = (model / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    bias = weights.pop("conv_in.bias")
+    save_file(weights if change == "lacks" else weights | {"conv_in.bias": bias * math.nan}, path, {"format": "pt"})
+    message = {"lacks": "lacks weights of conv_in.bias", "nan": "not finite in conv_in.bias"}[change]
+    with pytest.raises(UserError, match=message):
         load(script, parse(model))
 
 

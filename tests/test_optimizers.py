@@ -2,10 +2,16 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
+from prodigyopt import Prodigy
+from transformers import Adafactor
 
+import train_dreambooth
+import train_dreambooth_lora
 from tests.runs import SCRIPTS, differing, read_metrics, read_tensors
 from tests.test_equalities import RANDOM, assert_resumed, assert_same_end, continue_from
 from utils.optim.optimizers import find_optimizer_problems, has_fused_kernel, narrowed_to, on_each_gradient
@@ -86,6 +92,49 @@ def test_updates_in_the_backward_pass_are_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     sentence = f"{START} runs in one process: several add up their gradients before weights are updated."
     assert find_optimizer_problems(FLAGS | {"fused_backward": True}) == [sentence]
+
+
+SETTINGS = "--adam_beta1 0.7 --adam_beta2 0.8 --adam_weight_decay 0.3 --adam_epsilon 1e-4 --learning_rate 2.0"
+GIVEN = {  # by flags: the class, and what each group of weights must have
+    "": (torch.optim.AdamW, {"betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-4}),
+    "--use_8bit_adam": (AdamW8bit, {"betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-4}),
+    "--optimizer adamw8bit": (AdamW8bit, {"betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-4}),
+    "--optimizer adafactor": (
+        Adafactor,
+        {"weight_decay": 0.3, "scale_parameter": False, "relative_step": False, "warmup_init": False},
+    ),
+    "--optimizer prodigy": (
+        Prodigy,
+        {
+            **{"betas": (0.7, 0.8), "weight_decay": 0.3, "eps": 1e-4},
+            **{"safeguard_warmup": True, "use_bias_correction": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("script", [train_dreambooth, train_dreambooth_lora])
+@pytest.mark.parametrize("flags", GIVEN)
+def test_each_optimizer_is_given_its_flags(script, flags):
+    """A group for each network, at its own rate, with weight decay, betas and epsilon as they were asked for."""
+    args = script.make_parser().parse_args(f"{SETTINGS} {flags}".split())
+    models = SimpleNamespace(trained={"unet": torch.nn.Linear(2, 3), "text_encoder": torch.nn.Linear(4, 5)})
+    models.trained["unet"].bias.requires_grad_(False)
+    optimizer = script.make_optimizer(args, SimpleNamespace(learning_rates={"unet": 2.0, "text_encoder": 1.0}), models)
+    kind, wanted = GIVEN[flags]
+    assert type(optimizer) is kind and [group["lr"] for group in optimizer.param_groups] == [2.0, 1.0]
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in wanted} == wanted
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
+
+
+@pytest.mark.parametrize("script", [train_dreambooth, train_dreambooth_lora])
+@pytest.mark.parametrize("name", train_dreambooth.SCHEDULES)
+def test_rates_stay_at_their_end(script, name):
+    """Beyond the end of a schedule there is the last rate, and no other one."""
+    args = script.make_parser().parse_args(f"--lr_scheduler {name} --lr_warmup_steps 2".split())
+    rates = [script.learning_rate(args, step, 10, 1.0) for step in (10, 11, 25)]
+    assert rates == [rates[0]] * 3 and 0 <= rates[0] <= 1
 
 
 # Stochastic rounding.

@@ -70,13 +70,13 @@ def test_a_picture_is_labelled_with_what_the_text_encoder_reads(tmp_path, cleans
 
     texts, draws = (
         ["A SKS Dog", ""],
-        [SimpleNamespace(example=index, visit=visit, size=Size(*size)) for index, visit in ((0, 0), (0, 2))],
+        [SimpleNamespace(example=index, earlier_visits=visit, size=Size(*size)) for index, visit in ((0, 0), (0, 2))],
     )
     picture, label = preview_data.describe(Dataset(0), texts, draws[0], cleans)
     assert picture.size == size and np.asarray(picture)[0, 0, 0] == 0 and np.asarray(picture)[-1, -1, -1] == 255
     assert label == f"dog.png, 8x6 px: {caption}"
     assert preview_data.describe(Dataset(1), texts, draws[1], cleans)[1] == "dog.png, 8x6 px, seen 2x: (no caption)"
-    to_draw = SimpleNamespace(example=1, visit=0, size=Size(*size))
+    to_draw = SimpleNamespace(example=1, earlier_visits=0, size=Size(*size))
     grey, label = preview_data.describe(Dataset(0), texts, to_draw, cleans)
     assert grey.size == size and label == "00001.png: to be drawn from 'a dog'"
 

@@ -235,6 +235,15 @@ def test_zeros_stay_zeros(precision, dtype):
     assert not quantized(layer, precision).dequantize().any()
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_zeros_among_others_stay_zeros(precision):
+    """Zero is one of the levels, whatever the largest weight of its block."""
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    layer.weight[:, ::2] = 0
+    weight = quantized(layer, precision).dequantize()
+    assert not weight[:, ::2].any() and weight[:, 1::2].any()
+
+
 @every_precision
 def test_compiled_layers_compute_the_same(precision):
     """torch.compile traces layers whole, with and without gradients, under autocast and without it."""

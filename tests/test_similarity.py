@@ -17,8 +17,10 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTCo
 
 from tests.conftest import draw_picture
 from utils.core.errors import UserError
-from utils.evaluation import similarity
-from utils.evaluation.similarity import embed_pictures, embed_texts, estimate_diversity, read_prompts
+from utils.evaluation import encoders, similarity
+from utils.evaluation.encoders import embed_pictures, embed_texts
+from utils.evaluation.prompt_files import read_prompts
+from utils.evaluation.similarity import estimate_diversity
 from utils.evaluation.standard_errors import Estimate
 from utils.synthetic.small_tokenizers import build_tokenizer
 
@@ -83,9 +85,9 @@ def write_encoders(home: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def encoders(folders) -> dict[str, similarity.Encoder]:
+def loaded(folders) -> dict[str, encoders.Encoder]:
     """Load each model."""
-    loaders = (similarity.load_clip, similarity.load_dino, similarity.load_dino)
+    loaders = (encoders.load_clip, encoders.load_dino, encoders.load_dino)
     return {name: load(folders[name]) for name, load in zip(NAMES, loaders, strict=True)}
 
 
@@ -139,28 +141,28 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_is_prepared_as_the_models_file_says(encoders, pictures, name):
+def test_a_picture_is_prepared_as_the_models_file_says(loaded, pictures, name):
     """Edges, filter, crop, mean and deviation are the file's, for wide and high pictures."""
     for picture in pictures[:2]:
-        pixels = encoders[name].processor([picture], return_tensors="pt")["pixel_values"]
+        pixels = loaded[name].processor([picture], return_tensors="pt")["pixel_values"]
         assert pixels.shape == (1, 3, EDGE, EDGE) and pixels.dtype == torch.float32
         assert torch.allclose(pixels, prepare(picture, name), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pictures_embedding_is_the_raw_models(encoders, folders, pictures, name):
+def test_a_pictures_embedding_is_the_raw_models(loaded, folders, pictures, name):
     """CLIP's is the projected class token, DINO's the class token, both of length 1; pictures are told apart."""
-    found = embed_pictures(encoders[name], pictures[:2])
+    found = embed_pictures(loaded[name], pictures[:2])
     expected = torch.stack([raw_picture(folders[name], name, picture) for picture in pictures[:2]])
     assert found.dtype == torch.float32 and found.shape == (2, 12 if name == "clip" else 16)
     assert torch.allclose(found, expected / expected.norm(dim=-1, keepdim=True), atol=1e-5)
     assert cosine(*found) < 0.95 and expected.norm(dim=-1).min() > 1.1
 
 
-def test_a_texts_embedding_is_the_raw_models(encoders, folders):
+def test_a_texts_embedding_is_the_raw_models(loaded, folders):
     """It is the projected end token, whatever else is in the batch."""
     model, tokenizer = CLIPModel.from_pretrained(folders["clip"]).eval(), build_tokenizer()
-    found = embed_texts(encoders["clip"], PROMPTS)
+    found = embed_texts(loaded["clip"], PROMPTS)
     for prompt, row in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -170,31 +172,31 @@ def test_a_texts_embedding_is_the_raw_models(encoders, folders):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_batch_size_changes_nothing(encoders, pictures, name):
+def test_the_batch_size_changes_nothing(loaded, pictures, name):
     """Pictures, and texts of unequal length, come out in their order."""
-    whole = embed_pictures(encoders[name], pictures)
+    whole = embed_pictures(loaded[name], pictures)
     for size in (1, 2, 4):
-        assert torch.allclose(embed_pictures(encoders[name], pictures, size), whole, atol=1e-5)
+        assert torch.allclose(embed_pictures(loaded[name], pictures, size), whole, atol=1e-5)
         if name == "clip":
             assert torch.allclose(
-                embed_texts(encoders[name], PROMPTS, size), embed_texts(encoders[name], PROMPTS), atol=1e-5
+                embed_texts(loaded[name], PROMPTS, size), embed_texts(loaded[name], PROMPTS), atol=1e-5
             )
 
 
-def test_grey_pictures_are_embedded_too(encoders, pictures):
+def test_grey_pictures_are_embedded_too(loaded, pictures):
     """A picture of one channel counts as one whose three are equal."""
     grey = pictures[0].convert("L")
-    found = embed_pictures(encoders["vit"], [grey, grey.convert("RGB")])
+    found = embed_pictures(loaded["vit"], [grey, grey.convert("RGB")])
     assert torch.equal(found[0], found[1])
 
 
-def test_long_prompts_are_cut_with_one_warning(encoders, caplog):
+def test_long_prompts_are_cut_with_one_warning(loaded, caplog):
     """The model sees 77 tokens: start, 75 words, end."""
-    cut = embed_texts(encoders["clip"], ["dog " * 75])
-    assert not caplog.records and not torch.allclose(embed_texts(encoders["clip"], ["dog " * 74]), cut, atol=1e-4)
-    found = embed_texts(encoders["clip"], ["cat", "dog " * 75 + "red", "dog " * 200], batch_size=1)
+    cut = embed_texts(loaded["clip"], ["dog " * 75])
+    assert not caplog.records and not torch.allclose(embed_texts(loaded["clip"], ["dog " * 74]), cut, atol=1e-4)
+    found = embed_texts(loaded["clip"], ["cat", "dog " * 75 + "red", "dog " * 200], batch_size=1)
     assert torch.allclose(found[1:], cut, atol=1e-5) and len(caplog.records) == 1
-    assert f"{encoders['clip'].name} reads only the first 77 tokens of 2 of 3 prompts, as of 'dog" in caplog.text
+    assert f"{loaded['clip'].name} reads only the first 77 tokens of 2 of 3 prompts, as of 'dog" in caplog.text
     assert caplog.text.rstrip().endswith("dog red'.")
 
 
@@ -208,11 +210,11 @@ def test_loading_is_quiet_and_gives_frozen_networks_in_float32(damaged, caplog):
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.WARNING, "transformers"):
-            encoders = [similarity.load_clip(damaged["clip"]), similarity.load_dino(damaged["vit"], "cpu")]
+            found = [encoders.load_clip(damaged["clip"]), encoders.load_dino(damaged["vit"], "cpu")]
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
-    for encoder in encoders:
+    for encoder in found:
         assert {weights.dtype for weights in encoder.network.parameters()} == {torch.float32}
         assert not encoder.network.training and encoder.processor.backend == "pil"
         assert not any(weights.requires_grad for weights in encoder.network.parameters())
@@ -221,13 +223,13 @@ def test_loading_is_quiet_and_gives_frozen_networks_in_float32(damaged, caplog):
 def test_a_model_of_another_kind_is_an_error(folders, tmp_path):
     """Transformers would load it, with random weights and a warning."""
     with pytest.raises(UserError, match=r"vit is a model of type vit, but clip is needed here. Name a CLIP, such as"):
-        similarity.load_clip(folders["vit"])
+        encoders.load_clip(folders["vit"])
     with pytest.raises(UserError, match=r"clip is a model of type clip, but vit or dinov2 is needed .* DINO, such"):
-        similarity.load_dino(folders["clip"])
+        encoders.load_dino(folders["clip"])
     with pytest.raises(UserError, match=r"no/such is no folder here, and the Hub gave no such model with a readable"):
-        similarity.load_dino("no/such")
+        encoders.load_dino("no/such")
     with pytest.raises(UserError, match=r"is a folder without a readable config.json"):
-        similarity.load_clip(tmp_path)
+        encoders.load_clip(tmp_path)
 
 
 def test_a_lacking_weight_is_an_error(damaged):
@@ -236,35 +238,35 @@ def test_a_lacking_weight_is_an_error(damaged):
     state = safetensors.torch.load_file(path)
     del state["layernorm.weight"], state["embeddings.cls_token"]
     safetensors.torch.save_file(state, path, {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 2 weights, the first being embeddings.cls_token: they would be rand"):
-        similarity.load_dino(damaged["vit"])
+    with pytest.raises(UserError, match=r"vit lacks weights of embeddings.cls_token and 1 more. Download"):
+        encoders.load_dino(damaged["vit"])
 
 
 def test_a_lacking_tokenizer_is_an_error(damaged):
     """Transformers makes one that knows no words."""
     for path in damaged["clip"].glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"The tokenizer of .*clip has 2 tokens, its text encoder \d+: .* Add tok"):
-        similarity.load_clip(damaged["clip"])
+    with pytest.raises(UserError, match=r"The tokenizer of .*clip knows no words: it lacks its files"):
+        encoders.load_clip(damaged["clip"])
 
 
 def test_a_broken_or_lacking_file_is_an_error(damaged):
     """Weights that are cut off, and a picture's preparation that nobody describes."""
     (damaged["vit"] / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(UserError, match=r"AutoModel cannot load .*vit: .* Download or export the model again"):
-        similarity.load_dino(damaged["vit"])
+    with pytest.raises(UserError, match=r"The model of .*vit cannot be loaded: .*header"):
+        encoders.load_dino(damaged["vit"])
     (damaged["dinov2"] / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"AutoImageProcessor cannot load .*dinov2: .*preprocessor_config.json"):
-        similarity.load_dino(damaged["dinov2"])
+    with pytest.raises(UserError, match=r"The model of .*dinov2 cannot be loaded: .*preprocessor_config.json"):
+        encoders.load_dino(damaged["dinov2"])
 
 
 # Measures.
 
 
-def test_measures_are_means_of_cosines_and_vary_by_seed(encoders, folders, pictures):
+def test_measures_are_means_of_cosines_and_vary_by_seed(loaded, folders, pictures):
     """Each number equals a loop over raw embeddings; the error is that of the seeds' means over prompts."""
     photos, drawn = pictures[6:], [(prompt, pictures[2 * i : 2 * i + 2]) for i, prompt in enumerate(PROMPTS)]
-    found = similarity.measure(encoders["clip"], encoders["vit"], photos, drawn, batch_size=4)
+    found = similarity.measure(loaded["clip"], loaded["vit"], photos, drawn, batch_size=4)
     assert list(found) == ["CLIP-I", "CLIP-T", "DINO"]
     for name, kind in (("CLIP-I", "clip"), ("DINO", "vit"), ("CLIP-T", "clip")):
         raw = {id(picture): raw_picture(folders[kind], kind, picture) for picture in pictures}
@@ -272,7 +274,7 @@ def test_measures_are_means_of_cosines_and_vary_by_seed(encoders, folders, pictu
         for seed in range(2):
             values = []
             for prompt, group in drawn:
-                text = embed_texts(encoders["clip"], [prompt])[0]
+                text = embed_texts(loaded["clip"], [prompt])[0]
                 others = [text] if name == "CLIP-T" else [raw[id(photo)] for photo in photos]
                 values += [statistics.mean(cosine(raw[id(group[seed])], other) for other in others)]
             per_seed.append(statistics.mean(values))
@@ -281,10 +283,10 @@ def test_measures_are_means_of_cosines_and_vary_by_seed(encoders, folders, pictu
         assert found[name].error > 1e-3
 
 
-def test_class_pictures_are_compared_with_the_photos_and_with_each_other(encoders, folders, pictures):
+def test_class_pictures_are_compared_with_the_photos_and_with_each_other(loaded, folders, pictures):
     """PRES is a mean of cosines with photos, DIV-DINO is 1 - that of all pairs; neither by CLIP."""
     photos, of_class = pictures[:3], pictures[3:7]
-    found = similarity.measure(encoders["clip"], encoders["dinov2"], photos, [("dog", photos)], of_class)
+    found = similarity.measure(loaded["clip"], loaded["dinov2"], photos, [("dog", photos)], of_class)
     raw = [raw_picture(folders["dinov2"], "dinov2", picture) for picture in pictures]
     each = [statistics.mean(cosine(one, photo) for photo in raw[:3]) for one in raw[3:7]]
     assert list(found) == ["CLIP-I", "CLIP-T", "DINO", "PRES", "DIV-DINO"]
@@ -294,11 +296,11 @@ def test_class_pictures_are_compared_with_the_photos_and_with_each_other(encoder
     assert found["DIV-DINO"].value == pytest.approx(1 - pairs, abs=1e-5)
 
 
-def test_the_photo_itself_is_as_like_as_can_be(encoders, pictures):
+def test_the_photo_itself_is_as_like_as_can_be(loaded, pictures):
     """Copies of the only photo give 1, and no diversity; one seed gives no error."""
     photo = pictures[:1]
     drawn = [(prompt, photo) for prompt in PROMPTS]
-    found = similarity.measure(encoders["clip"], encoders["vit"], photo, drawn, photo * 3)
+    found = similarity.measure(loaded["clip"], loaded["vit"], photo, drawn, photo * 3)
     for name in ("CLIP-I", "DINO", "PRES"):
         assert found[name].value == pytest.approx(1, abs=1e-5)
     assert found["DIV-DINO"].value == pytest.approx(0, abs=1e-5) and abs(found["CLIP-T"].value) < 0.95
@@ -318,9 +320,9 @@ def test_the_error_of_diversity_is_the_jackknifes():
     assert estimate_diversity(torch.eye(2)) == Estimate(1, None)
 
 
-def test_what_cannot_be_measured_is_an_error(encoders, pictures):
+def test_what_cannot_be_measured_is_an_error(loaded, pictures):
     """Without photos, pictures or a picture of every seed there are no numbers."""
-    clip, dino, one = encoders["clip"], encoders["vit"], pictures[:1]
+    clip, dino, one = loaded["clip"], loaded["vit"], pictures[:1]
     cases = [
         ([], [("a", one)], (), "There are no photos of the subject"),
         (one, [], (), "There are no drawn pictures to measure"),

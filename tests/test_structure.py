@@ -15,7 +15,7 @@ from utils.check_sync import read_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_dreambooth.py", "train_dreambooth_lora.py")
-MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_models.py", "utils/flags/command_line.py"
+MAKES_BASE_MODELS, MAKES_PARSERS = "utils/lab/train_parts.py", "utils/flags/command_line.py"
 TRACKS_MEMORY = "utils/memory/memory_estimate.py"  # runs a script's own step, without content
 COMPARES_LAYERS = "utils/lab/compare_quantized_layers.py"  # trains a U-Net on others' layers, which no script has
 TRAINS = (MAKES_BASE_MODELS, TRACKS_MEMORY, COMPARES_LAYERS)

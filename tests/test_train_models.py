@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 import train_dreambooth
 from train_dreambooth import vlb_loss
 from utils.evaluation import exam
-from utils.lab import train_models
+from utils.lab import train_models, train_parts
 from utils.lab.train_models import RECIPES
 from utils.sampling import results
 from utils.synthetic import shapes
@@ -111,7 +111,7 @@ def test_the_variational_term_is_that_of_the_scripts():
     noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
     pictures = (noise + error, variance, clean, noisy)
     expected = vlb_loss(*pictures, timesteps, alphas_cumprod)
-    found = train_models.variational_term(error, variance, timesteps, alphas_cumprod)
+    found = train_parts.variational_term(error, variance, timesteps, alphas_cumprod)
     assert found.item() == pytest.approx(expected.mean().item(), rel=1e-3)
 
 
@@ -119,9 +119,9 @@ def test_made_up_captions_are_labelled_by_what_they_say():
     """Every word of an attribute that is labelled stands there, rare words before the colour."""
     rng = np.random.default_rng(0)
     for _ in range(200):
-        text, labels = train_models.made_up_caption(rng)
+        text, labels = train_parts.made_up_caption(rng)
         words = [
-            None if at == len(names) else names[at] for at, names in zip(labels, train_models.ATTRIBUTES, strict=True)
+            None if at == len(names) else names[at] for at, names in zip(labels, train_parts.ATTRIBUTES, strict=True)
         ]
         shape, colour, background, size, place, rare = words
         described = " ".join(word for word in (rare, colour) if word)
@@ -135,5 +135,5 @@ def test_stage_two_is_fed_what_the_scripts_feed_it():
     timesteps, seeds = torch.tensor([0, 0]), [1, 2]
     inputs = train_dreambooth.stage_two_inputs(clean, timesteps, clean, seeds, scheduler, "noise_level")
     drawn = train_dreambooth.sample_noise(clean.shape, seeds, 1000, 0.0, "low resolution ")
-    expected = scheduler.add_noise(train_models.enlarge(clean), *drawn)
+    expected = scheduler.add_noise(train_parts.enlarge(clean), *drawn)
     assert torch.allclose(inputs["sample"][:, 3:], expected, atol=1e-6)

@@ -26,7 +26,7 @@ from utils.core import atomic_files, markdown
 from utils.core.errors import UserError
 from utils.data import decode_images, list_images
 from utils.devices import accelerator_setup
-from utils.evaluation import exam, similarity
+from utils.evaluation import encoders, exam, prompt_files, similarity
 from utils.evaluation.exam import Answer, Enlarged
 from utils.evaluation.standard_errors import Estimate
 from utils.flags.flag_checks import find_out_of_range
@@ -234,7 +234,7 @@ def evaluate_photos(args: argparse.Namespace) -> tuple[Scores, Image.Image]:
     paths = list_images.inspect_folder(args.photos, "--photos", False).sizes
     photos = [decode_images.open_rgb(path) for path in paths]
     device = results.choose_device(args.device, DTYPES[args.dtype])
-    clip, dino = similarity.load_clip(args.clip, device), similarity.load_dino(args.dino, device)
+    clip, dino = encoders.load_clip(args.clip, device), encoders.load_dino(args.dino, device)
     words = {BASE: args.class_word, RESULT: f"{args.word} {args.class_word}"}
     plain = [prompt.format(args.class_word) for prompt in prompts]
     scores, drawn = {}, {}
@@ -259,7 +259,7 @@ def choose_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: There are several lists, and none or an unknown one was chosen.
     """
-    lists = similarity.read_prompts(args.prompts)
+    lists = prompt_files.read_prompts(args.prompts)
     if args.prompt_group is None and len(lists) == 1:
         return next(iter(lists.values()))
     if args.prompt_group not in lists:

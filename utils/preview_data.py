@@ -75,14 +75,14 @@ def draw_sheet(script: ModuleType, args: argparse.Namespace, count: int) -> Imag
     dataset = script.DreamBoothDataset(args, plan, prompts)
     begun = plan.first_step * args.gradient_accumulation_steps
     pictures, labels = [], []
-    for draws in script.StepSampler(plan, begun, begun + count, rank=0):
+    for draws in script.StepSampler(plan, dataset.order, range(begun, begun + count), rank=0):
         for draw in draws:
             picture, label = describe(dataset, prompts.texts, draw, base.is_if)
             pictures.append(widen(picture))
             labels.append(label)
         if len(pictures) >= count:
             break
-    summary = run_summary.describe_pictures(vars(args), plan, None)
+    summary = run_summary.describe_pictures(vars(args), plan, dataset.order, None)
     words = "; ".join(f"{name}: {text}" for name, text in summary.items() if name in ("masks", "sizes"))
     photos = sum(not example.is_prior for example in plan.examples)
     title = f"{photos} photos, {len(plan.examples) - photos} class images, {base.resolution} px"

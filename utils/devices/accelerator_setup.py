@@ -106,7 +106,7 @@ def check_engine() -> None:
 
 def import_what_is_imported_late() -> None:
     """Import what runs of the scripts import when they need it, so that a fork of this process finds it there."""
-    for module in ("bitsandbytes", "diffusers.loaders", "torch.utils.tensorboard", "transformers.conversion_mapping"):
+    for module in ("bitsandbytes", "diffusers.loaders", "torch.utils.tensorboard"):
         importlib.import_module(module)
     late = "AutoencoderKL DDPMScheduler DPMSolverMultistepScheduler PNDMScheduler UniPCMultistepScheduler"
     late += " IFPipeline IFSuperResolutionPipeline StableDiffusionPipeline UNet2DConditionModel"
@@ -114,4 +114,4 @@ def import_what_is_imported_late() -> None:
         for name in names.split():
             getattr(library, name)
     Image.init()
-    transformers.conversion_mapping.get_checkpoint_conversion_mapping("clip_text_model")
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("clip_text_model")

@@ -33,7 +33,7 @@ from utils.devices import accelerator_setup, launch
 from utils.flags.command_line import convert_flag
 from utils.flags.precision import has_accelerator
 from utils.lab import plots
-from utils.lab.compare_projects import COMPARED, compare
+from utils.lab.compare_projects import COMPARED, Comparison, Settings, compare
 from utils.lab.measured_runs import (
     PHOTOS,
     TIMING,
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator_setup.silence_libraries()
     try:
         folders = prepare(args.output, args.shape)
-        measured, table, more = compare(chosen(args), args, folders) if args.against else survey(args, folders)
+        measured, table, more = compare_sides(args, folders) if args.against else survey(args, folders)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -200,6 +200,12 @@ def offered(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
 def chosen(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return those whose name holds the text of --only, in any case."""
     return {name: one for name, one in offered(args).items() if args.only.lower() in name.lower()}
+
+
+def compare_sides(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Comparison], str, dict]:
+    """Measure another project's scripts and ours; return medians, their table, and what else the report holds."""
+    settings = Settings(args.paths, args.against, args.size, args.steps, args.repeats, args.best)
+    return compare(chosen(args), settings, folders)
 
 
 def survey(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[list[Measurement], str, dict]:

@@ -4,7 +4,6 @@
 from outside in the same way.
 """
 
-import argparse
 import dataclasses
 import itertools
 import statistics
@@ -30,6 +29,18 @@ COMPARED_FLAGS = "--center_crop --seed=0 --checkpointing_steps=1000000 --mixed_p
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared, and how."""
+
+    ours: dict[str, Path]  # scripts, by the keys of `SCRIPTS`
+    theirs: Path  # the folder of their scripts
+    size: int  # of the pictures, in pixels
+    steps: int  # of each run
+    repeats: int  # runs of each side
+    best: str  # flags of a third side, "" for none
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """Medians of one side's runs of the same work; None where one failed."""
 
@@ -52,43 +63,40 @@ class Comparison:
         """What the steps of another project consist of is not known."""
 
 
-def compare(
-    works: Iterable[str], args: argparse.Namespace, folders: dict[str, Path]
-) -> tuple[list[Comparison], str, dict]:
+def compare(works: Iterable[str], settings: Settings, folders: dict[str, Path]) -> tuple[list[Comparison], str, dict]:
     """Measure another project's scripts and ours; return medians, their table, and what else the report holds.
 
     Args:
         works: Keys of `COMPARED`.
-        args: The flags of the benchmark.
     """
-    measured = [one for work in works for one in compare_work(work, args, folders)]
+    measured = [one for work in works for one in compare_work(work, settings, folders)]
     threads = next((run["threads"] for one in measured for run in one.runs), None)
     note = (
-        f"Medians of {args.repeats} runs of each side in turn. Right of each number: by how much it is that of "
+        f"Medians of {settings.repeats} runs of each side in turn. Right of each number: by how much it is that of "
         f"theirs. {OURS_AGAIN.capitalize()}: with the embeddings and latents that the run before has cached."
     )
-    told = {"threads": threads, "against": str(args.against), "repeats": args.repeats}
+    told = {"threads": threads, "against": str(settings.theirs), "repeats": settings.repeats}
     return measured, f"{make_comparison(measured)}\n\n{note}", told
 
 
-def compare_work(work: str, args: argparse.Namespace, folders: dict[str, Path]) -> list[Comparison]:
+def compare_work(work: str, settings: Settings, folders: dict[str, Path]) -> list[Comparison]:
     """Let all sides do the same work in turn, so that what changes on the machine meanwhile changes all of them."""
     script, flags = COMPARED[work]
-    ours, theirs = args.paths[script], args.against / SCRIPTS[script].name
-    needed = [flags, f"--resolution={args.size}", f"--max_train_steps={args.steps}"]
+    ours, theirs = settings.ours[script], settings.theirs / SCRIPTS[script].name
+    needed = [flags, f"--resolution={settings.size}", f"--max_train_steps={settings.steps}"]
     shared = [flag for flag in COMPARED_FLAGS.split() if all(scripts.has_flag(one, flag) for one in (ours, theirs))]
     common = [*needed, *shared]
     sides = {THEIRS: (theirs, common), OURS: (ours, common), OURS_AGAIN: (ours, common)}
-    if args.best:
-        sides[OURS_BEST] = (ours, [*common, *args.best.split()])
+    if settings.best:
+        sides[OURS_BEST] = (ours, [*common, *settings.best.split()])
     runs, problems = {side: [] for side in sides}, {side: find_unknown(*one) for side, one in sides.items()}
-    for turn, side in itertools.product(range(args.repeats), sides):
+    for turn, side in itertools.product(range(settings.repeats), sides):
         if problems[side]:
             continue
         print(f"{work}, {side}, run {turn + 1} …", file=sys.stderr, flush=True)
         run = Run(folders, f"{work} {OURS if side == OURS_AGAIN else side}", has_caches=side == OURS_AGAIN)
         try:
-            runs[side].append(time_from_outside(run, *sides[side], folders, args.steps, keep_caches=side == OURS))
+            runs[side].append(time_from_outside(run, *sides[side], folders, settings.steps, keep_caches=side == OURS))
         except UserError as error:
             problems[side] = str(error)
     batch = int(flags.partition("=")[2])

@@ -173,7 +173,9 @@ class MemoryTracker(TorchDispatchMode):
     def _after_step(self, optimizer: Any, *_) -> None:
         """Count what the optimizer keeps as its state."""
         self.in_optimizer = False
-        for tensor in tree_leaves(list(optimizer.state.values())):
+        # Of a fused backward pass, each step is one weight's: to look through all states each time takes much longer.
+        stepped = [state for weight, state in optimizer.state.items() if weight.grad is not None]
+        for tensor in tree_leaves(stepped):
             if isinstance(tensor, Tensor):
                 self._rename(tensor, STATE)
 

@@ -94,9 +94,10 @@ def open_rembg(name: str) -> Callable[[Image.Image], Image.Image]:
     try:
         session = rembg.new_session(name)
     except Exception as error:  # the classes of several libraries
+        why = str(error).rstrip(".")
         raise UserError(
-            f"--rembg {name} cannot be opened: {error} Use a name that rembg lists, such as {KNOWN_MATTING}. "
-            f"Without a connection, download {name}.onnx elsewhere and set U2NET_HOME to its folder."
+            f"--rembg {name} cannot be opened: {why}. Use a name that rembg lists, such as {KNOWN_MATTING}. Without a "
+            f"connection, download {name}.onnx elsewhere and set U2NET_HOME to its folder."
         ) from error
     return functools.partial(rembg.remove, session=session, only_mask=True)
 
