@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_named(trainer, outputs, 
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"fits": state["fits"] | {"processes": 2}}))
     run = trainer.run("lora", out, f"--max_train_steps 2 {LATEST}", code=1)
-    assert "in\n  processes: 2 there, 1 here\nGive the same as there" in run.stderr
+    assert "in\n  processes: 2 there, 1 here\nUse the same values" in run.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

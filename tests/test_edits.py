@@ -215,6 +215,8 @@ def test_tools_call_the_names_of_the_table_and_no_others():
     assert rehearsed == set(tool_names.NEEDED["--dry_run"])
     assert called.pop("estimate_memory") | rehearsed == set(tool_names.NEEDED["utils.estimate_memory"])
     assert called.pop("preview_data") == set(tool_names.NEEDED["utils.preview_data"])
+    compared = called.pop("compare_memory_trackers") | rehearsed
+    assert compared == set(tool_names.NEEDED["utils.lab.compare_memory_trackers"])
     timing = {name for tool, names in tool_names.NEEDED.items() if "step_timing" in tool for name in names}
     assert called.pop("step_timing") | set(step_timing.ENCODING) == timing
     assert not called

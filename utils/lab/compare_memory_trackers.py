@@ -42,7 +42,7 @@ from utils.memory import memory_estimate
 from utils.memory.memory_tracker import COPIES, HOLES, MemoryTracker
 from utils.memory.speed_model import Rates, measure_rates
 from utils.models import model_files
-from utils.run import scripts
+from utils.run import scripts, tool_names
 from utils.synthetic.model_sizes import SHAPES
 
 aten, CPU = torch.ops.aten, torch.device("cpu")
@@ -110,6 +110,7 @@ def measure(name: str, args: argparse.Namespace, folders: dict[str, Path]) -> di
 def run_script(script: Path, flags: list[str]) -> dict:
     """Train for real in this process, and return its peak and the seconds of a step."""
     module = scripts.load_script(script)
+    tool_names.check_names(module, "utils.lab.compare_memory_trackers")
     output = Path(module.parse_args(flags).output_dir)
     if module.main(flags):
         raise RuntimeError("the real run was stopped")
@@ -122,6 +123,7 @@ def foretell(script: Path, flags: list[str], with_seconds: bool) -> dict:
     """Return what both sides foretell: bytes, beside those that the process has before, and seconds of a step."""
     accelerator_setup.silence_libraries()
     module = scripts.load_script(script)
+    tool_names.check_names(module, "utils.lab.compare_memory_trackers")
     given = module.parse_args(flags)
     accelerator = module.make_accelerator(given)
     base = module.detect_model(given)

@@ -16,6 +16,7 @@ NEEDED = {
     "--dry_run": STEPPING,
     "utils.estimate_memory": (*PLANNING, *STEPPING),
     "utils.preview_data": (*PLANNING, "tokenize_prompts", "DreamBoothDataset", "StepSampler"),
+    "utils.lab.compare_memory_trackers": ("main", *PLANNING, *STEPPING),
     "utils.lab.step_timing split": (
         "main",
         "exit_status",
