@@ -586,7 +586,7 @@ def detect_model(args: Namespace) -> ModelInfo:
     )
     longest = configs.text_encoder.get("max_position_embeddings", 77)
     problems = flag_conflicts.find_model_conflicts(vars(args), base, longest)
-    problems += layer_names.find_unknown_layers(unet, method_resume_keys(args, base).get("layers"))
+    problems += layer_names.find_unknown_layers(unet, vars(args).get("lora_layers"))
     has_images = args.validation_images or args.num_eval_images
     small = [] if has_images else list(map(geometry.quarter, base.preview_sizes))
     stage_one = (args.stage_one_model_name_or_path, args.hub_token)
@@ -1033,7 +1033,9 @@ def prepare_training(args: Namespace, plan: Plan, models: Models, device: torch.
     torch.manual_seed(derive_seed(plan.seed, "adapter"))
     targets = {"unet": layers, "text_encoder": TEXT_ENCODER_LORA_TARGETS}
     for name, model in models.trained.items():
-        adapters.add(model, targets[name], "--lora_layers", PRECISIONS[args.weight_dtype], **options)
+        is_given = name == "unet" and args.lora_layers
+        names = targets[name] if is_given else layer_names.keep_known(model, targets[name]) or targets[name]
+        adapters.add(model, names, "--lora_layers", PRECISIONS[args.weight_dtype], **options)
         model.train()
     quantize.quantize_layers(models.unet, args.base_model_precision, device)
 
@@ -1295,9 +1297,11 @@ def compute_loss(
     prediction_type, is_prior = plan.base.prediction_type, batch["is_prior"]
     wanted = prediction_target(scheduler, prediction_type, clean, noise, timesteps)
     if args.prior_target == "base_prediction" and is_prior.any():
-        chosen = {name: value[is_prior.to(device)] for name, value in inputs.items()}
+        # Places, not a mask: indexing by a mask makes the device wait.
+        places = is_prior.nonzero()[:, 0].to(device, non_blocking=True)
+        chosen = {name: value.index_select(0, places) for name, value in inputs.items()}
         own = predict_as_base(accelerator, models, rows[is_prior], chosen)
-        wanted = wanted.index_copy(0, is_prior.nonzero()[:, 0].to(device), own[:, : clean.shape[1]])
+        wanted = wanted.index_copy(0, places, own[:, : clean.shape[1]])
     alphas_cumprod, weight_map = scheduler.alphas_cumprod.to(device), batch["weight_map"].to(device, non_blocking=True)
     losses = example_losses(prediction, wanted, weight_map, timesteps, alphas_cumprod, prediction_type, args.snr_gamma)
     if args.train_variance:

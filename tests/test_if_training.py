@@ -669,6 +669,36 @@ def test_a_text_encoder_that_is_gone_costs_no_training(trainer, models, tmp_path
     assert json.loads((run.out / "model_index.json").read_text())["text_encoder"] == [None, None]
 
 
+def test_a_lora_of_a_stage_two_without_self_attention(trainer, models, tmp_path):
+    """diffusers' conversion makes its self-attention cross-attention only: it has no to_k and to_v.
+
+    Layers that the script would take by itself are left out if they are not there; given ones are refused by name.
+    """
+    model = shutil.copytree(models["if2"], tmp_path / "model")
+    config = json.loads((model / "unet" / "config.json").read_text()) | {"only_cross_attention": True}
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel.from_config(config)
+    shutil.rmtree(model / "unet")
+    unet.save_pretrained(model / "unet")
+    ends = {path.rpartition(".attentions.")[2].partition(".")[2] for path, _ in unet.named_modules()}
+    assert "to_q" in ends and "add_k_proj" in ends and "to_k" not in ends
+    flags = f"--pretrained_model_name_or_path {model} --resolution {SIZE}"
+    out = trainer.run("lora", tmp_path / "out", flags).out
+    adapted = {
+        key.rpartition(".lora_")[0].rpartition(".attentions.")[2].partition(".")[2] for key in read_tensors(out)
+    }
+    assert adapted == {"to_q", "to_out.0", "add_k_proj", "add_v_proj"}
+    again = load_result(model, out)
+    loaded = peft.get_peft_model_state_dict(again.unet, adapter_name="default_0", save_embedding_layers=False)
+    assert len(loaded) == len(read_tensors(out))
+    refused = trainer.run("lora", tmp_path / "refused", f"{flags} --lora_layers to_q,to_k", code=1)
+    assert "has no layers named to_k. It has the linear layers add_k_proj, add_v_proj" in refused.stderr
+    trainer.run("lora", tmp_path / "resumed", f"{flags} --max_train_steps 1 --checkpointing_steps 1")
+    more = f"{flags} --checkpointing_steps 1 --resume_from_checkpoint latest"
+    resumed = trainer.run("lora", tmp_path / "resumed", more).out
+    assert differing(read_tensors(resumed), read_tensors(out)) == []
+
+
 def test_another_variance_is_another_run(trainer, models, tmp_path):
     """A run that trained no variance cannot be resumed by one that does: its result would say what is not so."""
     flags = f"{flags_of(models, 'if1')} --checkpointing_steps 2"

@@ -77,7 +77,7 @@ def read_flags(path: str, switches: dict[str, bool], lists: set[str]) -> list[st
         UserError: The file cannot be read, holds no object, has an unknown key, or a value of the wrong type.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):

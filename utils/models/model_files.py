@@ -73,7 +73,7 @@ def read_config(model: str, filename: str, revision: str | None = None, token: s
         path = Path(model, filename)
         if not is_folder:
             path = Path(huggingface_hub.hf_hub_download(model, filename, revision=revision, token=token))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         return content
