@@ -7,10 +7,11 @@ import pytest
 
 import train_dreambooth
 import train_dreambooth_lora
-from tests.conftest import draw_picture
+from tests.conftest import draw_picture, make_concept
 from tests.inside import BF16, planned
 from tests.runs import PRIOR_FLAGS
 from utils.core.errors import UserError
+from utils.data.geometry import Size
 from utils.make_model import make_model
 from utils.run import resume_checks
 
@@ -114,3 +115,14 @@ def test_checkpoints_from_before_a_flag_are_of_its_default(monkeypatch, here, en
     resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours)
     with pytest.raises(UserError, match=rf"\n  {entry}: "):
         resume_checks.check_resume_keys(Path("checkpoint-1"), theirs, ours | {entry: "another"})
+
+
+def test_concepts_of_a_list_are_compared(tmp_path):
+    """By their prompts and repeats; a run whose one concept is given by flags has none to compare."""
+    path, found = tmp_path / "photo.png", {}
+    draw_picture(16, 16, 0).save(path)
+    for number, prompt, repeats in ((0, "a dog", 1), (1, "a dog", 1), (1, "a cat", 1), (1, "a dog", 2)):
+        concept = make_concept(number=number, instance_prompt=prompt, repeats=repeats)
+        example = train_dreambooth.Example(path, (prompt,), concept, Size(16, 16))
+        found[number, prompt, repeats] = resume_checks.resume_keys_of_pictures([example], "16")["concepts"]
+    assert list(found.values()) == [None, [["a dog", None, 1]], [["a cat", None, 1]], [["a dog", None, 2]]]
