@@ -616,11 +616,8 @@ def list_examples(args: Namespace, base: ModelInfo) -> list[Example]:
 # Same in train_dreambooth.py
 def list_photos(args: Namespace, base: ModelInfo, concept: concepts.Concept) -> list[Example]:
     """List the photos of a concept, each with its captions, its mask and the size of its crop."""
-    folder, call, unit = (
-        hub_datasets.open_source(concept, args.cache_dir, args.hub_token),
-        concept.flag_name,
-        args.resolution_type,
-    )
+    folder = hub_datasets.open_source(concept, args.cache_dir, args.hub_token)
+    call, unit = concept.flag_name, args.resolution_type
     found = list_images.inspect_folder(folder, call("instance_data_dir"), args.skip_bad_images).sizes
     found = list_images.leave_out_small(found, args.minimum_image_size, unit)
     target = Size.parse(concept.resolution) if concept.resolution else base.resolution
@@ -674,9 +671,8 @@ def make_plan(args: Namespace, accelerator: Accelerator, base: ModelInfo, exampl
         text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
         rates["text_encoder"] = text_rate * scale
     resume_keys = {"script": METHOD, "seed": seed, "processes": processes, "precision": accelerator.mixed_precision}
-    resume_keys |= resume_checks.resume_keys_of_run(vars(args), RESUME_FLAGS, base, examples) | method_resume_keys(
-        args, base
-    )
+    resume_keys |= resume_checks.resume_keys_of_run(vars(args), RESUME_FLAGS, base, examples)
+    resume_keys |= method_resume_keys(args, base)
     if resume_from is not None:
         resume_checks.check_resume_keys(resume_from, state["fits"], resume_keys)
     count = len(args.validation_images or []) or min(args.num_eval_images or 0, photos)
