@@ -39,12 +39,12 @@ def run_tool(tmp_path, remembers: bool, status: int = 0) -> int:
 
 
 def test_both_scripts_survive_kills(tmp_path):
-    """Twenty kills, most of them in the middle of a save, and each run ends in the bits of an uninterrupted one."""
-    command = [sys.executable, "-m", "utils.lab.kill_and_resume", "--output", tmp_path / "out", "--kills", "10"]
+    """Forty kills, most of them aimed at a save, and each run ends in the bits of an uninterrupted one."""
+    command = [sys.executable, "-m", "utils.lab.kill_and_resume", "--output", tmp_path / "out", "--kills", "20"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for script in ("full", "lora"):
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{script}: 10 kills")]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{script}: 20 kills")]
         assert line.endswith("each ended in the bits of the run that was left alone.") and "in a save" in line
 
 
